@@ -1,0 +1,89 @@
+//! Parallelism whose results do not depend on the number of threads.
+//!
+//! Two shapes of work are enough for the whole crate: independent outputs ([`map`],
+//! [`for_each_chunk`]), and sums over fixed blocks that are added in block order
+//! ([`sum_blocks`]). Neither lets rayon decide an order of floating-point additions. The caller's
+//! rayon pool decides the width; there is no global switch.
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+
+/// Evaluates `f(0), …, f(n − 1)` in parallel and returns the results in order.
+///
+/// # Errors
+/// The error of the smallest failing index, whichever thread finished first.
+pub fn map<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let results: Vec<Result<T>> = (0..n).into_par_iter().map(&f).collect();
+    results.into_iter().collect()
+}
+
+/// Sums `f(range)` over the blocks `[0, block), [block, 2·block), …` of `0..n`.
+///
+/// Blocks are evaluated in parallel, a fixed number at a time, and folded in block order with
+/// `add`, so the rounding is that of one thread. `None` when `n` is 0. At most `WAVE` results are
+/// held at once.
+///
+/// # Errors
+/// The error of the first failing block.
+pub fn sum_blocks<T: Send>(
+    n: usize,
+    block: usize,
+    f: impl Fn(std::ops::Range<usize>) -> Result<T> + Sync,
+    mut add: impl FnMut(&mut T, T),
+) -> Result<Option<T>> {
+    const WAVE: usize = 8;
+    let blocks = n.div_ceil(block.max(1));
+    let mut total: Option<T> = None;
+    for wave in (0..blocks).step_by(WAVE) {
+        let parts = map(WAVE.min(blocks - wave), |i| {
+            let start = (wave + i) * block;
+            f(start..(start + block).min(n))
+        })?;
+        for part in parts {
+            match &mut total {
+                Some(total) => add(total, part),
+                None => total = Some(part),
+            }
+        }
+    }
+    Ok(total)
+}
+
+/// Calls `f(index, chunk)` in parallel on the consecutive chunks of `data`.
+pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    data.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, part)| f(i, part));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    fn pool(threads: usize) -> rayon::ThreadPool {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
+
+    #[test]
+    fn map_keeps_order_and_reports_the_first_failure() {
+        assert_eq!(map(5, |i| Ok(i * i)).unwrap(), [0, 1, 4, 9, 16]);
+        let failure = map(100, |i| if i % 7 == 6 { Err(Error::range("i", "", i)) } else { Ok(i) });
+        assert!(failure.unwrap_err().to_string().ends_with("found 6"));
+    }
+
+    #[test]
+    fn block_sums_have_the_same_bits_at_any_width() {
+        // A harmonic sum in f32 rounds differently for nearly every order of additions.
+        let sum = || {
+            let part = |r: std::ops::Range<usize>| Ok(r.map(|i| 1.0 / (i + 1) as f32).sum::<f32>());
+            sum_blocks(100_003, 97, part, |a, b| *a += b).unwrap().unwrap().to_bits()
+        };
+        let one = pool(1).install(sum);
+        assert!([2, 3, 8].iter().all(|&t| pool(t).install(sum) == one));
+    }
+
+    #[test]
+    fn empty_sum_is_none() {
+        assert_eq!(sum_blocks(0, 4, |_| Ok(1), |a, b| *a += b).unwrap(), None);
+    }
+}
