@@ -1,6 +1,7 @@
 //! What a device must be able to do: the few dense operations in which the arithmetic is.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
@@ -71,5 +72,5 @@ pub trait Compute: Debug + Send + Sync {
     ///
     /// The CPU answers with its sequential self: nested parallel loops would let a waiting thread
     /// start a second outer task and hold twice the memory.
-    fn per_task(&self) -> &dyn Compute;
+    fn per_task(&self) -> Arc<dyn Compute>;
 }

@@ -3,6 +3,8 @@
 //! Tiles have a fixed size, so every element is computed by the same instructions whatever the
 //! number of threads; `faer`'s own parallelism is not used for that reason.
 
+use std::sync::Arc;
+
 use faer::linalg::matmul::matmul;
 use faer::traits::ComplexField;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -17,8 +19,6 @@ use crate::error::{Error, Result};
 pub struct Cpu {
     parallel: bool,
 }
-
-static SEQUENTIAL: Cpu = Cpu::sequential();
 
 impl Cpu {
     /// All threads of the current rayon pool.
@@ -99,8 +99,8 @@ impl Compute for Cpu {
             .map_err(|_| Error::shape("weighted sum", (rows, cols), "another size"))
     }
 
-    fn per_task(&self) -> &dyn Compute {
-        &SEQUENTIAL
+    fn per_task(&self) -> Arc<dyn Compute> {
+        Arc::new(Self::sequential())
     }
 }
 
@@ -203,21 +203,25 @@ fn check_terms(terms: &[Term<'_>]) -> Result<(usize, usize)> {
 }
 
 fn sum_row(terms: &[Term<'_>], a: usize, out: &mut [f32]) {
-    for term in terms {
+    for (i, term) in terms.iter().enumerate() {
         let source = term.matrix.row(term.rows.map_or(a, |rows| rows[a] as usize));
-        let weight = term.weight;
+        // The first term is stored, not added to 0, so that one term of weight 1 keeps every bit,
+        // the sign of zero included.
         match (term.cols, source.as_slice()) {
-            (None, Some(source)) => {
-                out.iter_mut().zip(source).for_each(|(o, &x)| *o += weight * x);
-            }
-            (None, None) => out.iter_mut().zip(source).for_each(|(o, &x)| *o += weight * x),
-            (Some(cols), Some(source)) => {
-                out.iter_mut().zip(cols).for_each(|(o, &c)| *o += weight * source[c as usize]);
-            }
-            (Some(cols), None) => {
-                out.iter_mut().zip(cols).for_each(|(o, &c)| *o += weight * source[c as usize]);
+            (None, Some(source)) => put(out, source.iter().copied(), term.weight, i == 0),
+            (None, None) => put(out, source.iter().copied(), term.weight, i == 0),
+            (Some(cols), _) => {
+                put(out, cols.iter().map(|&c| source[c as usize]), term.weight, i == 0);
             }
         }
+    }
+}
+
+fn put(out: &mut [f32], source: impl Iterator<Item = f32>, weight: f32, first: bool) {
+    if first {
+        out.iter_mut().zip(source).for_each(|(o, x)| *o = weight * x);
+    } else {
+        out.iter_mut().zip(source).for_each(|(o, x)| *o += weight * x);
     }
 }
 

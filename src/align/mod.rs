@@ -1,0 +1,1 @@
+//! In which order do hidden units line up? One method a file.

@@ -1,0 +1,1 @@
+//! Routing statistics: import and export of the interchange format.

@@ -1,0 +1,1 @@
+//! Which experts become one? One method a file.

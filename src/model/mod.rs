@@ -1,0 +1,24 @@
+//! The values that the rooms exchange. Each is valid by construction: shapes fit, numbers are
+//! finite and indices are in range, so that no room has to check them again.
+
+mod budget;
+mod check;
+mod expert;
+mod grouping;
+mod importance;
+mod layer;
+mod permutation;
+mod router;
+mod similarity;
+mod stats;
+
+pub use budget::{Budget, Target};
+pub use check::{Finite, non_finite};
+pub use expert::{Activation, Expert, ExpertView, Linear, LinearView, Role};
+pub use grouping::{Grouping, Numbering};
+pub use importance::Importance;
+pub use layer::{LayerId, MergedLayer, MoeLayer, Stack};
+pub use permutation::Permutation;
+pub use router::{GroupScore, Router, Routing, RoutingGroups, RoutingRule, Score};
+pub use similarity::{Measure, SimilarityMatrix};
+pub use stats::{ExpertTensors, RoutingStats, Samples};

@@ -1,0 +1,1 @@
+//! How alike are the experts of a layer? One metric a file.
