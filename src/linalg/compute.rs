@@ -39,7 +39,8 @@ pub trait Compute: Debug + Send + Sync {
     fn name(&self) -> &str;
 
     /// `out ← alpha · A B + beta · out` for `A: (m, k)`, `B: (k, n)`, `out: (m, n)`, of any
-    /// strides: `A Bᵀ` is `gemm(.., a, b.t(), ..)`. With `beta = 0` the old content of `out` is not read.
+    /// strides: `A Bᵀ` is `gemm(.., a, b.t(), ..)`. With `beta = 0` the old content of `out` is
+    /// not read.
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the three shapes do not fit.
