@@ -4,7 +4,7 @@
 //! An expert computes the same function whatever the order of its hidden units, so two experts that
 //! learned the same can look unrelated entry by entry. An [`Aligner`](crate::stage::Aligner)
 //! answers with the permutation of one expert's units that makes it most like another's;
-//! [`align_group`] and [`align_layer`] decide which expert keeps its order, the [`Reference`].
+//! [`align_groups`] and [`align_layer`] decide which expert keeps its order, the [`Reference`].
 //!
 //! | method | compares | needs |
 //! |---|---|---|
@@ -19,5 +19,5 @@ mod weight_matching;
 
 pub use activation_matching::ActivationMatching;
 pub use identity::Identity;
-pub use reference::{Reference, align_group, align_layer};
+pub use reference::{Reference, align_groups, align_layer};
 pub use weight_matching::WeightMatching;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{ExpertView, LinearView, Measure, Permutation, SimilarityMatrix};
+use crate::model::{ExpertView, Grouping, LinearView, Measure, Permutation, SimilarityMatrix};
 use crate::par;
 use crate::stage::{AlignPair, Aligner, Context, LayerView, Needs};
 
@@ -28,47 +28,45 @@ pub enum Reference {
 /// memory is the larger of `threads × 64 MiB` and one large gain.
 const LARGE: usize = 4096;
 
-/// Lines up the members of one group: for each of `indices`, in order, the permutation to apply.
+/// Lines up every group of a layer: a permutation per expert of the layer, in order.
 ///
-/// `experts` are the members, `dominant` the position of the dominant one in `indices`, and
-/// `similarity` the table of the whole layer, which only [`Reference::Medoid`] reads. The reference
-/// gets the identity; with [`Reference::FirstExpert`] it need not be a member. A group of one is
-/// left alone. Cost: one alignment per other member; memory: up to `d_ff` = 4096 a gain matrix per
-/// thread, above it a single one, with the inputs of each pair when the aligner reads samples.
+/// Each group's reference gets the identity, and so do dropped experts and groups of one; with
+/// [`Reference::FirstExpert`] the reference need not be a member. `similarity` is the table of the
+/// layer, which only [`Reference::Medoid`] reads. Cost: one alignment per other member, over all
+/// groups at once, so that many small groups keep every thread busy. Memory: up to `d_ff` = 4096 a
+/// gain matrix per thread, above it a single one, with the inputs of each pair when the aligner
+/// reads samples.
 ///
 /// # Errors
-/// [`ErrorKind::Shape`] when the lists do not fit each other, [`ErrorKind::Missing`] without a
-/// similarity table, samples or expert 0 where they are needed, else those of the aligner, with the
-/// expert.
-#[allow(clippy::too_many_arguments)] // Each is a different thing that the caller holds already.
-pub fn align_group(
+/// [`ErrorKind::Shape`] when the grouping does not fit, [`ErrorKind::Missing`] without a similarity
+/// table, samples or experts where they are needed, else those of the aligner, with the expert.
+pub fn align_groups(
     aligner: &dyn Aligner,
     reference: Reference,
     layer: &LayerView<'_>,
-    indices: &[usize],
-    dominant: usize,
-    experts: &[ExpertView<'_>],
+    grouping: &Grouping,
     similarity: Option<&SimilarityMatrix>,
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
-    let n = indices.len();
-    if n == 0 || experts.len() != n || dominant >= n {
-        return Err(Error::shape("group to align", (n, n), (experts.len(), dominant)));
+    let experts: Vec<_> = layer.experts(aligner.name())?.iter().map(|e| e.view()).collect();
+    if grouping.experts() != experts.len() {
+        return Err(Error::shape("grouping to align", experts.len(), grouping.experts()));
     }
-    if n == 1 {
-        return Ok(vec![Permutation::identity(experts[0].d_ff())]);
+    let mut frames: Vec<Option<usize>> = vec![None; experts.len()];
+    for g in 0..grouping.groups() {
+        let members = grouping.members(g);
+        if members.len() == 1 {
+            continue;
+        }
+        let frame = match reference {
+            Reference::FirstExpert => 0,
+            Reference::LowestIndex => members[0],
+            Reference::Dominant => grouping.dominants()[g],
+            Reference::Medoid => members[medoid(similarity, &members)?],
+        };
+        members.into_iter().for_each(|i| frames[i] = Some(frame));
     }
-    let position = match reference {
-        Reference::FirstExpert => indices.iter().position(|&i| i == 0),
-        Reference::LowestIndex => (0..n).min_by_key(|&a| indices[a]),
-        Reference::Dominant => Some(dominant),
-        Reference::Medoid => Some(medoid(similarity, indices)?),
-    };
-    let frame = match position {
-        Some(a) => Frame { index: indices[a], expert: shorter(experts[a]) },
-        None => Frame { index: 0, expert: shorter(first_expert(layer, aligner.name())?) },
-    };
-    line_up(aligner, frame, layer, indices, experts, cx)
+    line_up(aligner, &frames, layer, &experts, cx)
 }
 
 /// Lines up all experts of a layer, before similarities are computed: a permutation per expert.
@@ -76,10 +74,10 @@ pub fn align_group(
 /// [`Reference::FirstExpert`] and [`Reference::LowestIndex`] are the same here. Since there is no
 /// similarity table yet, [`Reference::Medoid`] is the medoid by cosine of the router's response:
 /// of the logits over all tokens when the statistics hold their Gram matrix, else of the router's
-/// rows. Neither depends on the order of hidden units. Cost and memory as [`align_group`].
+/// rows. Neither depends on the order of hidden units. Cost and memory as [`align_groups`].
 ///
 /// # Errors
-/// As [`align_group`]; [`ErrorKind::Missing`] when the view holds no experts.
+/// As [`align_groups`]; [`ErrorKind::Missing`] when the view holds no experts.
 pub fn align_layer(
     aligner: &dyn Aligner,
     reference: Reference,
@@ -88,15 +86,16 @@ pub fn align_layer(
 ) -> Result<Vec<Permutation>> {
     let experts: Vec<_> = layer.experts(aligner.name())?.iter().map(|e| e.view()).collect();
     let indices: Vec<usize> = (0..experts.len()).collect();
-    let counts = layer.stats.counts.iter().take(experts.len()).enumerate();
-    let most_used = counts.min_by_key(|&(i, &count)| (std::cmp::Reverse(count), i));
-    let dominant = most_used.map_or(0, |(i, _)| i);
-    let response = match reference {
-        Reference::Medoid => Some(router_response(layer, cx)?),
-        _ => None,
+    let frame = match reference {
+        Reference::FirstExpert | Reference::LowestIndex => 0,
+        Reference::Dominant => {
+            let counts = layer.stats.counts.iter().take(experts.len()).enumerate();
+            let most_used = counts.min_by_key(|&(i, &count)| (std::cmp::Reverse(count), i));
+            most_used.map_or(0, |(i, _)| i)
+        }
+        Reference::Medoid => medoid(Some(&router_response(layer, cx)?), &indices)?,
     };
-    let table = response.as_ref();
-    align_group(aligner, reference, layer, &indices, dominant, &experts, table, cx)
+    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, cx)
 }
 
 /// Fails when the two experts are not of one kind.
@@ -108,18 +107,11 @@ pub(super) fn check_pair(pair: &AlignPair<'_>) -> Result<()> {
     Err(Error::shape("experts to align (of one kind)", shapes.0, shapes.1))
 }
 
-/// The expert to line up with.
-#[derive(Clone, Copy)]
-struct Frame<'a> {
-    index: usize,
-    expert: ExpertView<'a>,
-}
-
+/// `frames[i]` is the expert that expert `i` is lined up with, if any.
 fn line_up(
     aligner: &dyn Aligner,
-    frame: Frame<'_>,
+    frames: &[Option<usize>],
     layer: &LayerView<'_>,
-    indices: &[usize],
     experts: &[ExpertView<'_>],
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
@@ -127,21 +119,22 @@ fn line_up(
         true => Some(layer.stats.need_samples(aligner.name())?),
         false => None,
     };
-    let one = |a: usize, cx: &Context| {
-        let (index, target) = (indices[a], experts[a]);
-        if index == frame.index {
+    let one = |i: usize, cx: &Context| {
+        let target = experts[i];
+        let Some(frame) = frames[i].filter(|&frame| frame != i) else {
             return Ok(Permutation::identity(target.d_ff()));
-        }
-        let inputs = samples.map(|s| s.inputs_of(&[frame.index, index]));
+        };
+        let inputs = samples.map(|s| s.inputs_of(&[frame, i]));
         let inputs = inputs.as_ref().map(|x| x.view());
-        let pair = AlignPair { reference: shorter(frame.expert), target: shorter(target), inputs };
-        aligner.align(&pair, cx).in_expert(index)
+        let pair =
+            AlignPair { reference: shorter(experts[frame]), target: shorter(target), inputs };
+        aligner.align(&pair, cx).in_expert(i)
     };
-    if frame.expert.d_ff() > LARGE {
-        return (0..indices.len()).map(|a| one(a, cx)).collect();
+    if experts.first().is_some_and(|e| e.d_ff() > LARGE) {
+        return (0..experts.len()).map(|i| one(i, cx)).collect();
     }
     let task = cx.per_task();
-    par::map(indices.len(), |a| one(a, &task))
+    par::map(experts.len(), |i| one(i, &task))
 }
 
 /// The same expert under a shorter borrow: array views are invariant in their lifetime, and a pair
@@ -157,11 +150,6 @@ fn shorter<'b, 'a: 'b>(expert: ExpertView<'a>) -> ExpertView<'b> {
         down: linear(expert.down),
         activation: expert.activation,
     }
-}
-
-fn first_expert<'a>(layer: &LayerView<'a>, stage: &str) -> Result<ExpertView<'a>> {
-    let experts = layer.experts(stage)?;
-    experts.first().map(|e| e.view()).ok_or_else(|| Error::shape("layer", "an expert", 0))
 }
 
 /// Position of the member with the largest sum of similarities to the others.

@@ -227,7 +227,7 @@ fn bad_input_is_an_error() {
             for view in [gain.view(), column_major.t()] {
                 let error = assign(view).unwrap_err();
                 assert!(
-                    matches!(error.kind(), ErrorKind::NotFinite { index, .. } if *index == expected),
+                    matches!(error.kind(), ErrorKind::NotFinite { index: i, .. } if *i == expected),
                     "{error}"
                 );
             }
