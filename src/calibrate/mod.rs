@@ -1,1 +1,15 @@
 //! Routing statistics: import and export of the interchange format.
+//!
+//! The format is one safetensors file for a whole model, described in `docs/STATISTICS.md`. It can
+//! hold hundreds of megabytes of per-token observations per layer, so nothing but its header is
+//! read when it is opened: [`StatsFile::layer`] reads what one layer's stages asked for.
+
+mod file;
+mod header;
+mod layer;
+mod parts;
+mod tensor;
+mod writer;
+
+pub use file::StatsFile;
+pub use writer::write_stats;

@@ -1,0 +1,253 @@
+//! Writing the interchange format.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use ndarray::Array2;
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Locate, Result};
+use crate::model::{Expert, LayerId, LinearView, Role, RoutingStats, Samples};
+
+/// Writes statistics in the interchange format, so that [`StatsFile`](super::StatsFile) reads the
+/// same values back: counts, per-token tensors, `f64` sums and tensors shaped like the experts
+/// exactly, norms and saliencies rounded to `f32`.
+///
+/// `metadata` is free text, e.g. `model_type`; the keys `num_experts` and `layers` are written
+/// by this function. The file is written aside and renamed, so that a reader sees the old or the
+/// new file, never half of one. The same statistics give the same bytes.
+///
+/// # Errors
+/// [`ErrorKind::Statistics`](crate::ErrorKind::Statistics) when the parts of a layer contradict
+/// each other, [`ErrorKind::Io`](crate::ErrorKind::Io).
+pub fn write_stats(
+    path: impl AsRef<Path>,
+    layers: &BTreeMap<LayerId, RoutingStats>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let path = path.as_ref();
+    write(path, layers, metadata).in_file(path)
+}
+
+fn write(
+    path: &Path,
+    layers: &BTreeMap<LayerId, RoutingStats>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let mut parts = Vec::new();
+    for (&id, stats) in layers {
+        stats.validate(stats.experts(), width(stats)).in_layer(id)?;
+        parts.extend(parts_of(id, stats));
+    }
+    // Wide types first: every tensor stays aligned to its own width.
+    parts.sort_by_key(|part| std::cmp::Reverse(part.values.width()));
+    let header = header(layers, metadata, &parts);
+    let aside = aside(path);
+    let written = write_aside(&aside, &header, parts)
+        .and_then(|()| fs::rename(&aside, path).map_err(|e| Error::io("rename statistics", e)));
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&aside);
+    }
+    written
+}
+
+fn width(stats: &RoutingStats) -> usize {
+    let samples = stats.samples.as_ref().map(|s| s.inputs.ncols());
+    samples.or(stats.mean_output.as_ref().map(|m| m.ncols())).unwrap_or(0)
+}
+
+/// A tensor to be written; values are converted on the way out.
+struct Part<'a> {
+    name: String,
+    shape: Vec<usize>,
+    values: Values<'a>,
+}
+
+enum Values<'a> {
+    F64(Box<dyn Iterator<Item = f64> + 'a>),
+    I64(Box<dyn Iterator<Item = i64> + 'a>),
+    F32(Box<dyn Iterator<Item = f32> + 'a>),
+    I32(Box<dyn Iterator<Item = i32> + 'a>),
+}
+
+impl Values<'_> {
+    fn dtype(&self) -> &'static str {
+        match self {
+            Self::F64(_) => "F64",
+            Self::I64(_) => "I64",
+            Self::F32(_) => "F32",
+            Self::I32(_) => "I32",
+        }
+    }
+
+    fn width(&self) -> usize {
+        match self {
+            Self::F64(_) | Self::I64(_) => 8,
+            Self::F32(_) | Self::I32(_) => 4,
+        }
+    }
+
+    fn write(self, out: &mut impl Write) -> io::Result<()> {
+        match self {
+            Self::F64(mut values) => values.try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::I64(mut values) => values.try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::F32(mut values) => values.try_for_each(|x| out.write_all(&x.to_le_bytes())),
+            Self::I32(mut values) => values.try_for_each(|x| out.write_all(&x.to_le_bytes())),
+        }
+    }
+}
+
+impl<'a> Part<'a> {
+    fn new(id: LayerId, name: &str, shape: &[usize], values: Values<'a>) -> Self {
+        Self { name: format!("{id}.{name}"), shape: shape.to_vec(), values }
+    }
+
+    fn matrix(id: LayerId, name: &str, array: &'a Array2<f32>) -> Self {
+        Self::new(id, name, array.shape(), Values::F32(Box::new(array.iter().copied())))
+    }
+}
+
+fn parts_of(id: LayerId, stats: &RoutingStats) -> Vec<Part<'_>> {
+    let n = stats.experts();
+    let mut parts = vec![counts(id, stats)];
+    if let Some(gram) = &stats.logit_gram {
+        parts.push(Part::new(id, "logit_gram", &[n, n], wide(gram.iter())));
+    }
+    if let Some(mass) = &stats.router_mass {
+        parts.push(Part::new(id, "router_mass", &[n], wide(mass.iter())));
+    }
+    for (name, vector) in [("expert_out_norm", &stats.output_norm), ("reap_saliency", &stats.reap)]
+    {
+        let Some(vector) = vector else { continue };
+        let rounded = Box::new(vector.iter().map(|&x| x as f32));
+        parts.push(Part::new(id, name, &[n], Values::F32(rounded)));
+    }
+    if let Some(mean) = &stats.mean_output {
+        parts.push(Part::matrix(id, "expert_mean_output", mean));
+    }
+    if let Some(samples) = &stats.samples {
+        parts.extend(sample_parts(id, samples));
+    }
+    for (kind, tensors) in [("grad", &stats.gradients), ("fisher", &stats.fisher)] {
+        let Some(tensors) = tensors else { continue };
+        parts.extend(expert_parts(id, kind, tensors));
+    }
+    parts
+}
+
+fn wide<'a>(values: impl Iterator<Item = &'a f64> + 'a) -> Values<'a> {
+    Values::F64(Box::new(values.copied()))
+}
+
+/// Counts beyond `i32` are rare but legal: the format allows both widths.
+fn counts(id: LayerId, stats: &RoutingStats) -> Part<'_> {
+    let counts = stats.counts.iter();
+    let values = match stats.counts.iter().all(|&c| i32::try_from(c).is_ok()) {
+        true => Values::I32(Box::new(counts.map(|&c| c as i32))),
+        false => Values::I64(Box::new(counts.map(|&c| c as i64))),
+    };
+    Part::new(id, "counts", &[stats.experts()], values)
+}
+
+fn sample_parts(id: LayerId, samples: &Samples) -> impl Iterator<Item = Part<'_>> {
+    let chosen = &samples.routing.experts;
+    let indices = Values::I32(Box::new(chosen.iter().map(|&e| e as i32)));
+    let matrices = [
+        ("topk_weights", Some(&samples.routing.weights)),
+        ("router_logits", Some(&samples.logits)),
+        ("moe_input", Some(&samples.inputs)),
+        ("routed_output", samples.routed_output.as_ref()),
+    ];
+    let matrices =
+        matrices.into_iter().filter_map(move |(name, array)| Some(Part::matrix(id, name, array?)));
+    std::iter::once(Part::new(id, "topk_indices", chosen.shape(), indices)).chain(matrices)
+}
+
+fn expert_parts<'a>(id: LayerId, kind: &str, tensors: &'a [Expert]) -> Vec<Part<'a>> {
+    let Some(first) = tensors.first() else { return Vec::new() };
+    let part = |(role, linear): (Role, LinearView<'a>)| {
+        let (rows, cols) = linear.weight.dim();
+        let of_role = move |e: &'a Expert| e.view().linear(role).map(|l| l.weight);
+        let values = tensors.iter().filter_map(of_role).flat_map(|w| w.into_iter().copied());
+        let name = format!("{kind}.{role}");
+        Part::new(id, &name, &[tensors.len(), rows, cols], Values::F32(Box::new(values)))
+    };
+    first.view().linears().map(part).collect()
+}
+
+/// The length and the JSON of the header, padded so that the data begins aligned.
+fn header(
+    layers: &BTreeMap<LayerId, RoutingStats>,
+    metadata: &BTreeMap<String, String>,
+    parts: &[Part<'_>],
+) -> Vec<u8> {
+    let mut entries = Map::new();
+    entries.insert("__metadata__".into(), json!(notes(layers, metadata)));
+    let mut start = 0;
+    for part in parts {
+        let end = start + part.shape.iter().product::<usize>() * part.values.width();
+        let entry = json!({
+            "dtype": part.values.dtype(), "shape": part.shape, "data_offsets": [start, end],
+        });
+        entries.insert(part.name.clone(), entry);
+        start = end;
+    }
+    let mut json = Value::Object(entries).to_string().into_bytes();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.extend(json);
+    header
+}
+
+/// The caller's metadata and what a reader cannot see in the tensors.
+fn notes(
+    layers: &BTreeMap<LayerId, RoutingStats>,
+    metadata: &BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    let note = |(id, stats): (&LayerId, &RoutingStats)| {
+        let mut note = json!({ "name": id.to_string(), "tokens": stats.tokens });
+        if let Some(samples) = &stats.samples {
+            note["top_k"] = json!(samples.routing.experts.ncols());
+            if samples.tokens() as u64 != stats.tokens {
+                note["samples"] = json!(samples.tokens());
+            }
+        }
+        note
+    };
+    let list: Vec<Value> = layers.iter().map(note).collect();
+    let mut notes = metadata.clone();
+    notes.insert("layers".into(), Value::Array(list).to_string());
+    let mut sizes = layers.values().map(RoutingStats::experts);
+    match sizes.next() {
+        Some(n) if sizes.all(|other| other == n) => {
+            notes.insert("num_experts".into(), n.to_string());
+        }
+        // Layers of different sizes have no common number.
+        _ => {
+            notes.remove("num_experts");
+        }
+    }
+    notes
+}
+
+/// A hidden name in the same folder, so that the rename stays within one file system.
+fn aside(path: &Path) -> std::path::PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}.partial", std::process::id()));
+    path.with_file_name(name)
+}
+
+fn write_aside(path: &Path, header: &[u8], parts: Vec<Part<'_>>) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        out.write_all(header)?;
+        parts.into_iter().try_for_each(|part| part.values.write(&mut out))?;
+        out.into_inner()?.sync_all()
+    };
+    write().map_err(|e| Error::io("write statistics", e))
+}
