@@ -121,7 +121,9 @@ fn lines_stay_within_100_columns() {
     }
     for file in files {
         for (n, line) in fs::read_to_string(&file).unwrap().lines().enumerate() {
-            assert!(line.chars().count() <= 100, "{}:{}", file.display(), n + 1);
+            // A row of a Markdown table cannot be wrapped.
+            let table = line.starts_with('|') && file.extension().is_some_and(|e| e == "md");
+            assert!(table || line.chars().count() <= 100, "{}:{}", file.display(), n + 1);
         }
     }
 }
