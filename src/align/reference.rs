@@ -23,9 +23,10 @@ pub enum Reference {
     Medoid,
 }
 
-/// Above this many hidden units one pair is aligned at a time, by all threads; up to it, as many
-/// pairs as there are threads. A pair holds a gain matrix of `d_ff²` `f32` (64 MiB here), so the
-/// memory is the larger of `threads × 64 MiB` and one large gain.
+/// Up to this many hidden units as many pairs are aligned at a time as there are threads, each on
+/// one thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
+/// `d_ff²` `f32`, 64 MiB here: the memory is `threads × 64 MiB` or two large gains. Two and not
+/// one, because the assignment runs on one thread and would leave the others idle.
 const LARGE: usize = 4096;
 
 /// Lines up the members of one group: for each of `indices`, in order, the permutation to apply.
@@ -34,7 +35,8 @@ const LARGE: usize = 4096;
 /// `similarity` the table of the whole layer, which only [`Reference::Medoid`] reads. The reference
 /// gets the identity; with [`Reference::FirstExpert`] it need not be a member. A group of one is
 /// left alone. Cost: one alignment per other member; memory: up to `d_ff` = 4096 a gain matrix per
-/// thread, above it a single one, with the inputs of each pair when the aligner reads samples.
+/// thread, above it two (1.6 GB at `d_ff` = 14336), with the inputs of each pair when the aligner
+/// reads samples.
 ///
 /// # Errors
 /// [`ErrorKind::Shape`] when the lists do not fit each other, [`ErrorKind::Missing`] without a
@@ -68,7 +70,7 @@ pub fn align_group(
         Some(a) => Frame { index: indices[a], expert: shorter(experts[a]) },
         None => Frame { index: 0, expert: shorter(first_expert(layer, aligner.name())?) },
     };
-    line_up(aligner, frame, layer, indices, experts, cx)
+    line_up(aligner, frame, layer, indices, experts, LARGE, cx)
 }
 
 /// Lines up all experts of a layer, before similarities are computed: a permutation per expert.
@@ -121,6 +123,7 @@ fn line_up(
     layer: &LayerView<'_>,
     indices: &[usize],
     experts: &[ExpertView<'_>],
+    large: usize,
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
     let samples = match aligner.needs().contains(Needs::SAMPLES) {
@@ -137,11 +140,18 @@ fn line_up(
         let pair = AlignPair { reference: shorter(frame.expert), target: shorter(target), inputs };
         aligner.align(&pair, cx).in_expert(index)
     };
-    if frame.expert.d_ff() > LARGE {
-        return (0..indices.len()).map(|a| one(a, cx)).collect();
+    if frame.expert.d_ff() <= large {
+        let task = cx.per_task();
+        return par::map(indices.len(), |a| one(a, &task));
     }
-    let task = cx.per_task();
-    par::map(indices.len(), |a| one(a, &task))
+    // The reference itself costs nothing, so it takes no place beside another pair.
+    let mut found = vec![Permutation::identity(frame.expert.d_ff()); indices.len()];
+    let others: Vec<usize> = (0..indices.len()).filter(|&a| indices[a] != frame.index).collect();
+    for two in others.chunks(2) {
+        let aligned = par::map(two.len(), |i| one(two[i], cx))?;
+        two.iter().zip(aligned).for_each(|(&a, p)| found[a] = p);
+    }
+    Ok(found)
 }
 
 /// The same expert under a shorter borrow: array views are invariant in their lifetime, and a pair
@@ -197,5 +207,36 @@ fn router_response(layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatr
             cx.compute().add_gram(layer.router.weight().t(), &mut gram)?;
             SimilarityMatrix::from_gram(gram.view(), Measure::Cosine)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::align::WeightMatching;
+    use crate::model::{Expert, LayerId, MoeLayer, Router, RoutingRule, RoutingStats};
+    use ndarray::Array2;
+
+    #[test]
+    fn large_experts_line_up_like_small_ones() {
+        let matrix = |rows, cols, seed: usize| {
+            let value = |(i, j)| ((i * 7919 + j * 104_729 + seed * 31) % 1013) as f32 / 506.5 - 1.0;
+            Array2::from_shape_fn((rows, cols), value)
+        };
+        let expert = |i| Expert::relu(matrix(30, 6, i), matrix(6, 30, i + 9)).unwrap();
+        let router = Router::new(matrix(6, 6, 1), None, None, RoutingRule::softmax(1, false));
+        let layer =
+            MoeLayer::new(LayerId::causal(0), (0..6).map(expert).collect(), router.unwrap());
+        let (layer, stats) = (layer.unwrap(), RoutingStats::from_counts(vec![1; 6], 6));
+        let view = LayerView::of(&layer, &stats);
+        let experts: Vec<_> = layer.experts().iter().map(Expert::view).collect();
+        let run = |large| {
+            let frame = Frame { index: 2, expert: experts[2] };
+            let (aligner, cx) = (WeightMatching::default(), Context::cpu(0));
+            let all = [0, 1, 2, 3, 4, 5];
+            line_up(&aligner, frame, &view, &all, &experts, large, &cx).unwrap()
+        };
+        assert_eq!(run(0), run(LARGE));
+        assert_eq!(run(0).iter().filter(|p| p.is_identity()).count(), 1);
     }
 }
