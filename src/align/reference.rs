@@ -23,9 +23,10 @@ pub enum Reference {
     Medoid,
 }
 
-/// Above this many hidden units one pair is aligned at a time, by all threads; up to it, as many
-/// pairs as there are threads. A pair holds a gain matrix of `d_ff²` `f32` (64 MiB here), so the
-/// memory is the larger of `threads × 64 MiB` and one large gain.
+/// Up to this many hidden units as many pairs are aligned at a time as there are threads, each on
+/// one thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
+/// `d_ff²` `f32`, 64 MiB here: the memory is `threads × 64 MiB` or two large gains. Two and not
+/// one, because the assignment runs on one thread and would leave the others idle.
 const LARGE: usize = 4096;
 
 /// Lines up every group of a layer: a permutation per expert of the layer, in order.
@@ -34,8 +35,8 @@ const LARGE: usize = 4096;
 /// [`Reference::FirstExpert`] the reference need not be a member. `similarity` is the table of the
 /// layer, which only [`Reference::Medoid`] reads. Cost: one alignment per other member, over all
 /// groups at once, so that many small groups keep every thread busy. Memory: up to `d_ff` = 4096 a
-/// gain matrix per thread, above it a single one, with the inputs of each pair when the aligner
-/// reads samples.
+/// gain matrix per thread, above it two (1.6 GB at `d_ff` = 14336), with the inputs of each pair
+/// when the aligner reads samples.
 ///
 /// # Errors
 /// [`ErrorKind::Shape`] when the grouping does not fit, [`ErrorKind::Missing`] without a similarity
@@ -66,7 +67,7 @@ pub fn align_groups(
         };
         members.into_iter().for_each(|i| frames[i] = Some(frame));
     }
-    line_up(aligner, &frames, layer, &experts, cx)
+    line_up(aligner, &frames, layer, &experts, LARGE, cx)
 }
 
 /// Lines up all experts of a layer, before similarities are computed: a permutation per expert.
@@ -95,7 +96,7 @@ pub fn align_layer(
         }
         Reference::Medoid => medoid(Some(&router_response(layer, cx)?), &indices)?,
     };
-    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, cx)
+    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, LARGE, cx)
 }
 
 /// Fails when the two experts are not of one kind.
@@ -113,6 +114,7 @@ fn line_up(
     frames: &[Option<usize>],
     layer: &LayerView<'_>,
     experts: &[ExpertView<'_>],
+    large: usize,
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
     let samples = match aligner.needs().contains(Needs::SAMPLES) {
@@ -130,11 +132,19 @@ fn line_up(
             AlignPair { reference: shorter(experts[frame]), target: shorter(target), inputs };
         aligner.align(&pair, cx).in_expert(i)
     };
-    if experts.first().is_some_and(|e| e.d_ff() > LARGE) {
-        return (0..experts.len()).map(|i| one(i, cx)).collect();
+    if experts.first().is_none_or(|e| e.d_ff() <= large) {
+        let task = cx.per_task();
+        return par::map(experts.len(), |i| one(i, &task));
     }
-    let task = cx.per_task();
-    par::map(experts.len(), |i| one(i, &task))
+    let mut found: Vec<_> = experts.iter().map(|e| Permutation::identity(e.d_ff())).collect();
+    // A reference itself costs nothing, so it takes no place beside another pair.
+    let moved: Vec<usize> =
+        (0..experts.len()).filter(|&i| frames[i].is_some_and(|frame| frame != i)).collect();
+    for two in moved.chunks(2) {
+        let aligned = par::map(two.len(), |i| one(two[i], cx))?;
+        two.iter().zip(aligned).for_each(|(&i, p)| found[i] = p);
+    }
+    Ok(found)
 }
 
 /// The same expert under a shorter borrow: array views are invariant in their lifetime, and a pair
@@ -185,5 +195,35 @@ fn router_response(layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatr
             cx.compute().add_gram(layer.router.weight().t(), &mut gram)?;
             SimilarityMatrix::from_gram(gram.view(), Measure::Cosine)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::align::WeightMatching;
+    use crate::model::{Expert, LayerId, MoeLayer, Router, RoutingRule, RoutingStats};
+    use ndarray::Array2;
+
+    #[test]
+    fn large_experts_line_up_like_small_ones() {
+        let matrix = |rows, cols, seed: usize| {
+            let value = |(i, j)| ((i * 7919 + j * 104_729 + seed * 31) % 1013) as f32 / 506.5 - 1.0;
+            Array2::from_shape_fn((rows, cols), value)
+        };
+        let expert = |i| Expert::relu(matrix(30, 6, i), matrix(6, 30, i + 9)).unwrap();
+        let router = Router::new(matrix(6, 6, 1), None, None, RoutingRule::softmax(1, false));
+        let layer =
+            MoeLayer::new(LayerId::causal(0), (0..6).map(expert).collect(), router.unwrap());
+        let (layer, stats) = (layer.unwrap(), RoutingStats::from_counts(vec![1; 6], 6));
+        let view = LayerView::of(&layer, &stats);
+        let experts: Vec<_> = layer.experts().iter().map(Expert::view).collect();
+        let frames = [Some(2), Some(2), Some(2), None, Some(5), Some(5)];
+        let run = |large| {
+            let (aligner, cx) = (WeightMatching::default(), Context::cpu(0));
+            line_up(&aligner, &frames, &view, &experts, large, &cx).unwrap()
+        };
+        assert_eq!(run(0), run(LARGE));
+        assert_eq!(run(0).iter().filter(|p| p.is_identity()).count(), 3);
     }
 }

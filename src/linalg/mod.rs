@@ -1,5 +1,5 @@
 //! Dense linear algebra on `f32` matrices: what the rooms may ask of a device ([`Compute`]), the
-//! CPU that answers ([`Cpu`]), the linear assignment ([`assign`]) and correlation.
+//! CPU that answers ([`Cpu`]), the linear assignment ([`assign`]) and [`correlation`].
 
 mod assign;
 mod compute;
