@@ -3,6 +3,7 @@
 //! | method | idea | source |
 //! |---|---|---|
 //! | [`Dominant`] | the most used experts stay, the others join the most similar | M-SMoE |
+//! | [`Agglomerative`] | merge the closest groups until few enough remain | HC-SMoE |
 //! | [`Prune`] | the best experts stay, the others are dropped or redirected | REAP, EAN |
 //!
 //! All meet the budget exactly, keep protected experts alone, respect the capacity of groups and
@@ -13,11 +14,17 @@
 //! Each answers two questions in turn: how many groups does a layer get (`Quota`), and which
 //! experts share one.
 
+mod agglomerative;
+mod clusters;
+mod dendrogram;
 mod dominant;
 mod prune;
 mod quota;
 mod ranking;
 
+pub use agglomerative::Agglomerative;
+pub use clusters::Representative;
+pub use dendrogram::Linkage;
 pub use dominant::Dominant;
 pub use prune::{Absorb, Prune};
 pub use quota::Spread;
