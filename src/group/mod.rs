@@ -6,6 +6,7 @@
 //! | [`Agglomerative`] | merge the closest groups until few enough remain | HC-SMoE |
 //! | [`KMeans`] | the partition with the least spread inside its groups | HC-SMoE |
 //! | [`Prune`] | the best experts stay, the others are dropped or redirected | REAP, EAN |
+//! | [`TaskSpecific`] | experts that a task does not use are dropped | M-SMoE, baseline |
 //! | [`RandomGroups`] | chance | M-SMoE, baseline |
 //!
 //! All meet the budget exactly, keep protected experts alone, respect the capacity of groups and
@@ -25,6 +26,7 @@ mod prune;
 mod quota;
 mod random;
 mod ranking;
+mod task_specific;
 
 pub use agglomerative::Agglomerative;
 pub use clusters::Representative;
@@ -35,6 +37,7 @@ pub use prune::{Absorb, Prune};
 pub use quota::Spread;
 pub use random::RandomGroups;
 pub use ranking::{LayerScale, needs_of};
+pub use task_specific::{TaskSpecific, UsageTracker};
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
