@@ -33,6 +33,10 @@ impl Golden {
         Array2::from_shape_vec((shape[0], shape[1]), values).unwrap()
     }
 
+    pub(crate) fn vector(&self, name: &str) -> Vec<f32> {
+        self.floats(name).1
+    }
+
     pub(crate) fn cube(&self, name: &str) -> Array3<f32> {
         let (shape, values) = self.floats(name);
         Array3::from_shape_vec((shape[0], shape[1], shape[2]), values).unwrap()
