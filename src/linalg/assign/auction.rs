@@ -43,8 +43,10 @@ impl State {
         loser
     }
 
-    /// Frees every row whose column is worse than its best by more than `epsilon`.
-    fn release(&mut self, rows: &mut Candidates<'_>, epsilon: f64) {
+    /// Frees every row whose column is worse than its best by more than `epsilon`; returns how
+    /// many rows are free.
+    pub(super) fn release(&mut self, rows: &mut Candidates<'_>, epsilon: f64) -> usize {
+        let mut free = 0;
         for i in 0..self.column_of.len() {
             let kept = self.is_free(i)
                 || self.value(i) >= rows.at_most(i, &self.price) - epsilon
@@ -53,11 +55,13 @@ impl State {
                 self.row_of[self.column_of[i] as usize] = NONE;
                 self.column_of[i] = NONE;
             }
+            free += usize::from(self.is_free(i));
         }
+        free
     }
 }
 
-/// Rows not within `epsilon` of their best bid until all are, or `limit` bids are made.
+/// Free rows bid until all have a column within `epsilon` of their best, or `limit` bids are made.
 ///
 /// A bid raises the price of the best column until it is worth `epsilon` less than the second
 /// best. With `epsilon = 0` a row that cannot raise the price of a taken column stays free.
@@ -68,7 +72,6 @@ pub(super) fn phase(
     epsilon: f64,
     limit: usize,
 ) -> bool {
-    state.release(rows, epsilon);
     let mut queue: VecDeque<u32> =
         (0..rows.n).filter(|&i| state.is_free(i)).map(|i| i as u32).collect();
     for _ in 0..limit {

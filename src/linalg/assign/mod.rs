@@ -70,7 +70,7 @@ pub struct Assignment {
 /// let best = mcsmoe::linalg::assign(gain.view())?;
 /// assert_eq!(best.columns, [1, 0, 2]);
 /// assert_eq!(best.objective, 18.0);
-/// # mcsmoe::Result::Ok(())
+/// # Ok::<(), mcsmoe::Error>(())
 /// ```
 pub fn assign(gain: ArrayView2<'_, f32>) -> Result<Assignment> {
     assign_within(gain, 0.0)
@@ -141,6 +141,9 @@ const SHRINK: f64 = 5.0;
 /// Phases before the exact finish. More leave it fewer rows, but cost as much as they save.
 const PHASES: usize = 3;
 
+/// One row in so many may be free when the exact finish takes over.
+const SETTLED: usize = 8;
+
 /// Bids a row may make in a phase, on average, before the exact finish takes over.
 const BIDS: usize = 64;
 
@@ -153,6 +156,10 @@ fn solve(gain: &[f32], n: usize, relative_gap: f64) -> Result<Assignment> {
     let enough = relative_gap * rows.upper_bound(&state.price).abs() / n.max(1) as f64;
     let mut epsilon = enough.max(FIRST_EPSILON * warm.noise);
     for _ in 0..PHASES {
+        // With most rows settled, another phase costs more than the paths it would save.
+        if state.release(&mut rows, epsilon) < n / SETTLED {
+            break;
+        }
         // A tolerance lost in the rounding of the prices would never end the phase.
         if epsilon <= rows.largest * 1e-12
             || !auction::phase(&mut rows, &mut state, epsilon, BIDS * n)
@@ -174,6 +181,7 @@ fn solve(gain: &[f32], n: usize, relative_gap: f64) -> Result<Assignment> {
 /// From approximate to exact: rows that are not at their best bid without tolerance, twice each
 /// on average; those still free are matched one by one.
 fn finish(rows: &mut Candidates<'_>, state: &mut State) {
+    state.release(rows, 0.0);
     auction::phase(rows, state, 0.0, 2 * rows.n);
     let mut search = Search::new(rows.n);
     for i in 0..rows.n {

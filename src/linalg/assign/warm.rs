@@ -23,10 +23,12 @@ pub(super) struct Warm {
 
 /// Looks for a strong component; cost O(n), and one product with the matrix if there is one.
 pub(super) fn prices(arch: Arch, gain: &[f32], n: usize) -> Warm {
-    let sample: Vec<Vec<f64>> =
-        (0..SAMPLE.min(n)).map(|s| centred(&gain[s * n / SAMPLE.min(n) * n..][..n])).collect();
+    let rows: Vec<&[f32]> =
+        (0..SAMPLE.min(n)).map(|s| &gain[s * n / SAMPLE.min(n) * n..][..n]).collect();
+    let sample: Vec<Vec<f64>> = rows.iter().map(|row| centred(row)).collect();
+    // Centring one side of the products is enough.
     let gram: Vec<Vec<f64>> =
-        sample.iter().map(|a| sample.iter().map(|b| scan::dot(arch, a, b)).collect()).collect();
+        rows.iter().map(|a| sample.iter().map(|b| scan::dot(arch, a, b)).collect()).collect();
     let energy: f64 = gram.iter().enumerate().map(|(i, row)| row[i]).sum();
     let (strength, mix) = leading(&gram);
     let variance = |energy: f64| (energy.max(0.0) / (sample.len() * n) as f64).sqrt();
@@ -38,7 +40,7 @@ pub(super) fn prices(arch: Arch, gain: &[f32], n: usize) -> Warm {
     for (row, c) in sample.iter().zip(mix) {
         w.iter_mut().zip(row).for_each(|(w, r)| *w += c * r);
     }
-    let square = scan::dot(arch, &w, &w);
+    let square: f64 = w.iter().map(|w| w * w).sum();
     let u = gain.chunks_exact(n).map(|row| scan::dot(arch, row, &w) / square).collect();
     Warm { price: sorted_prices(u, &w), noise: variance(energy - strength) }
 }
