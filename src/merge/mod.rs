@@ -8,11 +8,13 @@
 //! | [`ZipIt`] | hidden units zipped within and across members, most alike first | samples |
 //! | [`FixDominant`] | members' hidden units folded into the dominant's (HC-SMoE) | samples |
 //!
-//! Members arrive with the permutations that line them up; no merger looks for its own.
+//! Members arrive with the permutations that line them up; no merger looks for its own. [`router`]
+//! holds what becomes of the router when its rows are narrowed to the groups.
 
 mod dominant;
 mod fisher;
 mod fix_dominant;
+pub mod router;
 mod units;
 mod weighted;
 mod zip;
