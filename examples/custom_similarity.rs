@@ -46,8 +46,8 @@ impl Similarity for DownNorm {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    let checkpoint = Checkpoint::open(&fixtures.join("mixtral-8e"))?;
-    let stats = StatsFile::open(&fixtures.join("mixtral-8e.stats.safetensors"))?;
+    let checkpoint = Checkpoint::open(fixtures.join("mixtral-8e"))?;
+    let stats = StatsFile::open(fixtures.join("mixtral-8e.stats.safetensors"))?;
 
     let pipeline = Pipeline::builder()
         .similarity(DownNorm)

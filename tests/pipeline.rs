@@ -97,7 +97,7 @@ fn expanded_and_native_compute_the_same_function() {
     merge("m-smoe", Keep::Experts(3), ExportChoice::Expanded, &expanded).unwrap();
     let native = Checkpoint::open(&native).unwrap();
     let expanded = Checkpoint::open(&expanded).unwrap();
-    let stats = StatsFile::open(&fixture("mixtral-8e.stats.safetensors")).unwrap();
+    let stats = StatsFile::open(fixture("mixtral-8e.stats.safetensors")).unwrap();
     for index in 0..4 {
         let id = LayerId::causal(index);
         let inputs = stats.layer(&id, Needs::SAMPLES).unwrap().samples.unwrap().inputs;
