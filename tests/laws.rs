@@ -3,17 +3,19 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
 use mcsmoe::align::{ActivationMatching, Identity, Reference, WeightMatching, align_groups};
+use mcsmoe::group::{Agglomerative, KMeans, Linkage};
 use mcsmoe::linalg::Cpu;
 use mcsmoe::model::{
-    Activation, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, MoeLayer, Permutation,
-    Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
+    Activation, Budget, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, MoeLayer,
+    Numbering, Permutation, Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
+    Target,
 };
 use mcsmoe::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients, Matching,
     MergedOutputError, OutputSource, Random, RouterLogits, RouterWeightFeature, RouterWeights,
     TokenOutputs, WeightFeature, WeightGradients,
 };
-use mcsmoe::stage::{Aligner, Context, LayerView, Members, Similarity};
+use mcsmoe::stage::{Aligner, Context, Grouper, LayerSummary, LayerView, Members, Similarity};
 use ndarray::{Array1, Array2, ArrayView2};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed};
@@ -195,6 +197,34 @@ proptest! {
         close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
     }
 
+    /// Experts that differ only in the order of their hidden units say the same, whatever the
+    /// weights look like: clusters by outputs are the copies, and merging them changes nothing.
+    #[test]
+    fn clusters_by_outputs_find_shuffled_copies(
+        n in 2..9usize, m in 1..4usize, gated: bool, biased: bool, seed: u64,
+    ) {
+        let shape = Shape { n, d: 7, f: 12, gated, biased };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let (experts, copies) = shuffled_copies(shape, m.min(n), &mut rng);
+        let layer = layer(experts, RoutingRule::softmax(1, true), &mut rng);
+        let stats = observe(&layer, 64, &mut rng);
+        let (cx, view) = (Context::cpu(1), LayerView::of(&layer, &stats));
+        let outputs = ExpertOutputs { source: OutputSource::All, ..ExpertOutputs::default() };
+        let x = matrix(32, shape.d, &mut rng);
+        let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
+        for grouper in clusterings() {
+            let similarity = outputs.similarity(&view, &cx).unwrap();
+            let summary = LayerSummary { id: layer.id(), similarity, stats: stats.clone() };
+            let budget = Budget::new(Target::PerLayer(copies.groups()));
+            let found = grouper.group(&[summary], &budget, &cx).unwrap().remove(0);
+            let partition = |g: &Grouping| g.renumbered(Numbering::ByFirstMember).labels().to_vec();
+            prop_assert_eq!(partition(&found), partition(&copies), "{:?}", grouper);
+            let aligner = WeightMatching::default();
+            let merged = merge(&layer, &stats, &found, &aligner, Reference::Dominant, &by_usage);
+            close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
+        }
+    }
+
     /// As many groups as experts: not a bit changes.
     #[test]
     fn merging_nothing_changes_nothing(shape in shapes(1..7usize), seed: u64) {
@@ -252,6 +282,13 @@ proptest! {
             close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
         }
     }
+}
+
+fn clusterings() -> Vec<Box<dyn Grouper>> {
+    let linkages = [Linkage::Average, Linkage::Single, Linkage::Complete, Linkage::Ward];
+    let linked = |linkage| Agglomerative { linkage, ..Agglomerative::default() };
+    let boxed = linkages.map(|l| Box::new(linked(l)) as Box<dyn Grouper>);
+    boxed.into_iter().chain([Box::new(KMeans::default()) as Box<dyn Grouper>]).collect()
 }
 
 /// Activation matching finds shuffled copies too, where every unit fires on the samples.
