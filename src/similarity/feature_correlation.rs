@@ -1,6 +1,6 @@
 //! Experts whose hidden units fire together.
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::support::{Visits, over_pairs};
@@ -63,7 +63,7 @@ impl Similarity for FeatureCorrelation {
             c.check_finite("correlation of hidden activations")?;
             let mean = match self.matching {
                 Matching::Assignment => assigned(&c)?,
-                Matching::Maximum => (largest(c.view()) + largest(c.t())) / 2.0,
+                Matching::Maximum => largest(&c),
             };
             let s = (mean + 1.0) / 2.0;
             Ok((s, 1.0 - s))
@@ -78,10 +78,15 @@ fn assigned(c: &Array2<f32>) -> Result<f64> {
     Ok(sum / columns.len().max(1) as f64)
 }
 
-/// Mean over rows of the largest entry.
-fn largest(c: ArrayView2<'_, f32>) -> f64 {
-    let best = |row: ndarray::ArrayView1<'_, f32>| f64::from(row.fold(-1.0f32, |m, &x| m.max(x)));
-    c.rows().into_iter().map(best).sum::<f64>() / c.nrows().max(1) as f64
+/// Mean over rows of the largest entry, and the same over columns, averaged; one pass in row order.
+fn largest(c: &Array2<f32>) -> f64 {
+    let (mut rows, mut columns) = (0.0, vec![-1.0f32; c.ncols()]);
+    for row in c.rows() {
+        columns.iter_mut().zip(row).for_each(|(m, &x)| *m = m.max(x));
+        rows += f64::from(row.fold(-1.0f32, |m, &x| m.max(x)));
+    }
+    let columns: f64 = columns.into_iter().map(f64::from).sum();
+    (rows + columns) / (2 * c.nrows().max(1)) as f64
 }
 
 /// The union of two ascending lists, ascending.

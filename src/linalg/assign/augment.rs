@@ -9,6 +9,7 @@ use std::collections::BinaryHeap;
 
 use super::auction::{NONE, State};
 use super::candidates::Candidates;
+use super::scan::Scored;
 
 /// A search tree over columns, reused from one search to the next.
 pub(super) struct Search {
@@ -18,8 +19,9 @@ pub(super) struct Search {
     settled: Vec<bool>,
     touched: Vec<u32>,
     scanned: Vec<u32>,
-    /// For the rows in the tree: how often they were expanded.
-    expanded: Vec<u8>,
+    /// Rows in the tree whose list was made anew.
+    renewed: Vec<bool>,
+    nearer: Vec<Scored>,
     rows: Vec<u32>,
     /// What the reduced gain of a row must be subtracted from to give a distance.
     base: Vec<f64>,
@@ -38,7 +40,8 @@ impl Search {
             settled: vec![false; n],
             touched: Vec::new(),
             scanned: Vec::new(),
-            expanded: vec![0; n],
+            renewed: vec![false; n],
+            nearer: Vec::new(),
             rows: Vec::new(),
             base: vec![0.0; n],
             queue: BinaryHeap::new(),
@@ -107,24 +110,25 @@ impl Search {
         }
     }
 
-    /// The unlisted columns of row `i` are next: lists more of them, ever more of them.
+    /// The unlisted columns of row `i` are next: first a new list, then the whole row.
+    ///
+    /// The new list is for the searches to come as well. Where it is no help, many columns are
+    /// about as good as each other, and a longer list would only be read twice.
     fn expand(&mut self, rows: &mut Candidates<'_>, state: &State, i: usize, at: f64) {
-        let level = self.expanded[i];
-        self.expanded[i] = level + 1;
-        if level == 0 {
+        if !std::mem::replace(&mut self.renewed[i], true) {
             rows.rebuild(i, &state.price);
             for (j, g) in rows.list(i) {
                 self.relax(state, i, j, g - state.price[j], at);
             }
-            self.defer(rows.n, i, rows.bound(i), at);
-        } else {
-            let n = rows.n;
-            let (more, bound) = rows.wide(i, &state.price, 64 << (3 * level.min(8)));
-            for &(value, j) in more {
-                self.relax(state, i, j as usize, value, at);
-            }
-            self.defer(n, i, bound, at);
+            return self.defer(rows.n, i, rows.bound(i), at);
         }
+        let mut nearer = std::mem::take(&mut self.nearer);
+        let (base, nearest) = (self.base[i], self.nearest);
+        rows.nearer(i, &state.price, base, nearest, &self.distance, &mut nearer);
+        for &(value, j) in &nearer {
+            self.relax(state, i, j as usize, value, at);
+        }
+        self.nearer = nearer;
     }
 
     fn raise(&mut self, state: &mut State) {
@@ -153,7 +157,7 @@ impl Search {
             self.settled[j as usize] = false;
         }
         for i in self.rows.drain(..) {
-            self.expanded[i as usize] = 0;
+            self.renewed[i as usize] = false;
         }
         self.scanned.clear();
         self.queue.clear();

@@ -13,6 +13,7 @@ const LISTED: usize = 16;
 
 /// The gains and, for each row, its candidates.
 pub(super) struct Candidates<'a> {
+    arch: Arch,
     gain: &'a [f32],
     pub(super) n: usize,
     /// The largest magnitude of a gain.
@@ -42,7 +43,7 @@ impl<'a> Candidates<'a> {
         let width = LISTED.min(n);
         let (columns, gains) = (vec![0; n * width], vec![0.0; n * width]);
         let (bound, sieve) = (vec![0.0; n], Sieve::new(arch, n));
-        let mut new = Self { gain, n, largest: 0.0, width, columns, gains, bound, sieve };
+        let mut new = Self { arch, gain, n, largest: 0.0, width, columns, gains, bound, sieve };
         for i in 0..n {
             // Row by row, so that the row is still in the cache when it is sifted.
             let row = new.row(i);
@@ -89,11 +90,17 @@ impl<'a> Candidates<'a> {
         }
     }
 
-    /// The best `k` columns of row `i` at the current prices, not kept, and their bound.
-    pub(super) fn wide(&mut self, i: usize, price: &[f64], k: usize) -> (&[Scored], f64) {
-        let row = self.row(i);
-        let bound = self.sieve.top(row, price, k.min(self.n), f64::NEG_INFINITY, i);
-        (&self.sieve.top, bound)
+    /// Collects the columns `j` with `base − value < min(nearest, distance[j])` and their values.
+    pub(super) fn nearer(
+        &self,
+        i: usize,
+        price: &[f64],
+        base: f64,
+        nearest: f64,
+        distance: &[f64],
+        found: &mut Vec<Scored>,
+    ) {
+        scan::nearer(self.arch, self.row(i), price, base, nearest, distance, found);
     }
 
     /// The best column of row `i`, up to `slack` in its value.

@@ -65,6 +65,49 @@ pub(super) fn best(arch: Arch, gain: &[f32], price: &[f64]) -> f64 {
     })
 }
 
+/// Collects the columns `j` with `base − (gain_j − price_j) < min(nearest, distance_j)`, and their
+/// reduced gains.
+pub(super) fn nearer(
+    arch: Arch,
+    gain: &[f32],
+    price: &[f64],
+    base: f64,
+    nearest: f64,
+    distance: &[f64],
+    found: &mut Vec<Scored>,
+) {
+    found.clear();
+    vectorised!(arch, (
+        gain: &'a [f32],
+        price: &'a [f64],
+        base: f64,
+        nearest: f64,
+        distance: &'a [f64],
+        found: &'a mut Vec<Scored>
+    ) -> () {
+        let rows = gain.chunks(LANES).zip(price.chunks(LANES)).zip(distance.chunks(LANES));
+        for (b, ((g, p), d)) in rows.enumerate() {
+            let mut any = g.len() < LANES;
+            if let (Some(g), Some(p), Some(d)) =
+                (g.first_chunk::<LANES>(), p.first_chunk::<LANES>(), d.first_chunk::<LANES>())
+            {
+                for l in 0..LANES {
+                    let at = base - (f64::from(g[l]) - p[l]);
+                    any |= (at < nearest) & (at < d[l]);
+                }
+            }
+            if any {
+                for (l, ((&g, &p), &d)) in g.iter().zip(p).zip(d).enumerate() {
+                    let value = f64::from(g) - p;
+                    if base - value < nearest.min(d) {
+                        found.push((value, (b * LANES + l) as u32));
+                    }
+                }
+            }
+        }
+    });
+}
+
 #[inline(always)]
 fn raise<const N: usize>(lanes: &mut [f64; N], gain: &[f32; N], price: &[f64; N]) {
     for l in 0..N {
