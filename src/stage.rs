@@ -139,6 +139,12 @@ impl<'a> LayerView<'a> {
         Self { id: layer.id(), router: layer.router(), stats, experts: Some(layer.experts()) }
     }
 
+    /// The same view with another router.
+    #[must_use]
+    pub fn with_router(self, router: &'a Router) -> Self {
+        Self { router, ..self }
+    }
+
     /// Number of experts.
     pub fn len(&self) -> usize {
         self.router.experts()

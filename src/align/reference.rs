@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{ExpertView, Grouping, LinearView, Measure, Permutation, SimilarityMatrix};
+use crate::model::{ExpertView, Grouping, Measure, Permutation, SimilarityMatrix};
 use crate::par;
 use crate::stage::{AlignPair, Aligner, Context, LayerView, Needs};
 
@@ -129,7 +129,7 @@ fn line_up(
         let inputs = samples.map(|s| s.inputs_of(&[frame, i]));
         let inputs = inputs.as_ref().map(|x| x.view());
         let pair =
-            AlignPair { reference: shorter(experts[frame]), target: shorter(target), inputs };
+            AlignPair { reference: experts[frame].reborrow(), target: target.reborrow(), inputs };
         aligner.align(&pair, cx).in_expert(i)
     };
     if experts.first().is_none_or(|e| e.d_ff() <= large) {
@@ -145,21 +145,6 @@ fn line_up(
         two.iter().zip(aligned).for_each(|(&i, p)| found[i] = p);
     }
     Ok(found)
-}
-
-/// The same expert under a shorter borrow: array views are invariant in their lifetime, and a pair
-/// joins the experts with inputs that live only as long as the pair.
-fn shorter<'b, 'a: 'b>(expert: ExpertView<'a>) -> ExpertView<'b> {
-    let linear = |l: LinearView<'a>| LinearView {
-        weight: l.weight.reborrow(),
-        bias: l.bias.map(|b| b.reborrow()),
-    };
-    ExpertView {
-        gate: expert.gate.map(linear),
-        up: linear(expert.up),
-        down: linear(expert.down),
-        activation: expert.activation,
-    }
 }
 
 /// Position of the member with the largest sum of similarities to the others.

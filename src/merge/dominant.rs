@@ -1,5 +1,7 @@
 //! The dominant expert, alone.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::model::Expert;
 use crate::stage::{Context, Members, Merger, Stage};
@@ -11,7 +13,7 @@ use crate::stage::{Context, Members, Merger, Stage};
 /// baseline, and with groups of one the identity.
 ///
 /// Source: the "replace" baseline of M-SMoE (arXiv 2310.01334, §4).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DominantOnly;
 
 impl Stage for DominantOnly {

@@ -278,6 +278,24 @@ impl<'a> ExpertView<'a> {
         gate.into_iter().chain([(Role::Up, self.up), (Role::Down, self.down)])
     }
 
+    /// The same expert under a shorter borrow: array views are invariant in their lifetime, so a
+    /// value that joins experts with something short-lived needs this.
+    pub fn reborrow<'b>(&self) -> ExpertView<'b>
+    where
+        'a: 'b,
+    {
+        let linear = |l: LinearView<'a>| LinearView {
+            weight: l.weight.reborrow(),
+            bias: l.bias.map(|b| b.reborrow()),
+        };
+        ExpertView {
+            gate: self.gate.map(linear),
+            up: linear(self.up),
+            down: linear(self.down),
+            activation: self.activation,
+        }
+    }
+
     /// One projection; `None` for the gate of a two-matrix expert.
     pub fn linear(&self, role: Role) -> Option<LinearView<'a>> {
         match role {

@@ -1,6 +1,8 @@
 //! The dominant experts' rows.
 
 use super::narrowed_rule;
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::model::{Grouping, Router};
 use crate::stage::{Context, LayerView, RouterMerger, Stage};
@@ -13,7 +15,7 @@ use crate::stage::{Context, LayerView, RouterMerger, Stage};
 ///
 /// Source: the `fuse` profile of M-SMoE's published code, whose accuracy is not reported. Shapes:
 /// `(m, d)` from `(n, d)`. Cost: a copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DominantRow;
 
 impl Stage for DominantRow {

@@ -3,6 +3,8 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use super::narrowed_rule;
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::merge::weighted::normalised;
 use crate::model::{Grouping, Router};
@@ -18,7 +20,7 @@ use crate::stage::{Context, LayerView, RouterMerger, Stage};
 /// weighted merge.
 ///
 /// [`LogSumExpFit`]: super::LogSumExpFit
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MeanRow;
 
 impl Stage for MeanRow {
