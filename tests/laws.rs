@@ -242,7 +242,8 @@ proptest! {
             let partition = |g: &Grouping| g.renumbered(Numbering::ByFirstMember).labels().to_vec();
             prop_assert_eq!(partition(&found), partition(&copies), "{:?}", grouper);
             let aligner = WeightMatching::default();
-            let merged = merge(&layer, &stats, &found, &aligner, Reference::Dominant, &Weighted::default());
+            let (reference, merger) = (Reference::Dominant, Weighted::default());
+            let merged = merge(&layer, &stats, &found, &aligner, reference, &merger);
             close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
         }
     }
@@ -256,8 +257,8 @@ proptest! {
         let stats = observe(&layer, 8, &mut rng);
         let grouping = Grouping::identity(shape.n);
         let aligner = WeightMatching::default();
-        let merged =
-            merge(&layer, &stats, &grouping, &aligner, Reference::FirstExpert, &Weighted::default());
+        let merger = Weighted::default();
+        let merged = merge(&layer, &stats, &grouping, &aligner, Reference::FirstExpert, &merger);
         prop_assert_eq!(&merged.experts, layer.experts());
         let x = matrix(16, shape.d, &mut rng);
         let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
