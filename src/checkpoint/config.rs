@@ -61,9 +61,9 @@ impl Config {
         self.value.get(key).or(nested).filter(|v| !v.is_null())
     }
 
-    /// The first present key of `keys` with its value.
-    pub(super) fn first<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, &Value)> {
-        keys.iter().find_map(|key| Some((*key, self.get(key)?)))
+    /// Whether the key stands at the top, not only in the wrapped language model.
+    pub(super) fn has_top(&self, key: &str) -> bool {
+        self.value.get(key).is_some_and(|v| !v.is_null())
     }
 
     /// A whole number.
@@ -140,20 +140,20 @@ impl Config {
         found.ok_or_else(|| mismatch(&keys.join(" | "), "a whole number", "nothing"))
     }
 
-    /// The text with the value of each key replaced by JSON text, wherever the key stands: at the
-    /// top and in the wrapped language model. Absent keys are not added.
+    /// The text with the value of each key replaced by JSON text: `everywhere`, that is, at the top
+    /// and in the wrapped language model, or at the `top` only. Absent and `null` keys stay so.
     ///
     /// # Errors
     /// [`ErrorKind::Format`] when the text is not an object.
-    pub(super) fn edited(&self, edits: &[(&str, String)]) -> Result<String> {
+    pub(super) fn edited(&self, everywhere: &[Edit], top: &[Edit]) -> Result<String> {
         let mut spans = Vec::new();
-        self.spans(&self.text, edits, &mut spans)?;
+        self.spans(&self.text, &[everywhere, top].concat(), everywhere, &mut spans)?;
         spans.sort_by_key(|(start, ..)| *start);
         let mut text = String::with_capacity(self.text.len() + 256);
         let mut done = 0;
         for (start, end, new) in spans {
             text.push_str(&self.text[done..start]);
-            text.push_str(new);
+            text.push_str(&new);
             done = end;
         }
         text.push_str(&self.text[done..]);
@@ -161,26 +161,31 @@ impl Config {
     }
 
     /// The start, end and replacement of every value of `object`, a slice of the text, to replace.
-    fn spans<'e>(
+    fn spans(
         &self,
         object: &str,
-        edits: &'e [(&str, String)],
-        found: &mut Vec<(usize, usize, &'e str)>,
+        edits: &[Edit],
+        nested: &[Edit],
+        found: &mut Vec<(usize, usize, String)>,
     ) -> Result<()> {
         let members: Members<&RawValue> =
             serde_json::from_str(object).map_err(|e| malformed("config.json", e))?;
         for (key, raw) in members.0 {
             let value = raw.get();
             let start = value.as_ptr() as usize - self.text.as_ptr() as usize;
-            if let Some((_, new)) = edits.iter().find(|(name, _)| *name == key) {
-                found.push((start, start + value.len(), new));
+            let edit = edits.iter().find(|(name, _)| *name == key);
+            if let Some((_, new)) = edit.filter(|_| value != "null") {
+                found.push((start, start + value.len(), new.clone()));
             } else if key == NESTED && value.starts_with('{') {
-                self.spans(value, edits, found)?;
+                self.spans(value, nested, &[], found)?;
             }
         }
         Ok(())
     }
 }
+
+/// A key and the JSON text of its new value.
+pub(super) type Edit = (&'static str, String);
 
 /// A [`ErrorKind::Config`].
 pub(super) fn mismatch(key: &str, expected: &str, found: impl std::fmt::Display) -> Error {
@@ -202,10 +207,10 @@ mod tests {
     #[test]
     fn edits_replace_every_spelling_and_nothing_else() {
         let edits: Vec<_> = EXPERTS.iter().map(|key| (*key, "6".to_owned())).collect();
-        let edited = config(TEXT).edited(&edits).unwrap();
+        let edited = config(TEXT).edited(&edits, &[]).unwrap();
         let expected = TEXT.replace(": 8", ": 6").replace(":8", ":6");
         assert_eq!(edited, expected);
-        assert_eq!(config(TEXT).edited(&[]).unwrap(), TEXT);
+        assert_eq!(config(TEXT).edited(&[], &edits[2..]).unwrap(), TEXT);
     }
 
     #[test]

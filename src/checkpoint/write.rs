@@ -1,0 +1,423 @@
+//! Writing a merged checkpoint, layer by layer.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+
+use ndarray::Array1;
+use serde_json::{Value, json};
+
+use super::folder::INDEX;
+use super::open::Checkpoint;
+use super::scan::Piece;
+use super::write_config;
+use super::write_file::{CHUNK, Output, copy_whole, write_whole};
+use super::write_plan::{Plan, target_rule};
+use super::write_target::Partial;
+use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::model::{Expert, Grouping, LayerId, MergedLayer, Role, Router};
+
+/// What kind of folder to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Export {
+    /// `M` experts in every layer and a router of `M` rows: loads in unmodified runtimes. Needs
+    /// the same `M` everywhere and [`MergedLayer::narrowed`].
+    Stock,
+    /// `M` experts, any number per layer, the `N`-row router and the expert map in `config.json`:
+    /// exact, for runtimes that know the map. Others refuse the model type.
+    Native,
+    /// `N` experts, each a copy of its group's: exact in unmodified runtimes, saves nothing.
+    Expanded,
+}
+
+/// What to write.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WritePlan {
+    /// The kind of folder.
+    pub export: Export,
+    /// The merged layers; MoE layers that are not named here are copied.
+    pub groupings: BTreeMap<LayerId, Grouping>,
+    /// A lower number of experts per token.
+    pub top_k: Option<usize>,
+    /// Whether to give up group-limited routing (`n_group = topk_group = 1`).
+    pub flatten_groups: bool,
+    /// The size above which a new file is begun.
+    pub shard_bytes: u64,
+}
+
+impl WritePlan {
+    /// A plan with the original top-k and routing groups and shards of 5 GB.
+    pub fn new(export: Export, groupings: BTreeMap<LayerId, Grouping>) -> Self {
+        let (top_k, flatten_groups, shard_bytes) = (None, false, 5_000_000_000);
+        Self { export, groupings, top_k, flatten_groups, shard_bytes }
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// Names of all files, `mcsmoe.json` included.
+    pub files: Vec<String>,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Parameters of all tensors.
+    pub parameters: u64,
+    /// Bytes of the experts of all MoE layers, shared ones excluded.
+    pub expert_bytes: u64,
+    /// Tensors of the source that were left out, each with the reason.
+    pub dropped: Vec<(String, String)>,
+}
+
+/// Writes a folder beside the target's place and gives it the target's name at the very end.
+/// Dropped before [`Writer::finish`], it leaves nothing behind.
+pub struct Writer<'a> {
+    source: &'a Checkpoint,
+    request: WritePlan,
+    plan: Plan,
+    target: Partial,
+    open: HashMap<usize, Output>,
+    digests: BTreeMap<String, (u64, String)>,
+    /// The first tensor that is not yet in its file.
+    next: usize,
+    done: BTreeSet<LayerId>,
+    /// Planned layer of each of its tensors.
+    owner: HashMap<usize, LayerId>,
+}
+
+impl std::fmt::Debug for Writer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer").field("target", &self.target).field("done", &self.done).finish()
+    }
+}
+
+impl<'a> Writer<'a> {
+    /// Checks the plan and the target, and begins to copy what is not merged.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Target`] for a target that is the source, lies in it or holds anything, or a
+    /// partial folder of another run; [`ErrorKind::Budget`] when a stock export has different
+    /// numbers of experts; [`ErrorKind::OutOfRange`] when top-k or routing groups do not fit;
+    /// [`ErrorKind::Unsupported`] for a native or quantised source or dropped experts in an
+    /// expanded export; [`ErrorKind::Io`].
+    pub fn create(source: &'a Checkpoint, target: &Path, plan: &WritePlan) -> Result<Self> {
+        let request = plan.clone();
+        let plan = Plan::new(source, &request)?;
+        let config = write_config::config(source, &request, plan.experts)?;
+        let target = Partial::create(source.dir(), target)?;
+        let mut owner = HashMap::new();
+        for (id, layer) in &plan.layers {
+            let tensors = layer.routing().chain(layer.expert_tensors());
+            owner.extend(tensors.map(|tensor| (tensor, *id)));
+        }
+        let (open, digests) = (HashMap::new(), BTreeMap::new());
+        let done = BTreeSet::new();
+        let mut writer =
+            Self { source, request, plan, target, open, digests, next: 0, done, owner };
+        writer.small("config.json", config.as_bytes())?;
+        writer.advance()?;
+        Ok(writer)
+    }
+
+    /// Writes a merged layer. Layers may come in any order, each planned one exactly once; in the
+    /// order of [`Checkpoint::layers`] every file is written front to back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a layer that is not planned or was written before, or a
+    /// weight that its data type cannot hold; [`ErrorKind::Shape`] when grouping, experts or
+    /// routers are not those planned; [`ErrorKind::Missing`] without a narrowed router for a stock
+    /// export; [`ErrorKind::Io`].
+    pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
+        self.write_layer(merged).in_layer(merged.id)?;
+        self.source.release(merged.id);
+        self.done.insert(merged.id);
+        self.advance()
+    }
+
+    fn write_layer(&mut self, merged: &MergedLayer) -> Result<()> {
+        let id = merged.id;
+        let planned = self.request.groupings.get(&id).filter(|_| !self.done.contains(&id));
+        let Some(grouping) = planned.cloned() else {
+            return Err(Error::range("layer", "a planned layer that is not yet written", id));
+        };
+        if grouping != merged.grouping {
+            return Err(Error::shape("grouping", grouping, &merged.grouping));
+        }
+        let router = self.router_of(merged)?;
+        let Some(out) = self.plan.layers.get(&id).cloned() else {
+            return Err(Error::range("layer", "a planned layer", id));
+        };
+        let rows = router.weight();
+        let weight = rows.as_standard_layout();
+        self.put(whole(out.router, weight.len()), weight.as_slice().unwrap_or_default())?;
+        let biases = [(out.router_bias, router.bias()), (out.correction, router.correction())];
+        for (tensor, values) in biases {
+            self.put_vector(tensor.map(|t| whole(t, rows.nrows())), values)?;
+        }
+        for (slot, projections) in out.experts.iter().enumerate() {
+            let group = match self.request.export {
+                Export::Stock | Export::Native => slot,
+                Export::Expanded => grouping.labels()[slot].unwrap_or(slot),
+            };
+            let expert = &merged.experts[group];
+            let untouched = self.untouched(id, &grouping, group, expert)?;
+            for (at, projection) in projections.iter().enumerate() {
+                if let Some(original) = untouched {
+                    let from = self.source.tensors[self.source.position(id)?].experts[original][at];
+                    self.put_original(projection.weight, from.weight).in_expert(slot)?;
+                    if let (Some(to), Some(from)) = (projection.bias, from.bias) {
+                        self.put_original(to, from).in_expert(slot)?;
+                    }
+                    continue;
+                }
+                self.put_projection(expert, projection.role, projection.weight, projection.bias)
+                    .in_expert(slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The router to write, as planned.
+    fn router_of<'m>(&self, merged: &'m MergedLayer) -> Result<&'m Router> {
+        if self.request.export != Export::Stock {
+            return Ok(&merged.router);
+        }
+        let Some(router) = &merged.narrowed else {
+            let (stage, needs) = ("the stock export".into(), "a narrowed router".into());
+            let remedy = "narrow it, or choose another export".into();
+            return Err(ErrorKind::Missing { stage, needs, remedy }.into());
+        };
+        let expected = target_rule(self.source.layer(merged.id)?.rule, &self.request);
+        if *router.rule() != expected {
+            return Err(Error::shape("narrowed router's policy", expected, router.rule()));
+        }
+        Ok(router)
+    }
+
+    /// The source's expert when `group` is that expert alone and has its values: its bytes are
+    /// copied then, so that the sign of zeros survives too.
+    fn untouched(
+        &self,
+        id: LayerId,
+        grouping: &Grouping,
+        group: usize,
+        expert: &Expert,
+    ) -> Result<Option<usize>> {
+        let &[original] = &grouping.members(group)[..] else { return Ok(None) };
+        Ok((self.source.read_expert(id, original)? == *expert).then_some(original))
+    }
+
+    fn put_projection(
+        &mut self,
+        expert: &Expert,
+        role: Role,
+        weight: Piece,
+        bias: Option<Piece>,
+    ) -> Result<()> {
+        let Some(linear) = expert.view().linear(role) else {
+            return Err(Error::shape("expert", format!("a {role} projection"), "none"));
+        };
+        if linear.weight.dim() != (weight.rows, weight.cols) {
+            let expected = (weight.rows, weight.cols);
+            return Err(Error::shape("expert projection", expected, linear.weight.dim()));
+        }
+        let values = linear.weight.as_standard_layout();
+        self.put(weight, values.as_slice().unwrap_or_default())?;
+        self.put_vector(bias, linear.bias.map(|b| b.to_owned()).as_ref())
+    }
+
+    fn put_vector(&mut self, piece: Option<Piece>, values: Option<&Array1<f32>>) -> Result<()> {
+        match (piece, values) {
+            (None, None) => Ok(()),
+            (Some(piece), Some(values)) if values.len() == piece.cols => {
+                self.put(piece, &values.to_vec())
+            }
+            (piece, values) => {
+                let (expected, found) = (piece.map(|p| p.cols), values.map(|v| v.len()));
+                Err(Error::shape("bias", expected, found))
+            }
+        }
+    }
+
+    /// Converts values and writes them to their place.
+    fn put(&mut self, piece: Piece, values: &[f32]) -> Result<()> {
+        let out = &self.plan.outs[piece.tensor];
+        let (dtype, expected) = (out.dtype, piece.rows * piece.cols);
+        let convert = || {
+            if values.len() != expected {
+                return Err(Error::shape("tensor to write", expected, values.len()));
+            }
+            let mut bytes = Vec::with_capacity(expected * dtype.alignment());
+            dtype.encode(values, &mut bytes)?;
+            Ok(bytes)
+        };
+        let bytes = convert().in_tensor(&out.name)?;
+        self.put_bytes(piece.tensor, piece.start, &bytes)
+    }
+
+    fn put_original(&mut self, to: Piece, from: Piece) -> Result<()> {
+        let store = &self.source.store;
+        let length = from.rows * from.cols * store.entry(from.tensor).dtype.alignment();
+        let bytes = &store.bytes(from.tensor)[from.start..from.start + length];
+        self.put_bytes(to.tensor, to.start, bytes)
+    }
+
+    /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed
+    /// at its last.
+    fn put_bytes(&mut self, tensor: usize, start: usize, bytes: &[u8]) -> Result<()> {
+        let out = &self.plan.outs[tensor];
+        let file = &self.plan.files[out.file];
+        let output = match self.open.entry(out.file) {
+            std::collections::hash_map::Entry::Occupied(open) => open.into_mut(),
+            std::collections::hash_map::Entry::Vacant(new) => {
+                let mut output = Output::create(&self.target.path().join(&file.name), file.size)?;
+                output.write(0, &file.header)?;
+                new.insert(output)
+            }
+        };
+        if !bytes.is_empty() {
+            output.write(out.at + start as u64, bytes)?;
+        }
+        if output.is_complete()
+            && let Some(output) = self.open.remove(&out.file)
+        {
+            self.digests.insert(file.name.clone(), (file.size, output.close()?));
+        }
+        Ok(())
+    }
+
+    /// Copies tensors up to the next layer that is still to come.
+    fn advance(&mut self) -> Result<()> {
+        while let Some(out) = self.plan.outs.get(self.next) {
+            match (out.copies, self.owner.get(&self.next)) {
+                (Some(original), _) => self.copy(self.next, original)?,
+                (None, Some(id)) if !self.done.contains(id) => break,
+                (None, _) => {}
+            }
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, tensor: usize, original: usize) -> Result<()> {
+        let source = self.source;
+        let bytes = source.store.bytes(original);
+        if bytes.is_empty() && !self.digests.contains_key(&self.file_name(tensor)) {
+            return self.put_bytes(tensor, 0, bytes);
+        }
+        for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
+            let start = i * CHUNK;
+            self.put_bytes(tensor, start, chunk)?;
+            source.store.release(original, start..start + chunk.len());
+        }
+        Ok(())
+    }
+
+    fn file_name(&self, tensor: usize) -> String {
+        self.plan.files[self.plan.outs[tensor].file].name.clone()
+    }
+
+    fn small(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let digest = write_whole(&self.target.path().join(name), bytes)?;
+        self.digests.insert(name.to_owned(), (bytes.len() as u64, digest));
+        Ok(())
+    }
+
+    /// Writes index, tokenizer and manifest, and gives the folder its name. `extra_json`, an
+    /// object, becomes `mcsmoe.json`, with the size and SHA-256 of every other file as `files`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] when a planned layer was not written; [`ErrorKind::Io`].
+    pub fn finish(mut self, extra_json: &Value) -> Result<Written> {
+        if let Some(id) = self.plan.layers.keys().find(|id| !self.done.contains(id)) {
+            return Err(Error::range("planned layer", "written before the end", "nothing"))
+                .in_layer(id);
+        }
+        self.advance()?;
+        if self.plan.files.len() > 1 {
+            let index = self.index().to_string();
+            self.small(INDEX, index.as_bytes())?;
+        }
+        self.companions()?;
+        let files = self.digests.iter().map(|(name, (bytes, sha256))| {
+            (name.clone(), json!({ "bytes": bytes, "sha256": sha256 }))
+        });
+        let files: serde_json::Map<String, Value> = files.collect();
+        let mut manifest = match extra_json {
+            Value::Object(members) => members.clone(),
+            Value::Null => serde_json::Map::new(),
+            other => [("report".to_owned(), other.clone())].into_iter().collect(),
+        };
+        manifest.insert("files".into(), Value::Object(files));
+        let text = format!("{:#}\n", Value::Object(manifest));
+        self.small("mcsmoe.json", text.as_bytes())?;
+        let written = self.written();
+        self.target.commit()?;
+        Ok(written)
+    }
+
+    fn index(&self) -> Value {
+        let total: u64 = self.plan.outs.iter().map(|o| o.bytes as u64).sum();
+        let file = |i: usize| (self.plan.outs[i].name.clone(), self.file_name(i).into());
+        let map: serde_json::Map<String, Value> = (0..self.plan.outs.len()).map(file).collect();
+        json!({ "metadata": { "total_size": total }, "weight_map": map })
+    }
+
+    /// Copies what a tokenizer and a text generator need.
+    fn companions(&mut self) -> Result<()> {
+        let dir = self.source.dir();
+        let list = |e| Error::io("list folder", e);
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(list).in_file(dir)? {
+            let entry = entry.map_err(list).in_file(dir)?;
+            // Follows links, which is how hub caches store files.
+            let is_file = entry.path().is_file();
+            names.extend(entry.file_name().into_string().ok().filter(|n| is_file && goes_along(n)));
+        }
+        names.sort_unstable();
+        for name in names {
+            let copied = copy_whole(&dir.join(&name), &self.target.path().join(&name))?;
+            self.digests.insert(name, copied);
+        }
+        Ok(())
+    }
+
+    fn written(&self) -> Written {
+        let outs = &self.plan.outs;
+        let merged: u64 = self
+            .plan
+            .layers
+            .values()
+            .map(|layer| layer.expert_tensors().iter().map(|&t| outs[t].bytes as u64).sum::<u64>())
+            .sum();
+        let copied = self.source.layers().iter().filter(|l| !self.plan.layers.contains_key(&l.id));
+        let size = |o: &super::write_plan::Out| o.shape.iter().product::<usize>() as u64;
+        Written {
+            files: self.digests.keys().cloned().collect(),
+            bytes: outs.iter().map(|o| o.bytes as u64).sum(),
+            parameters: outs.iter().map(size).sum(),
+            expert_bytes: merged + copied.map(|l| l.expert_bytes).sum::<u64>(),
+            dropped: self.plan.dropped.clone(),
+        }
+    }
+}
+
+/// A whole tensor of `len` values.
+fn whole(tensor: usize, len: usize) -> Piece {
+    Piece { tensor, start: 0, rows: 1, cols: len }
+}
+
+/// Whether a file of the source belongs beside the weights. The README describes another model.
+fn goes_along(name: &str) -> bool {
+    const STARTS: [&str; 7] = [
+        "tokenizer",
+        "special_tokens",
+        "added_tokens",
+        "chat_template",
+        "generation_config",
+        "vocab",
+        "merges",
+    ];
+    let code = name.ends_with(".py")
+        && ["configuration_", "modeling_", "tokenization_"].iter().any(|s| name.starts_with(s));
+    let weights = name.ends_with(".safetensors") || name.ends_with(".bin");
+    !weights && (code || name.ends_with(".model") || STARTS.iter().any(|s| name.starts_with(s)))
+}

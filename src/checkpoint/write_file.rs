@@ -1,0 +1,126 @@
+//! One file of the target, hashed while it is written, in whatever order its parts arrive.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Locate, Result};
+
+/// Bytes copied or read back at a time.
+pub(super) const CHUNK: usize = 8 << 20;
+
+/// A file of known size that is being written.
+pub(super) struct Output {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    written: u64,
+    hash: Sha256,
+    hashed: u64,
+    /// Start and length of the parts behind the hashed ones.
+    waiting: BTreeMap<u64, u64>,
+}
+
+impl Output {
+    /// Creates the file.
+    pub(super) fn create(path: &Path, size: u64) -> Result<Self> {
+        let file = File::options().read(true).write(true).create_new(true).open(path);
+        let file = file.map_err(|e| Error::io("create", e)).in_file(path)?;
+        let (path, waiting) = (path.to_owned(), BTreeMap::new());
+        Ok(Self { path, file, size, written: 0, hash: Sha256::new(), hashed: 0, waiting })
+    }
+
+    /// Writes a part at its place; no byte may be written twice.
+    pub(super) fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let written = self.file.seek(SeekFrom::Start(at)).and_then(|_| self.file.write_all(bytes));
+        written.map_err(|e| Error::io("write", e)).in_file(&self.path)?;
+        self.written += bytes.len() as u64;
+        if at == self.hashed {
+            self.hash.update(bytes);
+            self.hashed += bytes.len() as u64;
+            self.catch_up()?;
+        } else {
+            self.waiting.insert(at, bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Hashes parts that came early, once those before them are there.
+    fn catch_up(&mut self) -> Result<()> {
+        while let Some(length) = self.waiting.remove(&self.hashed) {
+            let read = |e| Error::io("read back", e);
+            self.file.seek(SeekFrom::Start(self.hashed)).map_err(read).in_file(&self.path)?;
+            let mut left = length;
+            let mut buffer = vec![0; CHUNK.min(usize::try_from(length).unwrap_or(CHUNK))];
+            while left > 0 {
+                let take = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
+                let part = &mut buffer[..take];
+                self.file.read_exact(part).map_err(read).in_file(&self.path)?;
+                self.hash.update(&*part);
+                left -= take as u64;
+            }
+            self.hashed += length;
+        }
+        Ok(())
+    }
+
+    /// Whether every byte is there.
+    pub(super) fn is_complete(&self) -> bool {
+        self.written == self.size && self.hashed == self.size
+    }
+
+    /// Flushes it to the disk; its SHA-256 in hexadecimal digits.
+    pub(super) fn close(self) -> Result<String> {
+        self.file.sync_all().map_err(|e| Error::io("flush", e)).in_file(&self.path)?;
+        Ok(self.hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+}
+
+/// Writes a whole file; its SHA-256.
+pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<String> {
+    let mut output = Output::create(path, bytes.len() as u64)?;
+    output.write(0, bytes)?;
+    output.close()
+}
+
+/// Copies a file; its size and SHA-256.
+pub(super) fn copy_whole(from: &Path, to: &Path) -> Result<(u64, String)> {
+    let read = |e| Error::io("read", e);
+    let mut source = File::open(from).map_err(read).in_file(from)?;
+    let mut output = Output::create(to, 0)?;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match source.read(&mut buffer).map_err(read).in_file(from)? {
+            0 => break,
+            n => output.write(output.written, &buffer[..n])?,
+        }
+    }
+    Ok((output.written, output.close()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_does_not_depend_on_the_order_of_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = |name: &str, order: &[usize]| {
+            let mut output = Output::create(&dir.path().join(name), 12).unwrap();
+            let parts = [(0, b"abcd"), (4, b"efgh"), (8, b"ijkl")];
+            for &i in order {
+                output.write(parts[i].0, parts[i].1).unwrap();
+            }
+            assert!(output.is_complete());
+            output.close().unwrap()
+        };
+        let expected = digest("a", &[0, 1, 2]);
+        assert!(expected.starts_with("d682ed4ca4d989c1"), "{expected}");
+        assert_eq!(digest("b", &[2, 1, 0]), expected);
+        assert_eq!(digest("c", &[1, 0, 2]), expected);
+        assert_eq!(std::fs::read(dir.path().join("b")).unwrap(), b"abcdefghijkl");
+    }
+}
