@@ -3,17 +3,24 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
 use mcsmoe::align::{ActivationMatching, Identity, Reference, WeightMatching, align_groups};
+use mcsmoe::group::{Agglomerative, KMeans, Linkage};
 use mcsmoe::linalg::Cpu;
+use mcsmoe::merge::router::{LogSumExpFit, MeanRow};
+use mcsmoe::merge::{DominantOnly, Fisher, FixDominant, Weighted, Weighting, ZipIt};
 use mcsmoe::model::{
-    Activation, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, MoeLayer, Permutation,
-    Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
+    Activation, Budget, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, MoeLayer,
+    Numbering, Permutation, Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
+    Target,
 };
 use mcsmoe::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients, Matching,
     MergedOutputError, OutputSource, Random, RouterLogits, RouterWeightFeature, RouterWeights,
     TokenOutputs, WeightFeature, WeightGradients,
 };
-use mcsmoe::stage::{Aligner, Context, LayerView, Members, Similarity};
+use mcsmoe::stage::{
+    Aligner, Context, Grouper, LayerSummary, LayerView, Members, Merger, RouterMerger, Similarity,
+    Stage,
+};
 use ndarray::{Array1, Array2, ArrayView2};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed};
@@ -83,8 +90,20 @@ fn observe(layer: &MoeLayer, tokens: usize, rng: &mut ChaCha8Rng) -> RoutingStat
     RoutingStats {
         logit_gram: Some(wide.t().dot(&wide)),
         samples: Some(Samples { inputs, logits, routing, routed_output: None }),
+        fisher: Some(layer.experts().iter().map(|e| positive(e, rng)).collect()),
         ..RoutingStats::from_counts(counts, tokens as u64)
     }
+}
+
+/// Something shaped like the expert with entries above 0.
+fn positive(like: &Expert, rng: &mut ChaCha8Rng) -> Expert {
+    let (gate, up, down) = like.clone().into_parts();
+    let mut fill = |linear: Linear| Linear {
+        weight: linear.weight.mapv(|_| rng.random_range(0.1..1.0)),
+        bias: linear.bias.map(|bias| bias.mapv(|_| rng.random_range(0.1..1.0))),
+    };
+    let activation = like.view().activation;
+    Expert::new(gate.map(&mut fill), fill(up), fill(down), activation).unwrap()
 }
 
 /// A random partition into `m` groups; the dominant expert is a random member.
@@ -107,7 +126,7 @@ fn merge(
     grouping: &Grouping,
     aligner: &dyn Aligner,
     reference: Reference,
-    merger: &dyn Fn(&Members<'_>, &Context) -> Expert,
+    merger: &dyn Merger,
 ) -> MergedLayer {
     let cx = Context::cpu(7);
     let view = LayerView::of(layer, stats);
@@ -124,16 +143,19 @@ fn merge(
             experts: &experts,
             permutations: &chosen,
         };
-        merger(&members, &cx)
+        merger.merge(&members, &cx).unwrap()
     };
     let experts = (0..grouping.groups()).map(one).collect();
     let router = layer.router().clone();
     MergedLayer::new(layer.id(), experts, grouping.clone(), router, None).unwrap()
 }
 
-fn by_usage(members: &Members<'_>, cx: &Context) -> Expert {
-    let usage = members.pick(&members.layer.stats.usage()).unwrap();
-    members.average(&usage, cx).unwrap()
+/// Mergers that give copies of one expert back as that expert, whatever the statistics.
+fn averages() -> Vec<Box<dyn Merger>> {
+    let by = [Weighting::Usage, Weighting::Uniform, Weighting::ReversedUsage, Weighting::Random];
+    let weighted = by.map(|by| Box::new(Weighted::new(by)) as Box<dyn Merger>);
+    let others: [Box<dyn Merger>; 2] = [Box::new(DominantOnly), Box::new(Fisher::default())];
+    weighted.into_iter().chain(others).collect()
 }
 
 fn close(found: &Array2<f32>, expected: &Array2<f32>) {
@@ -189,10 +211,41 @@ proptest! {
         let layer = layer(experts, RoutingRule::softmax(2, true), &mut rng);
         let stats = observe(&layer, 24, &mut rng);
         let aligner = WeightMatching::default();
-        let merged = merge(&layer, &stats, &grouping, &aligner, reference, &by_usage);
         let x = matrix(40, shape.d, &mut rng);
         let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
-        close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
+        for merger in averages() {
+            let merged = merge(&layer, &stats, &grouping, &aligner, reference, &merger);
+            close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
+        }
+    }
+
+    /// Experts that differ only in the order of their hidden units say the same, whatever the
+    /// weights look like: clusters by outputs are the copies, and merging them changes nothing.
+    #[test]
+    fn clusters_by_outputs_find_shuffled_copies(
+        n in 2..9usize, m in 1..4usize, gated: bool, biased: bool, seed: u64,
+    ) {
+        let shape = Shape { n, d: 7, f: 12, gated, biased };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let (experts, copies) = shuffled_copies(shape, m.min(n), &mut rng);
+        let layer = layer(experts, RoutingRule::softmax(1, true), &mut rng);
+        let stats = observe(&layer, 64, &mut rng);
+        let (cx, view) = (Context::cpu(1), LayerView::of(&layer, &stats));
+        let outputs = ExpertOutputs { source: OutputSource::All, ..ExpertOutputs::default() };
+        let x = matrix(32, shape.d, &mut rng);
+        let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
+        for grouper in clusterings() {
+            let similarity = outputs.similarity(&view, &cx).unwrap();
+            let summary = LayerSummary { id: layer.id(), similarity, stats: stats.clone() };
+            let budget = Budget::new(Target::PerLayer(copies.groups()));
+            let found = grouper.group(&[summary], &budget, &cx).unwrap().remove(0);
+            let partition = |g: &Grouping| g.renumbered(Numbering::ByFirstMember).labels().to_vec();
+            prop_assert_eq!(partition(&found), partition(&copies), "{:?}", grouper);
+            let aligner = WeightMatching::default();
+            let (reference, merger) = (Reference::Dominant, Weighted::default());
+            let merged = merge(&layer, &stats, &found, &aligner, reference, &merger);
+            close(&merged.mapped_output(x.view(), &Cpu::new()).unwrap(), &expected);
+        }
     }
 
     /// As many groups as experts: not a bit changes.
@@ -204,8 +257,8 @@ proptest! {
         let stats = observe(&layer, 8, &mut rng);
         let grouping = Grouping::identity(shape.n);
         let aligner = WeightMatching::default();
-        let merged =
-            merge(&layer, &stats, &grouping, &aligner, Reference::FirstExpert, &by_usage);
+        let merger = Weighted::default();
+        let merged = merge(&layer, &stats, &grouping, &aligner, Reference::FirstExpert, &merger);
         prop_assert_eq!(&merged.experts, layer.experts());
         let x = matrix(16, shape.d, &mut rng);
         let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
@@ -254,6 +307,13 @@ proptest! {
     }
 }
 
+fn clusterings() -> Vec<Box<dyn Grouper>> {
+    let linkages = [Linkage::Average, Linkage::Single, Linkage::Complete, Linkage::Ward];
+    let linked = |linkage| Agglomerative { linkage, ..Agglomerative::default() };
+    let boxed = linkages.map(|l| Box::new(linked(l)) as Box<dyn Grouper>);
+    boxed.into_iter().chain([Box::new(KMeans::default()) as Box<dyn Grouper>]).collect()
+}
+
 /// Activation matching finds shuffled copies too, where every unit fires on the samples.
 #[test]
 fn copies_that_fire_alike_are_found_by_their_activations() {
@@ -265,7 +325,8 @@ fn copies_that_fire_alike_are_found_by_their_activations() {
     let x = matrix(64, shape.d, &mut rng);
     let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
     let output = |aligner: &dyn Aligner| {
-        let merged = merge(&layer, &stats, &grouping, aligner, Reference::Dominant, &by_usage);
+        let merged =
+            merge(&layer, &stats, &grouping, aligner, Reference::Dominant, &Weighted::default());
         merged.mapped_output(x.view(), &Cpu::new()).unwrap()
     };
     close(&output(&ActivationMatching::default()), &expected);
@@ -274,7 +335,7 @@ fn copies_that_fire_alike_are_found_by_their_activations() {
     assert!((&unaligned - &expected).iter().any(|e| e.abs() > 0.1), "nothing was shuffled");
 }
 
-/// Every metric, aligner and average gives the same bits at 1, 2 and 8 threads.
+/// Every metric, aligner, merger and router gives the same bits at 1, 2 and 8 threads.
 #[test]
 fn the_number_of_threads_changes_no_bit() {
     let shape = Shape { n: 6, d: 48, f: 160, gated: true, biased: true };
@@ -285,7 +346,7 @@ fn the_number_of_threads_changes_no_bit() {
         gradients: Some((0..shape.n).map(|_| expert(shape, &mut rng)).collect()),
         ..observe(&layer, 1500, &mut rng)
     };
-    let grouping = partition(shape.n, 2, &mut rng);
+    let grouping = partition(shape.n, 3, &mut rng);
     let x = matrix(300, shape.d, &mut rng);
     let run = || {
         let cx = Context::cpu(7);
@@ -300,9 +361,19 @@ fn the_number_of_threads_changes_no_bit() {
         let aligners: [&dyn Aligner; 2] =
             [&WeightMatching::default(), &ActivationMatching::default()];
         for aligner in aligners {
-            let merged = merge(&layer, &stats, &grouping, aligner, Reference::Dominant, &by_usage);
-            let y = merged.mapped_output(x.view(), &Cpu::new()).unwrap();
-            bits.push((aligner.name().into(), y.iter().map(|y| y.to_bits().into()).collect()));
+            for merger in mergers() {
+                let merged =
+                    merge(&layer, &stats, &grouping, aligner, Reference::Dominant, &merger);
+                let y = merged.mapped_output(x.view(), &Cpu::new()).unwrap();
+                let name = format!("{} after {}", merger.name(), aligner.name());
+                bits.push((name, y.iter().map(|y| y.to_bits().into()).collect()));
+            }
+        }
+        let routers: [&dyn RouterMerger; 2] = [&MeanRow, &LogSumExpFit::default()];
+        for router in routers {
+            let narrowed = router.merge_router(&view, &grouping, &cx).unwrap();
+            let rows = narrowed.weight().iter().map(|w| w.to_bits().into()).collect();
+            bits.push((router.name().into(), rows));
         }
         bits
     };
@@ -315,6 +386,11 @@ fn the_number_of_threads_changes_no_bit() {
             assert!(found == expected, "{name} differs at {threads} threads");
         }
     }
+}
+
+fn mergers() -> Vec<Box<dyn Merger>> {
+    let zips: [Box<dyn Merger>; 2] = [Box::new(ZipIt::default()), Box::new(FixDominant::default())];
+    averages().into_iter().chain(zips).collect()
 }
 
 fn metrics() -> Vec<Box<dyn Similarity>> {

@@ -171,7 +171,8 @@ proptest! {
         let mut counts = vec![0; n];
         counts[0] = 5;
         let stats = RoutingStats { counts, ..stats };
-        let exact: [&dyn Merger; 3] = [&Weighted::default(), &DominantOnly, &FixDominant::default()];
+        let exact: [&dyn Merger; 3] =
+            [&Weighted::default(), &DominantOnly, &FixDominant::default()];
         for merger in exact {
             let merged = merge(merger, &layer, &stats, &identities(n), &Context::cpu(0));
             prop_assert_eq!(values(&merged), values(&layer.experts()[0]), "{}", merger.name());
