@@ -3,9 +3,9 @@
 //!
 //! [`Checkpoint::open`] reads a Hugging Face folder: `config.json` and either one safetensors file
 //! or shards with an index. Shards are memory-mapped, so opening costs the headers only, and
-//! [`Checkpoint::release`] gives a layer's pages back once it is done with. A [`Writer`] takes merged
-//! layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is seen under
-//! the target's name before it is complete.
+//! [`Checkpoint::release`] gives a layer's pages back once it is done with. A [`Writer`] takes
+//! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
+//! seen under the target's name before it is complete.
 
 mod config;
 mod dtype;
@@ -19,10 +19,13 @@ mod open;
 mod read;
 mod rule;
 mod scan;
+mod scan_layer;
 mod store;
 mod write;
+mod write_check;
 mod write_config;
 mod write_file;
+mod write_layer;
 mod write_plan;
 mod write_target;
 
