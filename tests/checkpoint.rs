@@ -302,6 +302,11 @@ fn layers_that_do_not_fit_are_refused_with_their_place() {
         (missing.place().layer.as_deref(), missing.place().expert),
         (Some("layers.1"), Some(2))
     );
+    let far = opened(|t| {
+        let name = format!("model.layers.0.block_sparse_moe.experts.{}.w1.weight", usize::MAX);
+        t.add(name, Dtype::BF16, &[F, D]);
+    });
+    assert_eq!(far.place().expert, Some(N), "{far}");
     let last = opened(|t| t.tensors.retain(|name, _| !name.contains("experts.3.")));
     assert!(matches!(last.kind(), ErrorKind::Shape { .. }), "{last}");
     let projection = opened(|t| drop(t.tensors.remove(EXPERT)));
@@ -510,4 +515,40 @@ fn a_run_that_does_not_finish_leaves_nothing() {
     assert_eq!(unfinished.place().layer.as_deref(), Some("layers.0"));
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     assert_eq!(checkpoints::load(&dir), tiny.tensors);
+}
+
+#[test]
+fn a_weight_that_its_type_cannot_hold_spoils_the_run() {
+    let (root, dir) = written(&checkpoints::qwen());
+    let source = Checkpoint::open(&dir).unwrap();
+    let plan = WritePlan { export: Export::Native, ..plan_of(&source) };
+    let layers = [0, 1].map(|i| keep_dominants(&source, &plan, LayerId::causal(i)));
+    let mut large = layers[0].clone();
+    let (gate, mut up, down) = large.experts[1].clone().into_parts();
+    up.weight[[0, 0]] = 1e6;
+    large.experts[1] =
+        mcsmoe::model::Expert::swiglu(gate.unwrap().weight, up.weight, down.weight).unwrap();
+    let mut writer = Writer::create(&source, &root.path().join("target"), &plan).unwrap();
+    let error = writer.layer(&large).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");
+    let tensor = "model.layers.0.mlp.experts.1.up_proj.weight";
+    assert_eq!(error.place().tensor.as_deref(), Some(tensor));
+    assert!(writer.layer(&layers[0]).is_err());
+    writer.layer(&layers[1]).unwrap();
+    assert!(writer.finish(&Value::Null).is_err());
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn transposed_fused_experts_are_named_as_such() {
+    let mut tiny = checkpoints::fused();
+    for layer in 0..2 {
+        let block = format!("model.language_model.layers.{layer}.mlp.experts");
+        tiny.add(format!("{block}.gate_up_proj"), Dtype::BF16, &[N, D, 2 * F]);
+        tiny.add(format!("{block}.down_proj"), Dtype::BF16, &[N, F, D]);
+    }
+    let (_root, dir) = written(&tiny);
+    let error = Checkpoint::open(&dir).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("transposed"), "{error}");
 }

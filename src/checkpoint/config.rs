@@ -57,8 +57,9 @@ impl Config {
     /// The value of a key of the model, or of the language model inside a wrapper. `null` counts
     /// as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
+        let present = |v: &&Value| !v.is_null();
         let nested = self.value.get(NESTED).and_then(|inner| inner.get(key));
-        self.value.get(key).or(nested).filter(|v| !v.is_null())
+        self.value.get(key).filter(present).or(nested.filter(present))
     }
 
     /// Whether the key stands at the top, not only in the wrapped language model.

@@ -161,6 +161,19 @@ mod tests {
         assert!(refusal("[1, 2]", 0).contains("header"));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn damaged_files_are_errors_or_files(at in 0usize..120, to: u8, cut in 0usize..120) {
+            let b = r#""b":{"dtype":"F4","shape":[0,2,9],"data_offsets":[8,8]}"#;
+            let mut bytes = file(&format!("{{{A},{b}}}"), 8);
+            bytes[at] = to;
+            bytes.truncate(bytes.len() - cut);
+            if let Ok(entries) = parse(&bytes) {
+                proptest::prop_assert!(entries.iter().all(|e| e.range.end <= bytes.len()));
+            }
+        }
+    }
+
     #[test]
     fn header_lengths_are_checked_before_use() {
         let huge = parse(&[0xff; 16]).unwrap_err();

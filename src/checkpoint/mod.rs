@@ -19,10 +19,13 @@ mod open;
 mod read;
 mod rule;
 mod scan;
+mod scan_layer;
 mod store;
 mod write;
+mod write_check;
 mod write_config;
 mod write_file;
+mod write_layer;
 mod write_plan;
 mod write_target;
 

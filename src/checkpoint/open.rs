@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::config::{Config, mismatch};
 use super::native::Native;
-use super::scan::{self, LayerTensors, Scan};
+use super::scan::{self, Scan};
+use super::scan_layer::LayerTensors;
 use super::store::Store;
 use super::{read, rule};
 use crate::error::{Error, Locate, Result};

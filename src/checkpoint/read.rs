@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2};
 
-use super::scan::{LayerTensors, Piece};
+use super::scan_layer::{LayerTensors, Piece};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Activation, Expert, Linear, Role, Router, RoutingRule, non_finite};

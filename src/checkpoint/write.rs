@@ -3,18 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use ndarray::Array1;
 use serde_json::{Value, json};
 
 use super::folder::INDEX;
 use super::open::Checkpoint;
-use super::scan::Piece;
 use super::write_config;
 use super::write_file::{CHUNK, Output, copy_whole, write_whole};
-use super::write_plan::{Plan, target_rule};
+use super::write_plan::Plan;
 use super::write_target::Partial;
-use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, MergedLayer, Role, Router};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Grouping, LayerId, MergedLayer};
 
 /// What kind of folder to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,14 +68,16 @@ pub struct Written {
 /// Writes a folder beside the target's place and gives it the target's name at the very end.
 /// Dropped before [`Writer::finish`], it leaves nothing behind.
 pub struct Writer<'a> {
-    source: &'a Checkpoint,
-    request: WritePlan,
-    plan: Plan,
-    target: Partial,
-    open: HashMap<usize, Output>,
-    digests: BTreeMap<String, (u64, String)>,
+    pub(super) source: &'a Checkpoint,
+    pub(super) request: WritePlan,
+    pub(super) plan: Plan,
+    pub(super) target: Partial,
+    pub(super) open: HashMap<usize, Output>,
+    pub(super) digests: BTreeMap<String, (u64, String)>,
     /// The first tensor that is not yet in its file.
     next: usize,
+    /// Layers of which something was written; after a failure more than are done.
+    pub(super) begun: BTreeSet<LayerId>,
     done: BTreeSet<LayerId>,
     /// Planned layer of each of its tensors.
     owner: HashMap<usize, LayerId>,
@@ -93,11 +93,12 @@ impl<'a> Writer<'a> {
     /// Checks the plan and the target, and begins to copy what is not merged.
     ///
     /// # Errors
-    /// [`ErrorKind::Target`] for a target that is the source, lies in it or holds anything, or a
-    /// partial folder of another run; [`ErrorKind::Budget`] when a stock export has different
-    /// numbers of experts; [`ErrorKind::OutOfRange`] when top-k or routing groups do not fit;
-    /// [`ErrorKind::Unsupported`] for a native or quantised source or dropped experts in an
-    /// expanded export; [`ErrorKind::Io`].
+    /// [`Target`](crate::ErrorKind::Target) for a target that is the source, lies in it or holds
+    /// anything, or a partial folder of another run; [`Budget`](crate::ErrorKind::Budget) when a
+    /// stock export has different numbers of experts; [`OutOfRange`](crate::ErrorKind::OutOfRange)
+    /// when top-k or routing groups do not fit; [`Unsupported`](crate::ErrorKind::Unsupported) for
+    /// a native or quantised source or dropped experts in an expanded export;
+    /// [`Io`](crate::ErrorKind::Io).
     pub fn create(source: &'a Checkpoint, target: &Path, plan: &WritePlan) -> Result<Self> {
         let request = plan.clone();
         let plan = Plan::new(source, &request)?;
@@ -109,9 +110,9 @@ impl<'a> Writer<'a> {
             owner.extend(tensors.map(|tensor| (tensor, *id)));
         }
         let (open, digests) = (HashMap::new(), BTreeMap::new());
-        let done = BTreeSet::new();
+        let (begun, done) = (BTreeSet::new(), BTreeSet::new());
         let mut writer =
-            Self { source, request, plan, target, open, digests, next: 0, done, owner };
+            Self { source, request, plan, target, open, digests, next: 0, begun, done, owner };
         writer.small("config.json", config.as_bytes())?;
         writer.advance()?;
         Ok(writer)
@@ -121,167 +122,16 @@ impl<'a> Writer<'a> {
     /// order of [`Checkpoint::layers`] every file is written front to back.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] for a layer that is not planned or was written before, or a
-    /// weight that its data type cannot hold; [`ErrorKind::Shape`] when grouping, experts or
-    /// routers are not those planned; [`ErrorKind::Missing`] without a narrowed router for a stock
-    /// export; [`ErrorKind::Io`].
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was written
+    /// before, or a weight that its data type cannot hold, after which the run cannot be finished;
+    /// [`Shape`](crate::ErrorKind::Shape) when grouping, experts or routers are not those planned;
+    /// [`Missing`](crate::ErrorKind::Missing) without a narrowed router for a stock export;
+    /// [`Io`](crate::ErrorKind::Io).
     pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
         self.write_layer(merged).in_layer(merged.id)?;
         self.source.release(merged.id);
         self.done.insert(merged.id);
         self.advance()
-    }
-
-    fn write_layer(&mut self, merged: &MergedLayer) -> Result<()> {
-        let id = merged.id;
-        let planned = self.request.groupings.get(&id).filter(|_| !self.done.contains(&id));
-        let Some(grouping) = planned.cloned() else {
-            return Err(Error::range("layer", "a planned layer that is not yet written", id));
-        };
-        if grouping != merged.grouping {
-            return Err(Error::shape("grouping", grouping, &merged.grouping));
-        }
-        let router = self.router_of(merged)?;
-        let Some(out) = self.plan.layers.get(&id).cloned() else {
-            return Err(Error::range("layer", "a planned layer", id));
-        };
-        let rows = router.weight();
-        let weight = rows.as_standard_layout();
-        self.put(whole(out.router, weight.len()), weight.as_slice().unwrap_or_default())?;
-        let biases = [(out.router_bias, router.bias()), (out.correction, router.correction())];
-        for (tensor, values) in biases {
-            self.put_vector(tensor.map(|t| whole(t, rows.nrows())), values)?;
-        }
-        for (slot, projections) in out.experts.iter().enumerate() {
-            let group = match self.request.export {
-                Export::Stock | Export::Native => slot,
-                Export::Expanded => grouping.labels()[slot].unwrap_or(slot),
-            };
-            let expert = &merged.experts[group];
-            let untouched = self.untouched(id, &grouping, group, expert)?;
-            for (at, projection) in projections.iter().enumerate() {
-                if let Some(original) = untouched {
-                    let from = self.source.tensors[self.source.position(id)?].experts[original][at];
-                    self.put_original(projection.weight, from.weight).in_expert(slot)?;
-                    if let (Some(to), Some(from)) = (projection.bias, from.bias) {
-                        self.put_original(to, from).in_expert(slot)?;
-                    }
-                    continue;
-                }
-                self.put_projection(expert, projection.role, projection.weight, projection.bias)
-                    .in_expert(slot)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The router to write, as planned.
-    fn router_of<'m>(&self, merged: &'m MergedLayer) -> Result<&'m Router> {
-        if self.request.export != Export::Stock {
-            return Ok(&merged.router);
-        }
-        let Some(router) = &merged.narrowed else {
-            let (stage, needs) = ("the stock export".into(), "a narrowed router".into());
-            let remedy = "narrow it, or choose another export".into();
-            return Err(ErrorKind::Missing { stage, needs, remedy }.into());
-        };
-        let expected = target_rule(self.source.layer(merged.id)?.rule, &self.request);
-        if *router.rule() != expected {
-            return Err(Error::shape("narrowed router's policy", expected, router.rule()));
-        }
-        Ok(router)
-    }
-
-    /// The source's expert when `group` is that expert alone and has its values: its bytes are
-    /// copied then, so that the sign of zeros survives too.
-    fn untouched(
-        &self,
-        id: LayerId,
-        grouping: &Grouping,
-        group: usize,
-        expert: &Expert,
-    ) -> Result<Option<usize>> {
-        let &[original] = &grouping.members(group)[..] else { return Ok(None) };
-        Ok((self.source.read_expert(id, original)? == *expert).then_some(original))
-    }
-
-    fn put_projection(
-        &mut self,
-        expert: &Expert,
-        role: Role,
-        weight: Piece,
-        bias: Option<Piece>,
-    ) -> Result<()> {
-        let Some(linear) = expert.view().linear(role) else {
-            return Err(Error::shape("expert", format!("a {role} projection"), "none"));
-        };
-        if linear.weight.dim() != (weight.rows, weight.cols) {
-            let expected = (weight.rows, weight.cols);
-            return Err(Error::shape("expert projection", expected, linear.weight.dim()));
-        }
-        let values = linear.weight.as_standard_layout();
-        self.put(weight, values.as_slice().unwrap_or_default())?;
-        self.put_vector(bias, linear.bias.map(|b| b.to_owned()).as_ref())
-    }
-
-    fn put_vector(&mut self, piece: Option<Piece>, values: Option<&Array1<f32>>) -> Result<()> {
-        match (piece, values) {
-            (None, None) => Ok(()),
-            (Some(piece), Some(values)) if values.len() == piece.cols => {
-                self.put(piece, &values.to_vec())
-            }
-            (piece, values) => {
-                let (expected, found) = (piece.map(|p| p.cols), values.map(|v| v.len()));
-                Err(Error::shape("bias", expected, found))
-            }
-        }
-    }
-
-    /// Converts values and writes them to their place.
-    fn put(&mut self, piece: Piece, values: &[f32]) -> Result<()> {
-        let out = &self.plan.outs[piece.tensor];
-        let (dtype, expected) = (out.dtype, piece.rows * piece.cols);
-        let convert = || {
-            if values.len() != expected {
-                return Err(Error::shape("tensor to write", expected, values.len()));
-            }
-            let mut bytes = Vec::with_capacity(expected * dtype.alignment());
-            dtype.encode(values, &mut bytes)?;
-            Ok(bytes)
-        };
-        let bytes = convert().in_tensor(&out.name)?;
-        self.put_bytes(piece.tensor, piece.start, &bytes)
-    }
-
-    fn put_original(&mut self, to: Piece, from: Piece) -> Result<()> {
-        let store = &self.source.store;
-        let length = from.rows * from.cols * store.entry(from.tensor).dtype.alignment();
-        let bytes = &store.bytes(from.tensor)[from.start..from.start + length];
-        self.put_bytes(to.tensor, to.start, bytes)
-    }
-
-    /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed
-    /// at its last.
-    fn put_bytes(&mut self, tensor: usize, start: usize, bytes: &[u8]) -> Result<()> {
-        let out = &self.plan.outs[tensor];
-        let file = &self.plan.files[out.file];
-        let output = match self.open.entry(out.file) {
-            std::collections::hash_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => {
-                let mut output = Output::create(&self.target.path().join(&file.name), file.size)?;
-                output.write(0, &file.header)?;
-                new.insert(output)
-            }
-        };
-        if !bytes.is_empty() {
-            output.write(out.at + start as u64, bytes)?;
-        }
-        if output.is_complete()
-            && let Some(output) = self.open.remove(&out.file)
-        {
-            self.digests.insert(file.name.clone(), (file.size, output.close()?));
-        }
-        Ok(())
     }
 
     /// Copies tensors up to the next layer that is still to come.
@@ -325,13 +175,19 @@ impl<'a> Writer<'a> {
     /// object, becomes `mcsmoe.json`, with the size and SHA-256 of every other file as `files`.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] when a planned layer was not written; [`ErrorKind::Io`].
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when a planned layer was not written;
+    /// [`Io`](crate::ErrorKind::Io).
     pub fn finish(mut self, extra_json: &Value) -> Result<Written> {
         if let Some(id) = self.plan.layers.keys().find(|id| !self.done.contains(id)) {
             return Err(Error::range("planned layer", "written before the end", "nothing"))
                 .in_layer(id);
         }
         self.advance()?;
+        if let Some(file) = self.plan.files.iter().find(|f| !self.digests.contains_key(&f.name)) {
+            // Only after a failed write that the caller went on from.
+            return Err(Error::range("file of the target", "complete", "a part of it"))
+                .in_file(&self.target.path().join(&file.name));
+        }
         if self.plan.files.len() > 1 {
             let index = self.index().to_string();
             self.small(INDEX, index.as_bytes())?;
@@ -400,14 +256,9 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// A whole tensor of `len` values.
-fn whole(tensor: usize, len: usize) -> Piece {
-    Piece { tensor, start: 0, rows: 1, cols: len }
-}
-
 /// Whether a file of the source belongs beside the weights. The README describes another model.
 fn goes_along(name: &str) -> bool {
-    const STARTS: [&str; 7] = [
+    const STARTS: [&str; 9] = [
         "tokenizer",
         "special_tokens",
         "added_tokens",
@@ -415,6 +266,8 @@ fn goes_along(name: &str) -> bool {
         "generation_config",
         "vocab",
         "merges",
+        "preprocessor_config",
+        "processor_config",
     ];
     let code = name.ends_with(".py")
         && ["configuration_", "modeling_", "tokenization_"].iter().any(|s| name.starts_with(s));

@@ -4,7 +4,7 @@ use super::config::{self, Config, Edit, mismatch};
 use super::native::{NATIVE, Native};
 use super::open::Checkpoint;
 use super::write::{Export, WritePlan};
-use super::write_plan::drops_mtp;
+use super::write_check::drops_mtp;
 use crate::error::Result;
 
 /// What native folders call their architecture, so that no runtime takes them for the original.

@@ -1,5 +1,5 @@
 //! Everything about the target that is known before a layer is merged: which tensors it has, in
-//! which files and where, and that the runtimes meant to load it can.
+//! which files, and where.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,10 +7,11 @@ use serde_json::json;
 
 use super::dtype::Dtype;
 use super::open::Checkpoint;
-use super::scan::{LayerTensors, Piece, Projection};
+use super::scan_layer::{LayerTensors, Piece, Projection};
 use super::write::{Export, WritePlan};
-use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Grouping, LayerId, RoutingRule};
+use super::write_check::{check, drops_mtp};
+use crate::error::Result;
+use crate::model::{Grouping, LayerId};
 
 /// A tensor of the target.
 pub(super) struct Out {
@@ -41,7 +42,7 @@ pub(super) struct Plan {
     pub(super) layers: BTreeMap<LayerId, LayerTensors>,
     /// What the source has and the target has not, and why.
     pub(super) dropped: Vec<(String, String)>,
-    /// The routing rule of narrowed routers.
+    /// The stock export's number of experts.
     pub(super) experts: Option<usize>,
 }
 
@@ -73,83 +74,6 @@ impl Plan {
         let (outs, files, layers) = draft.place(plan.shard_bytes);
         Ok(Self { outs, files, layers, dropped, experts })
     }
-}
-
-/// Whether multi-token-prediction layers are left out.
-pub(super) fn drops_mtp(plan: &WritePlan) -> bool {
-    plan.export != Export::Expanded && plan.groupings.values().any(|g| !g.is_identity())
-}
-
-/// The rule of a layer's router in the target.
-pub(super) fn target_rule(rule: RoutingRule, plan: &WritePlan) -> RoutingRule {
-    let groups = if plan.flatten_groups { None } else { rule.groups };
-    RoutingRule { top_k: plan.top_k.unwrap_or(rule.top_k), groups, ..rule }
-}
-
-/// Refuses what could not be loaded; the stock export's number of experts.
-fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usize>> {
-    let unsupported = |what, found: &str, supported: &str| -> Error {
-        ErrorKind::Unsupported { what, found: found.into(), supported: supported.into() }.into()
-    };
-    if source.is_native() {
-        let supported = "the original checkpoint";
-        return Err(unsupported("source of a merge", "a native folder", supported));
-    }
-    if source.config().get("quantization_config").is_some() {
-        return Err(unsupported("source of a merge", "a quantised model", super::dtype::FLOATS));
-    }
-    if plan.export == Export::Expanded && (plan.top_k.is_some() || plan.flatten_groups) {
-        let reason = "the expanded export leaves the router and its config as they are".into();
-        return Err(ErrorKind::Recipe { reason }.into());
-    }
-    if plan.export != Export::Stock && plan.flatten_groups {
-        let reason = "only the stock export flattens routing groups".into();
-        return Err(ErrorKind::Recipe { reason }.into());
-    }
-    for (id, grouping) in &plan.groupings {
-        let experts = source.layer(*id)?.experts;
-        if grouping.experts() != experts {
-            return Err(Error::shape("grouping", experts, grouping.experts())).in_layer(id);
-        }
-        if plan.export == Export::Expanded && grouping.labels().contains(&None) {
-            let found = "dropped experts, whose router rows would still choose them";
-            return Err(unsupported("expanded export", found, "merged experts")).in_layer(id);
-        }
-    }
-    for layer in source.layers() {
-        let k = plan.top_k.unwrap_or(layer.rule.top_k);
-        if k == 0 || k > layer.rule.top_k {
-            let expected = format!("1..={}", layer.rule.top_k);
-            return Err(Error::range("experts per token (top-k)", expected, k)).in_layer(layer.id);
-        }
-    }
-    if plan.export == Export::Stock { uniform(source, plan).map(Some) } else { Ok(None) }
-}
-
-/// The number of experts of a stock export, the same in every layer and enough to route.
-fn uniform(source: &Checkpoint, plan: &WritePlan) -> Result<usize> {
-    let mut first: Option<(LayerId, usize)> = None;
-    for layer in source.layers() {
-        let m = plan.groupings.get(&layer.id).map_or(layer.experts, Grouping::groups);
-        let (other, expected) = *first.get_or_insert((layer.id, m));
-        if m != expected {
-            let reason = format!(
-                "the stock export needs one number of experts in every layer, but {other} keeps \
-                 {expected} and {} keeps {m}",
-                layer.id
-            );
-            return Err(ErrorKind::Budget { reason }.into());
-        }
-        let rule = target_rule(layer.rule, plan);
-        if rule.top_k > m {
-            return Err(Error::range("experts per token (top-k)", format!("1..={m}"), rule.top_k))
-                .in_layer(layer.id);
-        }
-        if let Some(misfit) = rule.groups.and_then(|g| g.misfit(m, rule.top_k)) {
-            return Err(Error::range("routing groups", "an even split", misfit)).in_layer(layer.id);
-        }
-    }
-    Ok(first.map_or(0, |(_, m)| m))
 }
 
 /// The target's tensors in the order of the source, not yet in files.

@@ -225,6 +225,32 @@ pub fn fused() -> Tiny {
     tiny
 }
 
+/// Granite's names for fused experts.
+pub fn granite() -> Tiny {
+    let mut tiny = Tiny::new(config("granitemoe", &format!("  \"num_local_experts\": {N},\n{K2}")));
+    for layer in 0..2 {
+        let block = format!("model.layers.{layer}.block_sparse_moe");
+        tiny.add(format!("{block}.input_linear.weight"), Dtype::F32, &[N, 2 * F, D]);
+        tiny.add(format!("{block}.output_linear.weight"), Dtype::F32, &[N, D, F]);
+        tiny.add(format!("{block}.router.layer.weight"), Dtype::F32, &[N, D]);
+    }
+    tiny
+}
+
+/// Mixtral with a bias on every projection.
+pub fn biased() -> Tiny {
+    let mut tiny = mixtral();
+    for layer in 0..2 {
+        for i in 0..N {
+            for (name, rows) in [("w1", F), ("w3", F), ("w2", D)] {
+                let block = format!("model.layers.{layer}.block_sparse_moe.experts.{i}");
+                tiny.add(format!("{block}.{name}.bias"), Dtype::F32, &[rows]);
+            }
+        }
+    }
+    tiny
+}
+
 /// Encoder and decoder with two-matrix experts.
 pub fn switch() -> Tiny {
     let keys = format!("  \"num_experts\": {N},\n  \"expert_capacity\": 7,\n");
@@ -252,6 +278,8 @@ pub fn all() -> Vec<(&'static str, Tiny)> {
         ("jamba", jamba()),
         ("lfm2", lfm2()),
         ("fused", fused()),
+        ("granite", granite()),
+        ("mixtral", biased()),
         ("switch", switch()),
     ]
 }

@@ -1,0 +1,173 @@
+//! A merged layer's tensors, converted and put in their places.
+
+use std::collections::hash_map::Entry;
+
+use ndarray::Array1;
+
+use super::scan_layer::Piece;
+use super::write::{Export, Writer};
+use super::write_check::target_rule;
+use super::write_file::Output;
+use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::model::{Expert, Grouping, LayerId, MergedLayer, Role, Router};
+
+impl Writer<'_> {
+    /// Writes the tensors of a merged layer to their places.
+    pub(super) fn write_layer(&mut self, merged: &MergedLayer) -> Result<()> {
+        let id = merged.id;
+        let planned = self.request.groupings.get(&id).filter(|_| !self.begun.contains(&id));
+        let Some(grouping) = planned.cloned() else {
+            return Err(Error::range("layer", "a planned layer that is not yet written", id));
+        };
+        if grouping != merged.grouping {
+            return Err(Error::shape("grouping", grouping, &merged.grouping));
+        }
+        let router = self.router_of(merged)?;
+        let Some(out) = self.plan.layers.get(&id).cloned() else {
+            return Err(Error::range("layer", "a planned layer", id));
+        };
+        self.begun.insert(id);
+        let rows = router.weight();
+        let weight = rows.as_standard_layout();
+        self.put(whole(out.router, weight.len()), weight.as_slice().unwrap_or_default())?;
+        let biases = [(out.router_bias, router.bias()), (out.correction, router.correction())];
+        for (tensor, values) in biases {
+            self.put_vector(tensor.map(|t| whole(t, rows.nrows())), values)?;
+        }
+        for (slot, projections) in out.experts.iter().enumerate() {
+            let group = match self.request.export {
+                Export::Stock | Export::Native => slot,
+                Export::Expanded => grouping.labels()[slot].unwrap_or(slot),
+            };
+            let expert = &merged.experts[group];
+            let untouched = self.untouched(id, &grouping, group, expert)?;
+            for (at, projection) in projections.iter().enumerate() {
+                if let Some(original) = untouched {
+                    let from = self.source.tensors[self.source.position(id)?].experts[original][at];
+                    self.put_original(projection.weight, from.weight).in_expert(slot)?;
+                    if let (Some(to), Some(from)) = (projection.bias, from.bias) {
+                        self.put_original(to, from).in_expert(slot)?;
+                    }
+                    continue;
+                }
+                self.put_projection(expert, projection.role, projection.weight, projection.bias)
+                    .in_expert(slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The router to write, as planned.
+    fn router_of<'m>(&self, merged: &'m MergedLayer) -> Result<&'m Router> {
+        if self.request.export != Export::Stock {
+            return Ok(&merged.router);
+        }
+        let Some(router) = &merged.narrowed else {
+            let (stage, needs) = ("the stock export".into(), "a narrowed router".into());
+            let remedy = "narrow it, or choose another export".into();
+            return Err(ErrorKind::Missing { stage, needs, remedy }.into());
+        };
+        let expected = target_rule(self.source.layer(merged.id)?.rule, &self.request);
+        if *router.rule() != expected {
+            return Err(Error::shape("narrowed router's policy", expected, router.rule()));
+        }
+        Ok(router)
+    }
+
+    /// The source's expert when `group` is that expert alone and has its values: its bytes are
+    /// copied then, so that the sign of zeros survives too.
+    fn untouched(
+        &self,
+        id: LayerId,
+        grouping: &Grouping,
+        group: usize,
+        expert: &Expert,
+    ) -> Result<Option<usize>> {
+        let &[original] = &grouping.members(group)[..] else { return Ok(None) };
+        Ok((self.source.read_expert(id, original)? == *expert).then_some(original))
+    }
+
+    fn put_projection(
+        &mut self,
+        expert: &Expert,
+        role: Role,
+        weight: Piece,
+        bias: Option<Piece>,
+    ) -> Result<()> {
+        let Some(linear) = expert.view().linear(role) else {
+            return Err(Error::shape("expert", format!("a {role} projection"), "none"));
+        };
+        if linear.weight.dim() != (weight.rows, weight.cols) {
+            let expected = (weight.rows, weight.cols);
+            return Err(Error::shape("expert projection", expected, linear.weight.dim()));
+        }
+        let values = linear.weight.as_standard_layout();
+        self.put(weight, values.as_slice().unwrap_or_default())?;
+        self.put_vector(bias, linear.bias.map(|b| b.to_owned()).as_ref())
+    }
+
+    fn put_vector(&mut self, piece: Option<Piece>, values: Option<&Array1<f32>>) -> Result<()> {
+        match (piece, values) {
+            (None, None) => Ok(()),
+            (Some(piece), Some(values)) if values.len() == piece.cols => {
+                self.put(piece, &values.to_vec())
+            }
+            (piece, values) => {
+                let (expected, found) = (piece.map(|p| p.cols), values.map(|v| v.len()));
+                Err(Error::shape("bias", expected, found))
+            }
+        }
+    }
+
+    /// Converts values and writes them to their place.
+    fn put(&mut self, piece: Piece, values: &[f32]) -> Result<()> {
+        let out = &self.plan.outs[piece.tensor];
+        let (dtype, expected) = (out.dtype, piece.rows * piece.cols);
+        let convert = || {
+            if values.len() != expected {
+                return Err(Error::shape("tensor to write", expected, values.len()));
+            }
+            let mut bytes = Vec::with_capacity(expected * dtype.alignment());
+            dtype.encode(values, &mut bytes)?;
+            Ok(bytes)
+        };
+        let bytes = convert().in_tensor(&out.name)?;
+        self.put_bytes(piece.tensor, piece.start, &bytes)
+    }
+
+    fn put_original(&mut self, to: Piece, from: Piece) -> Result<()> {
+        let store = &self.source.store;
+        let length = from.rows * from.cols * store.entry(from.tensor).dtype.alignment();
+        let bytes = &store.bytes(from.tensor)[from.start..from.start + length];
+        self.put_bytes(to.tensor, to.start, bytes)
+    }
+
+    /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed
+    /// at its last.
+    pub(super) fn put_bytes(&mut self, tensor: usize, start: usize, bytes: &[u8]) -> Result<()> {
+        let out = &self.plan.outs[tensor];
+        let file = &self.plan.files[out.file];
+        let output = match self.open.entry(out.file) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(new) => {
+                let mut output = Output::create(&self.target.path().join(&file.name), file.size)?;
+                output.write(0, &file.header)?;
+                new.insert(output)
+            }
+        };
+        if !bytes.is_empty() {
+            output.write(out.at + start as u64, bytes)?;
+        }
+        if output.is_complete()
+            && let Some(output) = self.open.remove(&out.file)
+        {
+            self.digests.insert(file.name.clone(), (file.size, output.close()?));
+        }
+        Ok(())
+    }
+}
+
+/// A whole tensor of `len` values.
+fn whole(tensor: usize, len: usize) -> Piece {
+    Piece { tensor, start: 0, rows: 1, cols: len }
+}
