@@ -201,6 +201,28 @@ proptest! {
     }
 
     #[test]
+    fn lining_members_up_undoes_their_permutation(seed in 0u64..1_000_000, n in 2usize..5) {
+        let (cx, mut numbers) = (Context::cpu(seed), Numbers(seed));
+        let experts: Vec<Expert> = (0..n).map(|_| numbers.expert()).collect();
+        let orders: Vec<Permutation> = (0..n).map(|_| numbers.permutation(F)).collect();
+        let (layer, stats) = observe(experts, router(n, seed), seed);
+        let shuffle = |experts: &[Expert]| -> Vec<Expert> {
+            let pairs = experts.iter().zip(&orders);
+            pairs.map(|(e, p)| e.view().permuted(p, cx.compute()).unwrap()).collect()
+        };
+        let (shuffled, _) = observe(shuffle(layer.experts()), router(n, seed), seed);
+        // Fisher information belongs to the weights: it moves with them.
+        let fisher = stats.fisher.as_deref().map(shuffle);
+        let moved = RoutingStats { fisher, ..stats.clone() };
+        let back: Vec<Permutation> = orders.iter().map(Permutation::inverse).collect();
+        for merger in mergers() {
+            let plain = merge(&*merger, &layer, &stats, &identities(n), &cx);
+            let lined_up = merge(&*merger, &shuffled, &moved, &back, &cx);
+            prop_assert_eq!(values(&plain), values(&lined_up), "{}", merger.name());
+        }
+    }
+
+    #[test]
     fn an_unvisited_group_is_averaged_with_equal_weights(seed in 0u64..1_000_000, n in 2usize..5) {
         let mut numbers = Numbers(seed);
         let experts: Vec<Expert> = (0..n).map(|_| numbers.expert()).collect();
