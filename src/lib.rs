@@ -1,4 +1,73 @@
-//! Merge, then compress: fewer, smaller experts for Sparse Mixture-of-Experts checkpoints.
+//! Merge, then compress: fewer, smaller experts for Sparse Mixture-of-Experts (SMoE) checkpoints.
+//!
+//! Mixtral, Qwen3-MoE, DeepSeek and their kin hold most of their weights in experts, and many
+//! experts are redundant. *Merge, Then Compress* (Li et al., ICLR 2024, arXiv 2310.01334) lets the
+//! router say which. This crate reads a Hugging Face checkpoint, merges the experts that the router
+//! treats alike, and writes a checkpoint that runs; one layer is in memory at a time.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, merge_then_compress};
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! let recipe = Recipe::preset("m-smoe", Keep::Fraction(0.5))?.export(ExportChoice::Stock);
+//! let report = merge_then_compress(
+//!     Path::new("Mixtral-8x7B"),
+//!     Path::new("mixtral.stats.safetensors"),
+//!     &recipe,
+//!     Path::new("Mixtral-4x7B"),
+//! )?;
+//! println!("{} experts are left of {}", report.experts.after, report.experts.before);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The way through the house
+//!
+//! Data flows one way, and every step is a trait with one required method in [`stage`]:
+//!
+//! 1. [`checkpoint`] opens the source: memory-mapped shards, layers recognised by tensor names.
+//! 2. [`calibrate`] reads the routing statistics: how often, and with what, experts were used.
+//! 3. [`similarity`] says how alike the experts of a layer are ([`stage::Similarity`]).
+//! 4. [`group`] decides, over all layers at once, which become one ([`stage::Grouper`]).
+//! 5. [`align`] lines hidden units up, so that an average means something ([`stage::Aligner`]).
+//! 6. [`merge`] makes one expert of each group ([`stage::Merger`]) and, for runtimes without an
+//!    expert map, a router with one row per group ([`stage::RouterMerger`]).
+//! 7. [`checkpoint`] writes the target; it appears whole or not at all.
+//!
+//! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
+//! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
+//! The same input gives the same bytes at any number of threads.
+//!
+//! # A stage of one's own
+//!
+//! ```
+//! use mcsmoe::prelude::*;
+//!
+//! /// Experts are alike when the router reads the same input directions for them.
+//! #[derive(Debug)]
+//! struct RowDistance;
+//!
+//! impl Stage for RowDistance {
+//!     fn name(&self) -> &str {
+//!         "row-distance"
+//!     }
+//! }
+//!
+//! impl Similarity for RowDistance {
+//!     fn similarity(&self, layer: &LayerView<'_>, _: &Context) -> Result<SimilarityMatrix> {
+//!         let rows = layer.router.weight();
+//!         SimilarityMatrix::from_pairs(layer.len(), |i, j| {
+//!             let gap = &rows.row(i) - &rows.row(j);
+//!             let distance = f64::from(gap.dot(&gap)).sqrt();
+//!             Ok((1.0 / (1.0 + distance), distance))
+//!         })
+//!     }
+//! }
+//! ```
+//!
+//! `Pipeline::builder().similarity(RowDistance)` uses it beside the built-in stages; see
+//! `examples/custom_similarity.rs` for a whole run.
 
 pub mod align;
 pub mod calibrate;

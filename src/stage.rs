@@ -289,8 +289,8 @@ impl Members<'_> {
         self.experts[i].permuted(&self.permutations[i], cx.compute())
     }
 
-    /// `Σ w_i P_i(E_i) / Σ w_i`: the weighted average of the aligned members. Weights that sum to 0
-    /// (a group that no token visited) are replaced by equal ones.
+    /// `Σ w_i P_i(E_i) / Σ w_i`: the weighted average of the aligned members. Weights that sum to
+    /// 0 (a group that no token visited) are replaced by equal ones.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`] for a negative or non-finite weight.

@@ -1,2 +1,23 @@
 //! Checkpoints on disk: safetensors shards in and out, streamed layer by layer; tensor names per
 //! family as data; element types other than `f32` exist only here.
+//!
+//! [`Checkpoint::open`] reads a Hugging Face folder: `config.json` and either one safetensors file
+//! or shards with an index. Shards are memory-mapped, so opening costs the headers only, and
+//! [`Checkpoint::release`] gives a layer's pages back once it is done with.
+
+mod config;
+mod dtype;
+mod folder;
+mod header;
+mod json;
+mod layout;
+mod mmap;
+mod native;
+mod open;
+mod read;
+mod rule;
+mod scan;
+mod store;
+
+pub use config::Config;
+pub use open::{Checkpoint, LayerInfo};

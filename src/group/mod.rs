@@ -1,1 +1,58 @@
 //! Which experts become one? One method a file.
+//!
+//! | method | idea | source |
+//! |---|---|---|
+//! | [`Dominant`] | the most used experts stay, the others join the most similar | M-SMoE |
+//! | [`Agglomerative`] | merge the closest groups until few enough remain | HC-SMoE |
+//! | [`KMeans`] | the partition with the least spread inside its groups | HC-SMoE |
+//! | [`Prune`] | the best experts stay, the others are dropped or redirected | REAP, EAN |
+//! | [`TaskSpecific`] | experts that a task does not use are dropped | M-SMoE, baseline |
+//! | [`RandomGroups`] | chance | M-SMoE, baseline |
+//!
+//! All meet the budget exactly, keep protected experts alone, respect the capacity of groups and
+//! number groups by their dominant expert. Ties are broken by score, then the smaller expert, then
+//! the earlier layer. What cannot be met is an [`ErrorKind::Budget`](crate::ErrorKind::Budget) that
+//! names what can.
+//!
+//! Each answers two questions in turn: how many groups does a layer get (`Quota`), and which
+//! experts share one.
+
+mod agglomerative;
+mod clusters;
+mod dendrogram;
+mod dominant;
+mod kmeans;
+mod prune;
+mod quota;
+mod random;
+mod ranking;
+mod task_specific;
+
+pub use agglomerative::Agglomerative;
+pub use clusters::Representative;
+pub use dendrogram::Linkage;
+pub use dominant::Dominant;
+pub use kmeans::KMeans;
+pub use prune::{Absorb, Prune};
+pub use quota::Spread;
+pub use random::RandomGroups;
+pub use ranking::{LayerScale, needs_of};
+pub use task_specific::{TaskSpecific, UsageTracker};
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::model::{LayerId, Stack};
+
+/// The random numbers of one layer: a stream of its own under the context's seed, so that neither
+/// the number of threads nor the choice of layers changes what a layer draws.
+fn layer_rng(seed: u64, id: LayerId) -> ChaCha8Rng {
+    let stack = match id.stack {
+        Stack::Causal => 0,
+        Stack::Encoder => 1,
+        Stack::Decoder => 2,
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stack << 32 | id.index as u64);
+    rng
+}

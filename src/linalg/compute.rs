@@ -38,8 +38,9 @@ pub trait Compute: Debug + Send + Sync {
     /// The device's name, for reports (`"cpu"`, or the adapter's name).
     fn name(&self) -> &str;
 
-    /// `out ← alpha · A B + beta · out` for `A: (m, k)`, `B: (k, n)`, `out: (m, n)`, of any strides:
-    /// `A Bᵀ` is `gemm(.., a, b.t(), ..)`. With `beta = 0` the old content of `out` is not read.
+    /// `out ← alpha · A B + beta · out` for `A: (m, k)`, `B: (k, n)`, `out: (m, n)`, of any
+    /// strides: `A Bᵀ` is `gemm(.., a, b.t(), ..)`. With `beta = 0` the old content of `out` is
+    /// not read.
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the three shapes do not fit.

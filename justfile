@@ -1,0 +1,36 @@
+# The same steps as .ci/run; `just` lists them.
+
+default:
+    @just --list
+
+# All gates, as in CI.
+ci:
+    .ci/run
+
+# Formats the code in place.
+fmt:
+    cargo fmt --all
+
+# Clippy with warnings denied.
+lint:
+    .ci/run lint
+
+# Documentation with warnings denied.
+doc:
+    .ci/run doc
+
+# Unit, integration and documentation tests.
+test:
+    .ci/run test
+
+# Runs every example.
+examples:
+    .ci/run examples
+
+# Compiles the benches without running them.
+bench-build:
+    .ci/run bench
+
+# Runs one bench: just bench assign
+bench name:
+    cargo bench --locked --bench {{name}}

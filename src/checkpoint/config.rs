@@ -1,0 +1,228 @@
+//! `config.json`, kept as text: values are read by key and replaced in place, so that everything
+//! else survives byte for byte.
+
+use std::path::Path;
+
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::json::{Members, malformed};
+use crate::error::{Error, ErrorKind, Locate, Result};
+
+/// The spellings of the number of routed experts.
+pub(super) const EXPERTS: &[&str] =
+    &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
+/// The spellings of the number of experts per token.
+pub(super) const TOP_K: &[&str] = &["num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"];
+/// The spellings of the number of multi-token-prediction layers.
+pub(super) const MTP: &[&str] =
+    &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
+/// Where a wrapper keeps the keys of its language model.
+const NESTED: &str = "text_config";
+
+/// A model's `config.json`.
+#[derive(Debug, Clone)]
+pub struct Config {
+    text: String,
+    value: Value,
+}
+
+impl Config {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`], or [`ErrorKind::Format`] when it is not a JSON object.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", e));
+        text.and_then(Self::parse).in_file(path)
+    }
+
+    /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] when it is not a JSON object.
+    pub fn parse(text: String) -> Result<Self> {
+        let value: Value = serde_json::from_str(&text).map_err(|e| malformed("config.json", e))?;
+        if !value.is_object() {
+            return Err(malformed("config.json", "not an object"));
+        }
+        Ok(Self { text, value })
+    }
+
+    /// The text, exactly as on disk.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The value of a key of the model, or of the language model inside a wrapper. `null` counts
+    /// as absent.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        let nested = self.value.get(NESTED).and_then(|inner| inner.get(key));
+        self.value.get(key).or(nested).filter(|v| !v.is_null())
+    }
+
+    /// The first present key of `keys` with its value.
+    pub(super) fn first<'k>(&self, keys: &[&'k str]) -> Option<(&'k str, &Value)> {
+        keys.iter().find_map(|key| Some((*key, self.get(key)?)))
+    }
+
+    /// A whole number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when it is something else.
+    pub fn integer(&self, key: &str) -> Result<Option<usize>> {
+        let whole = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+        self.typed(key, "a whole number", whole)
+    }
+
+    /// A finite number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when it is something else.
+    pub fn float(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a number", Value::as_f64)
+    }
+
+    /// `true` or `false`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when it is something else.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", Value::as_bool)
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when it is something else.
+    pub fn string(&self, key: &str) -> Result<Option<&str>> {
+        self.typed(key, "a string", Value::as_str)
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match read(value) {
+            Some(typed) => Ok(Some(typed)),
+            None => Err(mismatch(key, expected, value)),
+        }
+    }
+
+    /// The number of routed experts, which every spelling present must agree on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when absent, not a whole number, or contradictory.
+    pub fn experts(&self) -> Result<usize> {
+        self.alias(EXPERTS)
+    }
+
+    /// The number of experts per token, as [`Config::experts`].
+    ///
+    /// # Errors
+    /// As [`Config::experts`].
+    pub fn top_k(&self) -> Result<usize> {
+        self.alias(TOP_K)
+    }
+
+    fn alias(&self, keys: &[&str]) -> Result<usize> {
+        let mut found: Option<usize> = None;
+        for key in keys {
+            let Some(n) = self.integer(key)? else { continue };
+            if let Some(before) = found.filter(|before| *before != n) {
+                return Err(mismatch(key, &format!("{before}, as its other spelling says"), n));
+            }
+            found = Some(n);
+        }
+        found.ok_or_else(|| mismatch(&keys.join(" | "), "a whole number", "nothing"))
+    }
+
+    /// The text with the value of each key replaced by JSON text, wherever the key stands: at the
+    /// top and in the wrapped language model. Absent keys are not added.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] when the text is not an object.
+    pub(super) fn edited(&self, edits: &[(&str, String)]) -> Result<String> {
+        let mut spans = Vec::new();
+        self.spans(&self.text, edits, &mut spans)?;
+        spans.sort_by_key(|(start, ..)| *start);
+        let mut text = String::with_capacity(self.text.len() + 256);
+        let mut done = 0;
+        for (start, end, new) in spans {
+            text.push_str(&self.text[done..start]);
+            text.push_str(new);
+            done = end;
+        }
+        text.push_str(&self.text[done..]);
+        Ok(text)
+    }
+
+    /// The start, end and replacement of every value of `object`, a slice of the text, to replace.
+    fn spans<'e>(
+        &self,
+        object: &str,
+        edits: &'e [(&str, String)],
+        found: &mut Vec<(usize, usize, &'e str)>,
+    ) -> Result<()> {
+        let members: Members<&RawValue> =
+            serde_json::from_str(object).map_err(|e| malformed("config.json", e))?;
+        for (key, raw) in members.0 {
+            let value = raw.get();
+            let start = value.as_ptr() as usize - self.text.as_ptr() as usize;
+            if let Some((_, new)) = edits.iter().find(|(name, _)| *name == key) {
+                found.push((start, start + value.len(), new));
+            } else if key == NESTED && value.starts_with('{') {
+                self.spans(value, edits, found)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A [`ErrorKind::Config`].
+pub(super) fn mismatch(key: &str, expected: &str, found: impl std::fmt::Display) -> Error {
+    let (key, expected, found) = (key.into(), expected.into(), found.to_string());
+    ErrorKind::Config { key, expected, found }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "{\n \"num_experts\" : 8,  \"odd\":[1.50, 2E3],\n \
+        \"text_config\": {\"num_local_experts\":8, \"norm_topk_prob\": true},\n\t\"k\": null }\n";
+
+    fn config(text: &str) -> Config {
+        Config::parse(text.into()).unwrap()
+    }
+
+    #[test]
+    fn edits_replace_every_spelling_and_nothing_else() {
+        let edits: Vec<_> = EXPERTS.iter().map(|key| (*key, "6".to_owned())).collect();
+        let edited = config(TEXT).edited(&edits).unwrap();
+        let expected = TEXT.replace(": 8", ": 6").replace(":8", ":6");
+        assert_eq!(edited, expected);
+        assert_eq!(config(TEXT).edited(&[]).unwrap(), TEXT);
+    }
+
+    #[test]
+    fn values_are_typed_and_found_in_wrappers() {
+        let config = config(TEXT);
+        assert_eq!(config.experts().unwrap(), 8);
+        assert_eq!(config.flag("norm_topk_prob").unwrap(), Some(true));
+        assert_eq!(config.integer("k").unwrap(), None);
+        let error = config.integer("odd").unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Config { key, .. } if key == "odd"));
+        assert!(matches!(config.top_k().unwrap_err().kind(), ErrorKind::Config { .. }));
+    }
+
+    #[test]
+    fn contradictory_spellings_are_refused() {
+        let error = config(r#"{"num_experts": 8, "num_local_experts": 4}"#).experts().unwrap_err();
+        assert!(error.to_string().contains("expected 8, as its other spelling says, found 4"));
+        assert!(Config::parse("[]".into()).is_err());
+    }
+}

@@ -1,0 +1,239 @@
+//! How families name the tensors of their MoE blocks, as data.
+//!
+//! A layout is recognised from the names of the expert tensors alone: wrappers change prefixes, and
+//! one model type may come in more than one layout. Names are relative to the block
+//! (`model.layers.3.`, `encoder.block.1.layer.1.`).
+
+use crate::model::{LayerId, Role, Stack};
+
+/// One way to name and shape the tensors of an MoE block.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub(super) name: &'static str,
+    pub(super) experts: Experts,
+    /// Names of the `(N, d)` router weight.
+    pub(super) router: &'static [&'static str],
+    /// Names of the `(N)` bias of the logits.
+    pub(super) router_bias: &'static [&'static str],
+    /// Names of the `(N)` or `(1, N)` correction of the choice.
+    pub(super) correction: &'static [&'static str],
+}
+
+/// Where the experts are.
+#[derive(Debug)]
+pub(super) enum Experts {
+    /// `{before}{i}.{projection}.{weight|bias}`, weights `(out, in)`.
+    Each { before: &'static str, projections: &'static [(Role, &'static str)] },
+    /// `(N, 2f, d)`, gate rows first, and `(N, d, f)`.
+    Fused { gate_up: &'static str, down: &'static str },
+}
+
+const QWEN: &[(Role, &str)] =
+    &[(Role::Gate, "gate_proj"), (Role::Up, "up_proj"), (Role::Down, "down_proj")];
+const MIXTRAL: &[(Role, &str)] = &[(Role::Gate, "w1"), (Role::Up, "w3"), (Role::Down, "w2")];
+const SWITCH: &[(Role, &str)] = &[(Role::Up, "wi"), (Role::Down, "wo")];
+
+const MLP_ROUTERS: &[&str] = &["mlp.gate.weight", "mlp.gate.wg.weight", "mlp.router.gate.weight"];
+const MLP_CORRECTIONS: &[&str] = &[
+    "mlp.gate.e_score_correction_bias",
+    "mlp.moe_statics.e_score_correction_bias",
+    "mlp.expert_bias",
+];
+
+/// Every layout that can be read and written.
+pub(super) const LAYOUTS: &[Layout] = &[
+    Layout {
+        name: "qwen",
+        experts: Experts::Each { before: "mlp.experts.", projections: QWEN },
+        router: MLP_ROUTERS,
+        router_bias: &[],
+        correction: MLP_CORRECTIONS,
+    },
+    Layout {
+        name: "jamba",
+        experts: Experts::Each { before: "feed_forward.experts.", projections: QWEN },
+        router: &["feed_forward.router.weight"],
+        router_bias: &[],
+        correction: &[],
+    },
+    Layout {
+        name: "mixtral",
+        experts: Experts::Each { before: "block_sparse_moe.experts.", projections: MIXTRAL },
+        router: &["block_sparse_moe.gate.weight"],
+        router_bias: &[],
+        correction: &[
+            "block_sparse_moe.e_score_correction_bias",
+            "block_sparse_moe.gate.e_score_correction_bias",
+        ],
+    },
+    Layout {
+        name: "lfm2",
+        experts: Experts::Each { before: "feed_forward.experts.", projections: MIXTRAL },
+        router: &["feed_forward.gate.weight"],
+        router_bias: &[],
+        correction: &["feed_forward.expert_bias"],
+    },
+    Layout {
+        name: "fused",
+        experts: Experts::Fused {
+            gate_up: "mlp.experts.gate_up_proj",
+            down: "mlp.experts.down_proj",
+        },
+        router: MLP_ROUTERS,
+        router_bias: &[],
+        correction: MLP_CORRECTIONS,
+    },
+    Layout {
+        name: "granite",
+        experts: Experts::Fused {
+            gate_up: "block_sparse_moe.input_linear.weight",
+            down: "block_sparse_moe.output_linear.weight",
+        },
+        router: &["block_sparse_moe.router.layer.weight"],
+        router_bias: &[],
+        correction: &[],
+    },
+    Layout {
+        name: "switch",
+        experts: Experts::Each { before: "mlp.experts.expert_", projections: SWITCH },
+        router: &["mlp.router.classifier.weight"],
+        router_bias: &["mlp.router.classifier.bias"],
+        correction: &[],
+    },
+];
+
+/// What an expert tensor holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Weight(usize, Role),
+    Bias(usize, Role),
+    FusedGateUp,
+    FusedDown,
+}
+
+impl Layout {
+    /// What the tensor `rest` of a block holds, if it is one of this layout's expert tensors.
+    pub(super) fn part(&self, rest: &str) -> Option<Part> {
+        match &self.experts {
+            Experts::Each { before, projections } => {
+                let (index, rest) = rest.strip_prefix(before)?.split_once('.')?;
+                let (projection, kind) = rest.split_once('.')?;
+                let (role, _) = projections.iter().find(|(_, name)| *name == projection)?;
+                match kind {
+                    "weight" => Some(Part::Weight(number(index)?, *role)),
+                    "bias" => Some(Part::Bias(number(index)?, *role)),
+                    _ => None,
+                }
+            }
+            Experts::Fused { gate_up, .. } if rest == *gate_up => Some(Part::FusedGateUp),
+            Experts::Fused { down, .. } if rest == *down => Some(Part::FusedDown),
+            Experts::Fused { .. } => None,
+        }
+    }
+
+    /// Whether experts have a gate.
+    pub(super) fn is_gated(&self) -> bool {
+        match &self.experts {
+            Experts::Each { projections, .. } => projections.iter().any(|(r, _)| *r == Role::Gate),
+            Experts::Fused { .. } => true,
+        }
+    }
+}
+
+/// The supported layouts, in words.
+pub(super) fn supported() -> String {
+    let words = |layout: &Layout| match &layout.experts {
+        Experts::Each { before, projections } => {
+            let names: Vec<&str> = projections.iter().map(|(_, name)| *name).collect();
+            format!("{} ({before}N.{{{}}})", layout.name, names.join(","))
+        }
+        Experts::Fused { gate_up, .. } => format!("{} ({gate_up} [N,2f,d])", layout.name),
+    };
+    LAYOUTS.iter().map(words).collect::<Vec<_>>().join("; ")
+}
+
+/// Splits a tensor's name into its layer, the length of the block's prefix, and the rest.
+pub(super) fn site(name: &str) -> Option<(LayerId, usize, &str)> {
+    for (start, stack) in [("encoder.block.", Stack::Encoder), ("decoder.block.", Stack::Decoder)] {
+        let Some(rest) = name.strip_prefix(start) else { continue };
+        let (index, rest) = rest.split_once('.')?;
+        let (_, rest) = rest.strip_prefix("layer.")?.split_once('.')?;
+        let id = LayerId { stack, index: number(index)? };
+        return Some((id, name.len() - rest.len(), rest));
+    }
+    let mut after = name;
+    while let Some(at) = after.find("layers.") {
+        let before = name.len() - after.len() + at;
+        after = &after[at + "layers.".len()..];
+        let whole_word = before == 0 || name.as_bytes()[before - 1] == b'.';
+        let Some((index, rest)) = after.split_once('.').filter(|_| whole_word) else { continue };
+        if let Some(index) = number(index) {
+            return Some((LayerId::causal(index), name.len() - rest.len(), rest));
+        }
+    }
+    None
+}
+
+/// Whether a tensor that fits no layout nevertheless belongs to routed experts, or is quantised.
+pub(super) fn looks_like_experts(name: &str) -> bool {
+    const QUANTISED: [&str; 6] =
+        ["_scale_inv", "_blocks", "_scales", ".qweight", ".qzeros", ".weight_packed"];
+    let of_experts = name.starts_with("experts.") || name.contains(".experts.");
+    let fused = name.contains("block_sparse_moe.input_linear")
+        || name.contains("block_sparse_moe.output_linear");
+    of_experts || fused || QUANTISED.iter().any(|end| name.ends_with(end))
+}
+
+/// A decimal number in its only spelling.
+fn number(digits: &str) -> Option<usize> {
+    let n: usize = digits.parse().ok()?;
+    (n.to_string() == digits).then_some(n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(name: &str) -> Option<(String, &'static str, Part)> {
+        let (id, _, rest) = site(name)?;
+        LAYOUTS.iter().find_map(|l| Some((id.to_string(), l.name, l.part(rest)?)))
+    }
+
+    #[test]
+    fn names_of_every_layout_are_recognised_under_any_prefix() {
+        let up = Part::Weight(12, Role::Up);
+        let cases = [
+            ("model.layers.3.mlp.experts.12.up_proj.weight", "layers.3", "qwen", up),
+            ("language_model.model.layers.3.mlp.experts.12.up_proj.weight", "layers.3", "qwen", up),
+            ("model.layers.0.feed_forward.experts.12.up_proj.weight", "layers.0", "jamba", up),
+            ("model.layers.9.block_sparse_moe.experts.12.w3.weight", "layers.9", "mixtral", up),
+            ("model.layers.9.feed_forward.experts.12.w3.weight", "layers.9", "lfm2", up),
+            (
+                "model.language_model.layers.1.mlp.experts.gate_up_proj",
+                "layers.1",
+                "fused",
+                Part::FusedGateUp,
+            ),
+            (
+                "decoder.block.2.layer.2.mlp.experts.expert_12.wi.weight",
+                "decoder.layers.2",
+                "switch",
+                up,
+            ),
+        ];
+        for (name, id, layout, part) in cases {
+            assert_eq!(read(name), Some((id.into(), layout, part)), "{name}");
+        }
+    }
+
+    #[test]
+    fn shared_experts_are_no_experts_and_odd_numbers_are_no_indices() {
+        let shared = "model.layers.0.mlp.shared_experts.up_proj.weight";
+        assert!(read(shared).is_none() && !looks_like_experts(shared));
+        for odd in ["01", "+1", "", "1_000", "99999999999999999999999"] {
+            assert!(read(&format!("model.layers.0.mlp.experts.{odd}.up_proj.weight")).is_none());
+        }
+        assert!(looks_like_experts("model.layers.0.mlp.experts.gate_up_proj_blocks"));
+        assert!(looks_like_experts("transformer.blocks.0.ffn.experts.mlp.w1"));
+    }
+}

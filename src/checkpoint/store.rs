@@ -1,0 +1,138 @@
+//! All tensors of a checkpoint: mapped files and a table of names.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::folder::{self, Files};
+use super::header::{self, Entry};
+use super::json::malformed;
+use super::mmap::Map;
+use crate::error::{Error, Locate, Result};
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Map,
+}
+
+/// A tensor and the file that holds it.
+#[derive(Debug)]
+pub(super) struct Tensor {
+    file: usize,
+    pub(super) entry: Entry,
+}
+
+impl Tensor {
+    /// Its size in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.entry.range.len()
+    }
+
+    /// Its number of elements.
+    pub(super) fn parameters(&self) -> usize {
+        self.entry.shape.iter().product()
+    }
+}
+
+/// Mapped files and their tensors, in the order of files and data.
+#[derive(Debug)]
+pub(super) struct Store {
+    shards: Vec<Shard>,
+    tensors: Vec<Tensor>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Store {
+    /// Maps the files of `dir` and checks their headers against each other and the index.
+    pub(super) fn open(dir: &Path) -> Result<Self> {
+        let Files { paths, promised } = folder::files(dir)?;
+        let mut store = Self { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
+        for (file, path) in paths.into_iter().enumerate() {
+            let (shard, entries) = map(&path).in_file(&path)?;
+            store.shards.push(shard);
+            for entry in entries {
+                store.insert(Tensor { file, entry }).in_file(&path)?;
+            }
+        }
+        if let Some(promised) = promised {
+            let index = dir.join(folder::INDEX);
+            for (name, file) in &promised {
+                let found = store.get(name).map(|t| store.tensors[t].file);
+                if found != Some(*file) {
+                    let shard = store.shards[*file].path.display().to_string();
+                    let reason = format!("the index promises it in {shard}, which lacks it");
+                    return Err(malformed("safetensors index", reason))
+                        .in_tensor(name)
+                        .in_file(&index);
+                }
+            }
+            let stray = store.tensors.iter().find(|t| !promised.contains_key(&t.entry.name));
+            if let Some(stray) = stray {
+                return Err(malformed("safetensors index", "the index does not name it"))
+                    .in_tensor(&stray.entry.name)
+                    .in_file(&store.shards[stray.file].path);
+            }
+        }
+        Ok(store)
+    }
+
+    fn insert(&mut self, tensor: Tensor) -> Result<()> {
+        let name = tensor.entry.name.clone();
+        if let Some(before) = self.by_name.insert(name.clone(), self.tensors.len()) {
+            let other = &self.shards[self.tensors[before].file].path;
+            let reason = format!("{} holds it too", other.display());
+            return Err(malformed("checkpoint", reason)).in_tensor(&name);
+        }
+        self.tensors.push(tensor);
+        Ok(())
+    }
+
+    /// All tensors, in the order of files and data.
+    pub(super) fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// The position of a tensor in [`Store::tensors`].
+    pub(super) fn get(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// A tensor's header entry.
+    pub(super) fn entry(&self, tensor: usize) -> &Entry {
+        &self.tensors[tensor].entry
+    }
+
+    /// A tensor's bytes.
+    pub(super) fn bytes(&self, tensor: usize) -> &[u8] {
+        let Tensor { file, entry } = &self.tensors[tensor];
+        &self.shards[*file].map.bytes()[entry.range.clone()]
+    }
+
+    /// The file that holds a tensor.
+    pub(super) fn path(&self, tensor: usize) -> &Path {
+        &self.shards[self.tensors[tensor].file].path
+    }
+
+    /// Lets the pages of a part of a tensor go.
+    pub(super) fn release(&self, tensor: usize, part: std::ops::Range<usize>) {
+        let Tensor { file, entry } = &self.tensors[tensor];
+        let start = entry.range.start;
+        self.shards[*file].map.release(start + part.start..start + part.end);
+    }
+}
+
+fn map(path: &Path) -> Result<(Shard, Vec<Entry>)> {
+    let io = |e| Error::io("open", e);
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(malformed("checkpoint", "not a regular file"));
+    }
+    if metadata.len() < 8 {
+        let reason = format!("{} bytes are too few for a header length", metadata.len());
+        return Err(malformed("safetensors file", reason));
+    }
+    let map = Map::of(&File::open(path).map_err(io)?)?;
+    let entries = header::parse(map.bytes())?;
+    Ok((Shard { path: path.to_owned(), map }, entries))
+}
