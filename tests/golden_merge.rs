@@ -1,8 +1,9 @@
 //! The mergers against tensors computed by the published code of M-SMoE.
 //!
-//! Six two-matrix experts (`d = 8`, `f = 12`) and three Mixtral layers were merged by that code with
-//! stored labels and usages. The hidden states of the activation-matching functions are the 50 rows
-//! of `hidden` dealt out to the six experts in turn: row `t` was routed to expert `t mod 6`.
+//! Six two-matrix experts (`d = 8`, `f = 12`) and three Mixtral layers were merged by that code
+//! with stored labels and usages. The hidden states of the activation-matching functions are the
+//! 50 rows of `hidden` dealt out to the six experts in turn: row `t` was routed to expert
+//! `t mod 6`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 mod golden_reader;

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 use approx::assert_abs_diff_eq;
 use mcsmoe::ErrorKind;
-use mcsmoe::merge::router::{DominantRow, LogSumExpFit, MeanRow, Prior};
+use mcsmoe::merge::router::{DominantRow, LogSumExpFit, MeanRow, Prior, SigmoidMass};
 use mcsmoe::merge::{
     Coefficients, DominantOnly, Fisher, FixDominant, Ingredient, ReferenceCompat, Weighted,
     Weighting, ZipIt,
@@ -178,7 +178,8 @@ proptest! {
         let mut counts = vec![0; n];
         counts[0] = 5;
         let stats = RoutingStats { counts, ..stats };
-        let exact: [&dyn Merger; 3] = [&Weighted::default(), &DominantOnly, &FixDominant::default()];
+        let fold = FixDominant::default();
+        let exact: [&dyn Merger; 3] = [&Weighted::default(), &DominantOnly, &fold];
         for merger in exact {
             let merged = merge(merger, &layer, &stats, &identities(n), &Context::cpu(0));
             prop_assert_eq!(values(&merged), values(&layer.experts()[0]), "{}", merger.name());
@@ -287,7 +288,7 @@ proptest! {
             let before = loss(&method.merge_router(&view, &grouping, &cx).unwrap());
             let mut least = f64::INFINITY;
             for ridge in [1e3, 1.0, 1e-2, 0.0] {
-                let fit = LogSumExpFit { ridge, prior };
+                let fit = LogSumExpFit { ridge, prior, mass: SigmoidMass::Sum };
                 let after = loss(&fit.merge_router(&view, &grouping, &cx).unwrap());
                 // Logits near 10 in f32, squared and summed.
                 let slack = 1e-5 * before;
