@@ -1,11 +1,16 @@
 //! The mergers against tensors computed by the published code of M-SMoE.
 //!
-//! Six two-matrix experts (`d = 8`, `f = 12`) and three Mixtral layers were merged by it with
-//! stored labels and usages. The hidden states of the activation-matching functions are the 50 rows
-//! of `hidden` dealt out to the six experts in turn: row `t` was routed to expert `t mod 6`.
+//! Six two-matrix experts (`d = 8`, `f = 12`) and three Mixtral layers were merged by that code
+//! with stored labels and usages. The hidden states of the activation-matching functions are the
+//! 50 rows of `hidden` dealt out to the six experts in turn: row `t` was routed to expert
+//! `t mod 6`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+mod golden_reader;
+
 use std::collections::BTreeMap;
+
+use golden_reader::Golden;
 
 use mcsmoe::merge::{
     Coefficients, Fisher, Ingredient, ReferenceCompat, Weighted, Weighting, ZipIt,
@@ -20,52 +25,17 @@ use ndarray::{Array2, Axis};
 /// The published code computes in `f32`, in another order of operations.
 const TOLERANCE: f32 = 1e-6;
 
-struct Golden(BTreeMap<String, (Vec<usize>, Vec<f64>)>);
-
-impl Golden {
-    fn open(name: &str) -> Self {
-        let root = env!("CARGO_MANIFEST_DIR");
-        let bytes = std::fs::read(format!("{root}/tests/fixtures/golden/{name}.safetensors"));
-        let bytes = bytes.unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let decode = |t: safetensors::tensor::TensorView<'_>| -> Vec<f64> {
-            match t.dtype() {
-                safetensors::Dtype::F32 => {
-                    let chunks = t.data().as_chunks().0.iter();
-                    chunks.map(|&b| f64::from(f32::from_le_bytes(b))).collect()
-                }
-                safetensors::Dtype::I64 => {
-                    t.data().as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f64).collect()
-                }
-                other => panic!("{other:?}"),
-            }
-        };
-        let tensors = file.tensors().into_iter();
-        Self(tensors.map(|(name, t)| (name, (t.shape().to_vec(), decode(t)))).collect())
+fn groups(file: &Golden, name: &str) -> Vec<Vec<usize>> {
+    let mut groups: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for (i, label) in file.indices(name).into_iter().enumerate() {
+        groups.entry(label).or_default().push(i);
     }
-
-    fn vector(&self, name: &str) -> &[f64] {
-        &self.0[name].1
-    }
-
-    fn matrix(&self, name: &str) -> Array2<f32> {
-        let (shape, values) = &self.0[name];
-        let values = values.iter().map(|&x| x as f32).collect();
-        Array2::from_shape_vec((shape[0], shape[1]), values).unwrap()
-    }
-
-    fn groups(&self, name: &str) -> Vec<Vec<usize>> {
-        let mut groups: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
-        for (i, &label) in self.vector(name).iter().enumerate() {
-            groups.entry(label as i64).or_default().push(i);
-        }
-        groups.into_values().collect()
-    }
+    groups.into_values().collect()
 }
 
 /// Counts that give these usages exactly: they are multiples of 1/80 or 1/120.
-fn counts(usage: &[f64], tokens: f64) -> Vec<u64> {
-    usage.iter().map(|u| (u * tokens).round() as u64).collect()
+fn counts(usage: &[f32], pairs: f32) -> Vec<u64> {
+    usage.iter().map(|u| (u * pairs).round() as u64).collect()
 }
 
 /// The assignment of columns to rows with the largest total gain, by the O(n³) Hungarian method.
@@ -173,7 +143,7 @@ fn distance(a: &Expert, b: &Expert) -> f32 {
 fn check(name: &str, merger: &dyn Merger, align: Align, stats: RoutingStats) {
     let (file, layer, cx) = (Golden::open(name), switch_layer(), Context::cpu(0));
     let samples = switch_samples();
-    for indices in file.groups("label") {
+    for indices in groups(&file, "label") {
         let experts: Vec<_> = indices.iter().map(|&i| layer.experts()[i].view()).collect();
         let inputs = samples.inputs_of(&indices);
         let permutation = |(at, expert): (usize, &ExpertView<'_>)| match align {
@@ -201,7 +171,7 @@ fn check(name: &str, merger: &dyn Merger, align: Align, stats: RoutingStats) {
 }
 
 fn usage(name: &str) -> RoutingStats {
-    RoutingStats::from_counts(counts(Golden::open(name).vector("usage"), 80.0), 80)
+    RoutingStats::from_counts(counts(&Golden::open(name).vector("usage"), 80.0), 80)
 }
 
 #[test]
@@ -209,8 +179,7 @@ fn the_small_assignment_solver_agrees_with_the_stored_permutations() {
     let (file, layer) = (Golden::open("switch_perms"), switch_layer());
     for i in 1..6 {
         let found = by_weights(&layer.experts()[0].view(), &layer.experts()[i].view());
-        let stored: Vec<u32> =
-            file.vector(&format!("perm.wo1.{i}")).iter().map(|&p| p as u32).collect();
+        let stored = file.indices(&format!("perm.wo1.{i}"));
         assert_eq!(found.as_slice(), stored);
     }
 }
@@ -271,11 +240,14 @@ fn mixtral() {
             MoeLayer::new(LayerId::causal(l), (0..4).map(experts).collect(), router.unwrap());
         let layer = layer.unwrap();
         let stored = file.vector(&format!("usage.{name}"));
-        let stats = RoutingStats::from_counts(counts(stored, 120.0), 60);
-        for (found, stored) in stats.usage().iter().zip(stored) {
-            assert!((found - stored).abs() < 1e-6, "the counts give {found} for {stored}");
+        let stats = RoutingStats::from_counts(counts(&stored, 120.0), 60);
+        for (found, stored) in stats.usage().iter().zip(&stored) {
+            assert!(
+                (found - f64::from(*stored)).abs() < 1e-6,
+                "the counts give {found} for {stored}"
+            );
         }
-        for indices in file.groups(&format!("label.{name}")) {
+        for indices in groups(&file, &format!("label.{name}")) {
             let views: Vec<_> = indices.iter().map(|&i| layer.experts()[i].view()).collect();
             let members = Members {
                 layer: LayerView::of(&layer, &stats),

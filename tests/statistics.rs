@@ -214,6 +214,14 @@ fn contradictions_are_refused() {
             Raw::default().f32("layers.2.router_logits", &[0, 1 << 40], &[]),
             "expected 1 to 8192, found 1099511627776",
         ),
+        (
+            Raw::default().i32("layers.2.topk_indices", &[1 << 60, 0], &[]).i32(
+                "layers.2.counts",
+                &[1],
+                &[1],
+            ),
+            "K: expected 1 or more, found 0",
+        ),
         (raw().without("layers.2.counts").without("layers.2.topk_indices"), "neither counts"),
         (Raw::default().i32("layers.2.counts", &[2], &[1, 1]), "observed tokens"),
     ];

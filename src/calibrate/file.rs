@@ -201,6 +201,12 @@ impl Index {
             let expected = experts.map_or(most, |n| n.to_string());
             return Err(contradiction(format!("experts: expected {expected}, found {found}")));
         }
+        // A tensor without elements could claim any number of tokens.
+        if let Some(axis) =
+            [Axis::K, Axis::H, Axis::F].iter().find(|&&a| self.sizes.get(a) == Some(0))
+        {
+            return Err(contradiction(format!("{axis:?}: expected 1 or more, found 0")));
+        }
         let rows = self.sizes.get(Axis::T);
         let declared = note.and_then(|note| note.tokens);
         let samples = note.and_then(|note| note.samples);
@@ -214,9 +220,9 @@ impl Index {
             return Err(contradiction("the number of observed tokens is not told".into()));
         };
         if let Some(k) = note.and_then(|note| note.top_k) {
-            if self.sizes.get(Axis::K).is_some_and(|found| found != k) {
-                let found = self.sizes.get(Axis::K);
-                return Err(contradiction(format!("top-k: expected {k}, found {found:?}")));
+            let found = self.sizes.get(Axis::K).unwrap_or(k);
+            if k == 0 || found != k {
+                return Err(contradiction(format!("top-k: expected {k}, found {found}")));
             }
             self.sizes.set(Axis::K, k);
         }

@@ -19,7 +19,8 @@ use crate::stage::{Context, Members, Merger, Needs, Stage};
 ///
 /// Source: Matena and Raffel (arXiv 2111.09832), as a baseline of M-SMoE (arXiv 2310.01334, §4).
 /// *Deviations:* the hidden units of `F_i` are permuted with those of `W_i`, which the published
-/// code forgets when it aligns; no `1e-7` in the denominator unless [`ReferenceCompat`] asks.
+/// code forgets when it aligns; no `1e-7` in the denominator unless [`ReferenceCompat`] asks for
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Fisher {

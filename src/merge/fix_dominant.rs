@@ -3,9 +3,10 @@
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::units::{Coefficients, Ingredient, Units, correlation, down_bias};
+use super::units::{Coefficients, Ingredient, Units, down_bias};
 use super::weighted::Weighting;
 use crate::error::Result;
+use crate::linalg::correlation;
 use crate::model::Expert;
 use crate::stage::{Context, Members, Merger, Needs, Stage};
 

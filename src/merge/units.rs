@@ -34,10 +34,6 @@ pub enum Ingredient {
     Weights,
 }
 
-/// Added to products of standard deviations, as in the published codes: a unit that never fires
-/// correlates with none.
-const EPS: f32 = 1e-7;
-
 /// What a row of [`Units`] holds: gate row, up row, down column, gate bias, up bias.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
@@ -139,38 +135,6 @@ fn stack(axis: Axis, blocks: &[ArrayView2<'_, f32>]) -> Result<Array2<f32>> {
     concatenate(axis, blocks).map_err(|_| Error::shape("hidden units", "equal sides", shapes()))
 }
 
-/// Pearson correlation of the columns of `A: (t, p)` with those of `B: (t, q)`, `t > 1`: `(p, q)`.
-///
-/// `cov(a, b) / (σ_a σ_b + 1e-7)` with `t − 1` degrees of freedom; means and deviations in `f64`.
-pub(super) fn correlation(
-    a: ArrayView2<'_, f32>,
-    b: ArrayView2<'_, f32>,
-    compute: &dyn Compute,
-) -> Result<Array2<f32>> {
-    let ((a, sa), (b, sb)) = (centred(a), centred(b));
-    let mut corr = Array2::zeros((a.ncols(), b.ncols()));
-    let free = a.nrows().saturating_sub(1).max(1) as f32;
-    compute.gemm(1.0 / free, a.t(), b.view(), 0.0, corr.view_mut())?;
-    for (mut row, sa) in corr.rows_mut().into_iter().zip(&sa) {
-        row.iter_mut().zip(&sb).for_each(|(c, sb)| *c /= sa * sb + EPS);
-    }
-    Ok(corr)
-}
-
-/// Columns minus their means, and their standard deviations.
-fn centred(a: ArrayView2<'_, f32>) -> (Array2<f32>, Vec<f32>) {
-    let t = a.nrows().max(1) as f64;
-    let mut out = a.to_owned();
-    let mut deviations = Vec::with_capacity(a.ncols());
-    for mut column in out.columns_mut() {
-        let mean = column.iter().map(|&x| f64::from(x)).sum::<f64>() / t;
-        column.mapv_inplace(|x| (f64::from(x) - mean) as f32);
-        let squares: f64 = column.iter().map(|&x| f64::from(x).powi(2)).sum();
-        deviations.push((squares / (t - 1.0).max(1.0)).sqrt() as f32);
-    }
-    (out, deviations)
-}
-
 /// `Σ_k α_k b_k` over the biases of the output; `None` when there are none.
 pub(super) fn down_bias(experts: &[Expert], shares: &[f64]) -> Option<Array1<f32>> {
     let width = experts.first()?.view().down.bias?.len();
@@ -185,7 +149,6 @@ pub(super) fn down_bias(experts: &[Expert], shares: &[f64]) -> Option<Array1<f32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::Cpu;
     use ndarray::array;
 
     #[test]
@@ -202,13 +165,5 @@ mod tests {
             let units = Units::of(std::slice::from_ref(&expert)).unwrap();
             assert_eq!(units.into_expert(None).unwrap(), expert);
         }
-    }
-
-    #[test]
-    fn correlation_matches_the_definition_and_silent_units_correlate_with_none() {
-        let a = array![[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]];
-        let b = array![[-1.0], [-2.0], [-6.0]];
-        let corr = correlation(a.view(), b.view(), &Cpu::new()).unwrap();
-        approx::assert_abs_diff_eq!(corr, array![[-1.0], [0.0]], epsilon = 1e-6);
     }
 }

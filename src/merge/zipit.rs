@@ -3,10 +3,11 @@
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::units::{Coefficients, Ingredient, Units, activations, correlation, down_bias};
+use super::units::{Coefficients, Ingredient, Units, activations, down_bias};
 use super::weighted::{ReferenceCompat, Weighting, normalised};
 use super::zip::greedy;
 use crate::error::{Error, Result};
+use crate::linalg::correlation;
 use crate::model::Expert;
 use crate::stage::{Context, Members, Merger, Needs, Stage};
 

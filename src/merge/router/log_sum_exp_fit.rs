@@ -21,16 +21,27 @@ pub enum Prior {
     DominantRow,
 }
 
+/// The score of a group of independent sigmoids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SigmoidMass {
+    /// `1 − Π (1 − σ(z_i))`: the probability that any member fires, if they fire independently.
+    #[default]
+    Any,
+    /// `Σ σ(z_i)`, which exceeds 1 in groups whose members fire together.
+    Sum,
+}
+
 /// Fits the rows to the logit that gives a group the probability of its members together:
 ///
 /// `R' = R⁰ + (Σ_x (t(x) − R⁰ x) xᵀ) (Σ_x x xᵀ + λ I)⁻¹`, the minimiser of
 /// `Σ_x ‖R' x − t(x)‖² + λ ‖R' − R⁰‖²`, with `λ = ridge · tr(Σ x xᵀ) / d` and prior `R⁰`.
 ///
 /// The target `t_g` is `log Σ_{i ∈ g} exp z_i` for softmax scores, which preserves every group's
-/// mass, and `logit(Σ_{i ∈ g} σ(z_i))` for sigmoid scores, with the sum clamped to
-/// `[1e-4, 1 − 1e-4]`, because one sigmoid cannot exceed 1. A bias of the logits is fitted with the
-/// rows, as the weight of a constant input. A correction bias is rebuilt afterwards so that every
-/// group is chosen as often as its members were: see *Loads* below.
+/// mass. For sigmoid scores it is the logit of [`SigmoidMass`], clamped to `[1e-4, 1 − 1e-4]`,
+/// because one sigmoid cannot exceed 1. A bias of the logits is fitted with the rows, as the weight
+/// of a constant input. A correction bias is rebuilt afterwards so that every group is chosen as
+/// often as its members were: see *Loads* below.
 ///
 /// Never worse than the prior on its own samples. With `ridge = 0` the samples must span the input
 /// space.
@@ -46,7 +57,11 @@ pub enum Prior {
 /// `(d + m, d + m)` Gram matrix.
 ///
 /// Source: our own; the target is the log-sum-exp identity of softmax over a partition. The
-/// residual `t − R⁰ x` is rounded to `f32` before it is accumulated in `f64`.
+/// residual `t − R⁰ x` is rounded to `f32` before it is accumulated in `f64`. On a small trained
+/// DeepSeek-V3 (three layers of 16 experts in 8 groups, 341 tokens to fit, 341 held out) a fifth
+/// to a quarter of the sums exceeded 1, and [`SigmoidMass::Any`] gave the smaller relative output
+/// error in every layer: 0.676, 0.679, 0.698 against 0.694, 0.685, 0.719. Mean rows gave 0.687,
+/// 0.697 and 0.638: the fit does not win everywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LogSumExpFit {
@@ -54,11 +69,13 @@ pub struct LogSumExpFit {
     pub ridge: f64,
     /// What the fit is pulled towards.
     pub prior: Prior,
+    /// What sigmoid scores add up to.
+    pub mass: SigmoidMass,
 }
 
 impl Default for LogSumExpFit {
     fn default() -> Self {
-        Self { ridge: 1e-2, prior: Prior::default() }
+        Self { ridge: 1e-2, prior: Prior::default(), mass: SigmoidMass::default() }
     }
 }
 
@@ -133,7 +150,7 @@ impl LogSumExpFit {
             let z = samples.logits.slice(s![rows, ..]);
             let mut residual = Array2::zeros((x.nrows(), m));
             for (z, mut t) in z.rows().into_iter().zip(residual.rows_mut()) {
-                t.assign(&targets(z, score, grouping));
+                t.assign(&targets(z, score, self.mass, grouping));
             }
             residual -= &prior.logits(x, cx.compute())?;
             block.slice_mut(s![.., width..]).assign(&residual);
@@ -148,7 +165,12 @@ impl LogSumExpFit {
 }
 
 /// The logit of each group that preserves its members' scores.
-fn targets(z: ArrayView1<'_, f32>, score: Score, grouping: &Grouping) -> Array1<f32> {
+fn targets(
+    z: ArrayView1<'_, f32>,
+    score: Score,
+    mass: SigmoidMass,
+    grouping: &Grouping,
+) -> Array1<f32> {
     const MARGIN: f64 = 1e-4;
     let of_group = |g: usize| grouping.labels().iter().zip(z).filter(move |(l, _)| **l == Some(g));
     let target = |g: usize| match score {
@@ -158,8 +180,12 @@ fn targets(z: ArrayView1<'_, f32>, score: Score, grouping: &Grouping) -> Array1<
             f64::from(max) + sum.ln()
         }
         Score::Sigmoid => {
-            let sum: f64 = of_group(g).map(|(_, &z)| 1.0 / (1.0 + f64::from(-z).exp())).sum();
-            let p = sum.clamp(MARGIN, 1.0 - MARGIN);
+            let scores = of_group(g).map(|(_, &z)| 1.0 / (1.0 + f64::from(-z).exp()));
+            let score: f64 = match mass {
+                SigmoidMass::Any => 1.0 - scores.map(|p| 1.0 - p).product::<f64>(),
+                SigmoidMass::Sum => scores.sum(),
+            };
+            let p = score.clamp(MARGIN, 1.0 - MARGIN);
             (p / (1.0 - p)).ln()
         }
     };
@@ -174,13 +200,19 @@ mod tests {
     fn targets_preserve_the_mass_of_groups_and_ignore_dropped_experts() {
         let grouping = Grouping::new(vec![Some(1), Some(0), None, Some(1)], vec![1, 0]).unwrap();
         let z = ndarray::array![2.0f32.ln(), 0.0, 9.0, 3.0f32.ln()];
-        let softmax = targets(z.view(), Score::Softmax, &grouping);
+        let of = |score, mass| targets(z.view(), score, mass, &grouping);
+        let softmax = of(Score::Softmax, SigmoidMass::Any);
         approx::assert_abs_diff_eq!(softmax, ndarray::array![0.0, 5.0f32.ln()], epsilon = 1e-6);
-        let sigmoid = targets(z.view(), Score::Sigmoid, &grouping);
-        // 2/3 + 3/4 exceeds 1 and is clamped.
+        // Scores 2/3 and 3/4: their sum exceeds 1 and is clamped; one of them fires 11 times in 12.
         let top = ((1.0 - 1e-4) / 1e-4f32).ln();
-        approx::assert_abs_diff_eq!(sigmoid, ndarray::array![0.0, top], epsilon = 1e-3);
+        let sum = of(Score::Sigmoid, SigmoidMass::Sum);
+        approx::assert_abs_diff_eq!(sum, ndarray::array![0.0, top], epsilon = 1e-3);
+        let any = of(Score::Sigmoid, SigmoidMass::Any);
+        approx::assert_abs_diff_eq!(any, ndarray::array![0.0, 11.0f32.ln()], epsilon = 1e-5);
         let far = ndarray::array![1e4f32, -1e4, 0.0, 1e4];
-        assert!(targets(far.view(), Score::Softmax, &grouping).iter().all(|t| t.is_finite()));
+        for score in [Score::Softmax, Score::Sigmoid] {
+            let targets = targets(far.view(), score, SigmoidMass::Any, &grouping);
+            assert!(targets.iter().all(|t| t.is_finite()));
+        }
     }
 }

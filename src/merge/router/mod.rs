@@ -16,7 +16,7 @@ mod log_sum_exp_fit;
 mod mean_row;
 
 pub use dominant_row::DominantRow;
-pub use log_sum_exp_fit::{LogSumExpFit, Prior};
+pub use log_sum_exp_fit::{LogSumExpFit, Prior, SigmoidMass};
 pub use mean_row::MeanRow;
 
 use crate::error::{Error, Result};
