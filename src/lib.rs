@@ -79,7 +79,9 @@ pub mod merge;
 pub mod model;
 pub mod par;
 pub mod pipeline;
+pub mod prelude;
 pub mod similarity;
 pub mod stage;
 
 pub use error::{Error, ErrorKind, Locate, Place, Result};
+pub use pipeline::{Pipeline, Recipe, Report, merge_then_compress};

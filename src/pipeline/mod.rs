@@ -1,2 +1,25 @@
 //! The roof: recipe, checked plan, streamed run, report; the only place that knows the order of the
 //! stages.
+//!
+//! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. It runs on
+//! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
+//! call [`merge_then_compress`]).
+
+mod builder;
+mod choice;
+mod decide;
+mod engine;
+mod observe;
+mod policy;
+mod presets;
+mod recipe;
+mod report;
+mod run;
+
+pub use builder::{Merged, Pipeline, PipelineBuilder};
+pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
+pub use observe::{Observer, Phase, Silent};
+pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
+pub use recipe::{ExportChoice, Recipe};
+pub use report::{Change, GroupReport, LayerReport, OutputError, Report, WrittenReport};
+pub use run::{Output, merge_then_compress};

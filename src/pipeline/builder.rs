@@ -1,0 +1,392 @@
+//! Stages put together.
+
+use std::sync::Arc;
+
+use super::decide::decide;
+use super::engine::{self, Measured, Source};
+use super::observe::{Observer, Phase, Silent};
+use super::policy::{
+    AlignWhen, Alignment, Constraints, Keep, LayerShape, Plan, RoutingGroupPolicy, check_narrowed,
+};
+use super::report::{LayerReport, Report};
+use crate::align::Reference;
+use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::linalg::{Compute, Cpu};
+use crate::model::{Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target};
+use crate::stage::{Aligner, Context, Grouper, Merger, Needs, RouterMerger, Similarity, Stage};
+
+/// A merge, ready to run: one stage of each kind, the budget and its constraints.
+///
+/// Built by [`Pipeline::builder`] or from a recipe. Running it never changes it.
+#[derive(Debug)]
+pub struct Pipeline {
+    pub(super) similarity: Box<dyn Similarity>,
+    pub(super) alignment: Option<Alignment>,
+    pub(super) grouper: Box<dyn Grouper>,
+    pub(super) merger: Box<dyn Merger>,
+    pub(super) router: Option<Box<dyn RouterMerger>>,
+    pub(super) keep: Keep,
+    pub(super) constraints: Constraints,
+    pub(super) routing_groups: RoutingGroupPolicy,
+    pub(super) top_k: Option<usize>,
+    pub(super) cx: Context,
+    pub(super) recipe: Option<serde_json::Value>,
+}
+
+/// Collects the stages of a [`Pipeline`]. Similarity, grouper, merger and budget are required.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct PipelineBuilder {
+    similarity: Option<Box<dyn Similarity>>,
+    alignment: Option<Alignment>,
+    grouper: Option<Box<dyn Grouper>>,
+    merger: Option<Box<dyn Merger>>,
+    router: Option<Box<dyn RouterMerger>>,
+    keep: Option<Keep>,
+    constraints: Constraints,
+    routing_groups: RoutingGroupPolicy,
+    top_k: Option<usize>,
+    compute: Option<Arc<dyn Compute>>,
+    seed: u64,
+    recipe: Option<serde_json::Value>,
+}
+
+impl PipelineBuilder {
+    /// The metric; required.
+    pub fn similarity(mut self, similarity: impl Similarity + 'static) -> Self {
+        self.similarity = Some(Box::new(similarity));
+        self
+    }
+
+    /// Lines experts up before they are merged. Without it, hidden units are merged as they lie.
+    pub fn align(
+        mut self,
+        aligner: impl Aligner + 'static,
+        reference: Reference,
+        when: AlignWhen,
+    ) -> Self {
+        self.alignment = Some(Alignment { aligner: Box::new(aligner), reference, when });
+        self
+    }
+
+    /// The grouper; required.
+    pub fn grouper(mut self, grouper: impl Grouper + 'static) -> Self {
+        self.grouper = Some(Box::new(grouper));
+        self
+    }
+
+    /// The merger; required.
+    pub fn merger(mut self, merger: impl Merger + 'static) -> Self {
+        self.merger = Some(Box::new(merger));
+        self
+    }
+
+    /// Narrows the router to one row per group, as a stock export needs. Without it the router is
+    /// kept and tokens are redirected by the expert map (the paper).
+    pub fn router(mut self, router: impl RouterMerger + 'static) -> Self {
+        self.router = Some(Box::new(router));
+        self
+    }
+
+    /// How many experts stay; required.
+    pub fn keep(mut self, keep: Keep) -> Self {
+        self.keep = Some(keep);
+        self
+    }
+
+    /// Protected layers and experts, group capacity, least number per layer.
+    pub fn constraints(mut self, constraints: Constraints) -> Self {
+        self.constraints = constraints;
+        self
+    }
+
+    /// What happens to group-limited routing when the router is narrowed.
+    pub fn routing_groups(mut self, policy: RoutingGroupPolicy) -> Self {
+        self.routing_groups = policy;
+        self
+    }
+
+    /// Lowers the number of experts per token of a narrowed router.
+    pub fn top_k(mut self, top_k: Option<usize>) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// The device; the CPU unless given.
+    pub fn compute(mut self, compute: Arc<dyn Compute>) -> Self {
+        self.compute = Some(compute);
+        self
+    }
+
+    /// Seed of every random choice; 0 unless given.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    pub(super) fn recipe(mut self, recipe: serde_json::Value) -> Self {
+        self.recipe = Some(recipe);
+        self
+    }
+
+    /// The pipeline.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Recipe`] when a required part is missing.
+    pub fn build(self) -> Result<Pipeline> {
+        let missing = |part: &str| -> Error {
+            ErrorKind::Recipe { reason: format!("a pipeline needs a {part}") }.into()
+        };
+        let compute = self.compute.unwrap_or_else(|| Arc::new(Cpu::new()));
+        Ok(Pipeline {
+            similarity: self.similarity.ok_or_else(|| missing("similarity"))?,
+            alignment: self.alignment,
+            grouper: self.grouper.ok_or_else(|| missing("grouper"))?,
+            merger: self.merger.ok_or_else(|| missing("merger"))?,
+            router: self.router,
+            keep: self.keep.ok_or_else(|| missing("number of experts to keep"))?,
+            constraints: self.constraints,
+            routing_groups: self.routing_groups,
+            top_k: self.top_k,
+            cx: Context::on(compute, self.seed),
+            recipe: self.recipe,
+        })
+    }
+}
+
+/// What a run in memory returns.
+#[derive(Debug, Clone)]
+pub struct Merged {
+    /// The merged layers, in the order given; protected layers are unchanged.
+    pub layers: Vec<MergedLayer>,
+    /// What was done.
+    pub report: Report,
+}
+
+impl Pipeline {
+    /// Starts from nothing.
+    pub fn builder() -> PipelineBuilder {
+        PipelineBuilder::default()
+    }
+
+    /// The statistics that a run needs, over all stages.
+    pub fn needs(&self) -> Needs {
+        self.measure_needs() | self.similarity.needs() | self.plan(Needs::NONE).merge_needs()
+    }
+
+    /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Statistics`] when they do not fit, [`ErrorKind::Budget`] when the budget cannot
+    /// be met; else those of the stages, with layer and expert.
+    ///
+    /// # Memory
+    /// One more copy of the largest layer, and the merged layers.
+    pub fn run(&self, layers: &[MoeLayer], stats: &[RoutingStats]) -> Result<Merged> {
+        self.run_observed(layers, stats, &Silent)
+    }
+
+    /// [`Pipeline::run`] with an observer.
+    ///
+    /// # Errors
+    /// As [`Pipeline::run`].
+    pub fn run_observed(
+        &self,
+        layers: &[MoeLayer],
+        stats: &[RoutingStats],
+        observer: &dyn Observer,
+    ) -> Result<Merged> {
+        let source = InMemory { layers, stats };
+        if layers.len() != stats.len() {
+            let reason = format!("{} layers, {} statistics", layers.len(), stats.len());
+            return Err(ErrorKind::Statistics { reason }.into());
+        }
+        let shape = |l: &MoeLayer| LayerShape {
+            id: l.id(),
+            experts: l.experts().len(),
+            rule: *l.router().rule(),
+        };
+        let shapes: Vec<LayerShape> = layers.iter().map(shape).collect();
+        let samples = stats.iter().all(|s| s.samples.is_some());
+        let optional = if samples { Needs::SAMPLES } else { Needs::NONE };
+        let decided = self.decide(&source, &shapes, observer)?;
+        let mut merged = Vec::with_capacity(layers.len());
+        let reports = self.merge(&source, &decided, optional, observer, &mut |layer, _| {
+            merged.push(layer);
+            Ok(())
+        })?;
+        let mut report = self.report(reports);
+        report.tokens = stats.iter().map(|s| s.tokens).max().unwrap_or(0);
+        let untouched = layers.iter().filter(|l| self.is_protected(l.id())).map(|l| {
+            let identity = Grouping::identity(l.experts().len());
+            MergedLayer::new(l.id(), l.experts().to_vec(), identity, l.router().clone(), None)
+        });
+        for layer in untouched {
+            merged.push(layer?);
+        }
+        let position = |id: LayerId| layers.iter().position(|l| l.id() == id);
+        merged.sort_by_key(|m| position(m.id));
+        observer.finished(&report);
+        Ok(Merged { layers: merged, report })
+    }
+
+    pub(super) fn is_protected(&self, id: LayerId) -> bool {
+        self.constraints.protect_layers.contains(&id)
+    }
+
+    fn measure_needs(&self) -> Needs {
+        self.grouper.needs()
+    }
+
+    pub(super) fn plan(&self, optional: Needs) -> Plan<'_> {
+        Plan {
+            merger: &*self.merger,
+            router: self.router.as_deref(),
+            alignment: self.alignment.as_ref(),
+            routing_groups: self.routing_groups,
+            top_k: self.top_k,
+            optional,
+        }
+    }
+
+    /// What the budget asks of the layers that take part; checked before any weight is read.
+    pub(super) fn checked(&self, shapes: &[LayerShape]) -> Result<(Vec<LayerShape>, Target)> {
+        self.constraints.check(shapes)?;
+        let narrow = self.router.is_some();
+        let plan = self.plan(Needs::NONE);
+        let mut active: Vec<LayerShape> =
+            shapes.iter().filter(|s| !self.is_protected(s.id)).copied().collect();
+        if active.is_empty() {
+            let reason = "every MoE layer is protected, or there is none".into();
+            return Err(ErrorKind::Budget { reason }.into());
+        }
+        let target = self.keep.target(&active, narrow)?;
+        if narrow {
+            if active.len() != shapes.len() {
+                let reason = "a protected layer keeps all its experts, but a stock export needs \
+                              the same number in every layer: protect experts instead, or export \
+                              native"
+                    .into();
+                return Err(ErrorKind::Budget { reason }.into());
+            }
+            active.iter_mut().for_each(|s| s.rule = plan.stock_rule(&s.rule));
+            check_narrowed(&active, target)?;
+        }
+        Ok((active, target))
+    }
+
+    /// First pass and decision.
+    pub(super) fn decide(
+        &self,
+        source: &dyn Source,
+        shapes: &[LayerShape],
+        observer: &dyn Observer,
+    ) -> Result<Decided> {
+        let (active, target) = self.checked(shapes)?;
+        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
+        let mut measured = Vec::with_capacity(ids.len());
+        for at in 0..ids.len() {
+            let id = engine::announce(observer, &ids, at, Phase::Measure);
+            let needs = self.measure_needs();
+            let alignment = self.alignment.as_ref();
+            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
+            measured.push(one.in_layer(id)?);
+        }
+        let narrow = self.router.is_some();
+        let groupings = decide(
+            &*self.grouper,
+            &measured,
+            &active,
+            target,
+            &self.constraints,
+            narrow,
+            &self.cx,
+        )?;
+        Ok(Decided { ids, measured, groupings })
+    }
+
+    /// Second pass; `sink` receives every merged layer in order.
+    pub(super) fn merge(
+        &self,
+        source: &dyn Source,
+        decided: &Decided,
+        optional: Needs,
+        observer: &dyn Observer,
+        sink: &mut dyn FnMut(MergedLayer, &LayerReport) -> Result<()>,
+    ) -> Result<Vec<LayerReport>> {
+        let plan = self.plan(optional);
+        let mut reports = Vec::with_capacity(decided.ids.len());
+        for (at, (measured, grouping)) in
+            decided.measured.iter().zip(&decided.groupings).enumerate()
+        {
+            let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
+            let (layer, report) =
+                engine::merge(source, measured, grouping, &plan, &self.cx).in_layer(id)?;
+            engine::announce(observer, &decided.ids, at, Phase::Write);
+            sink(layer, &report).in_layer(id)?;
+            observer.layer_finished(&report);
+            reports.push(report);
+        }
+        Ok(reports)
+    }
+
+    pub(super) fn report(&self, layers: Vec<LayerReport>) -> Report {
+        let name = |kind: &str, stage: &dyn Stage| format!("{kind} {}", stage.name());
+        let mut stages = vec![name("similarity", &self.similarity)];
+        if let Some(a) = &self.alignment {
+            stages.push(name("align", &a.aligner));
+        }
+        stages.push(name("group", &self.grouper));
+        stages.push(name("merge", &self.merger));
+        if let Some(router) = &self.router {
+            stages.push(name("router", router));
+        }
+        Report {
+            mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
+            family: None,
+            recipe: self.recipe.clone(),
+            stages,
+            device: self.cx.compute().name().into(),
+            seed: self.cx.seed(),
+            tokens: 0,
+            experts: Report::total(&layers, |l| l.experts),
+            expert_parameters: Report::total(&layers, |l| l.expert_parameters),
+            flops_per_token: Report::total(&layers, |l| l.flops_per_token),
+            written: None,
+            layers,
+        }
+    }
+}
+
+/// What the first pass decided.
+pub(super) struct Decided {
+    pub(super) ids: Vec<LayerId>,
+    pub(super) measured: Vec<Measured>,
+    pub(super) groupings: Vec<Grouping>,
+}
+
+struct InMemory<'a> {
+    layers: &'a [MoeLayer],
+    stats: &'a [RoutingStats],
+}
+
+impl InMemory<'_> {
+    fn position(&self, id: LayerId) -> Result<usize> {
+        let found = self.layers.iter().position(|l| l.id() == id);
+        found.ok_or_else(|| Error::range("layer", "one of the layers given", id))
+    }
+}
+
+impl Source for InMemory<'_> {
+    fn router(&self, id: LayerId) -> Result<Router> {
+        Ok(self.layers[self.position(id)?].router().clone())
+    }
+
+    fn layer(&self, id: LayerId) -> Result<MoeLayer> {
+        Ok(self.layers[self.position(id)?].clone())
+    }
+
+    fn stats(&self, id: LayerId, _needs: Needs) -> Result<RoutingStats> {
+        Ok(self.stats[self.position(id)?].clone())
+    }
+}

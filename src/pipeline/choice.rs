@@ -1,0 +1,207 @@
+//! One serde enum per stage: the choices that a recipe can name. Nothing but construction happens
+//! here; a stage of one's own goes straight into the builder.
+
+use serde::{Deserialize, Serialize};
+
+use super::builder::PipelineBuilder;
+use super::policy::AlignWhen;
+use crate::align::{ActivationMatching, Reference, WeightMatching};
+use crate::group::{
+    Absorb, Agglomerative, Dominant, KMeans, LayerScale, Linkage, Prune, RandomGroups,
+    Representative, Spread, TaskSpecific,
+};
+use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
+use crate::merge::{DominantOnly, Fisher, FixDominant, Weighted, ZipIt};
+use crate::model::Importance;
+use crate::similarity::{
+    ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
+    MergedOutputError, Random, RouterLogits, RouterWeightFeature, RouterWeights, TokenOutputs,
+    WeightFeature, WeightGradients,
+};
+
+/// An enum of stages by name, each with its own options, and its way into the builder.
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident, $tag:literal, $method:ident: $($stage:ident),+) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = $tag, rename_all = "kebab-case")]
+        pub enum $name {
+            $(
+                #[doc = concat!("[`", stringify!($stage), "`] and its options.")]
+                $stage($stage),
+            )+
+        }
+
+        impl $name {
+            pub(super) fn add_to(self, builder: PipelineBuilder) -> PipelineBuilder {
+                match self {
+                    $(Self::$stage(stage) => builder.$method(stage),)+
+                }
+            }
+        }
+
+        $(
+            impl From<$stage> for $name {
+                fn from(stage: $stage) -> Self {
+                    Self::$stage(stage)
+                }
+            }
+        )+
+    };
+}
+
+choice! {
+    /// The metric: `metric = "router-logits"` and so on.
+    SimilarityChoice, "metric", similarity:
+    RouterLogits, RouterWeights, ExpertWeights, WeightFeature, RouterWeightFeature, Feature,
+    FeatureAbs, MergedOutputError, FeatureCorrelation, Random, ExpertOutputs, TokenOutputs,
+    Gradients, WeightGradients
+}
+
+choice! {
+    /// How a group becomes one expert: `method = "weighted"` and so on.
+    MergeChoice, "method", merger:
+    Weighted, DominantOnly, Fisher, ZipIt, FixDominant
+}
+
+choice! {
+    /// The rows of a narrowed router: `method = "dominant-row"` and so on.
+    RouterChoice, "method", router:
+    DominantRow, MeanRow, LogSumExpFit
+}
+
+/// How hidden units are lined up.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum AlignChoice {
+    /// Not at all.
+    Identity,
+    /// By a linear assignment on weights.
+    WeightMatching {
+        /// Whose order is kept.
+        #[serde(default = "dominant")]
+        reference: Reference,
+        /// Before grouping, or inside groups.
+        #[serde(default)]
+        when: AlignWhen,
+        /// Relative duality gap at which the assignment may stop; 0 is exact.
+        #[serde(default)]
+        tolerance: f64,
+    },
+    /// By a linear assignment on correlations of hidden activations.
+    ActivationMatching {
+        /// Whose order is kept.
+        #[serde(default = "dominant")]
+        reference: Reference,
+        /// Before grouping, or inside groups.
+        #[serde(default)]
+        when: AlignWhen,
+    },
+}
+
+fn dominant() -> Reference {
+    Reference::Dominant
+}
+
+impl AlignChoice {
+    pub(super) fn add_to(self, b: PipelineBuilder) -> PipelineBuilder {
+        match self {
+            Self::Identity => b,
+            Self::WeightMatching { reference, when, tolerance } => {
+                let aligner = WeightMatching { tolerance, ..WeightMatching::default() };
+                b.align(aligner, reference, when)
+            }
+            Self::ActivationMatching { reference, when } => {
+                b.align(ActivationMatching::default(), reference, when)
+            }
+        }
+    }
+}
+
+/// Which experts become one. `spread` says how the budget is spread over layers: globally in native
+/// and expanded exports and uniformly in stock ones, unless given.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum GroupChoice {
+    /// Dominant experts, and the others to the most similar dominant (the paper).
+    Dominant {
+        /// What makes an expert dominant.
+        #[serde(default = "frequency")]
+        importance: Importance,
+        /// How the budget is spread.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        spread: Option<Spread>,
+        /// How layers are made comparable.
+        #[serde(default)]
+        scale: LayerScale,
+    },
+    /// Agglomerative clustering.
+    Agglomerative {
+        /// The linkage.
+        #[serde(default)]
+        linkage: Linkage,
+        /// The expert that stands for its group.
+        #[serde(default)]
+        representative: Representative,
+        /// How the budget is spread.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        spread: Option<Spread>,
+    },
+    /// k-means.
+    KMeans(KMeans),
+    /// Groups at random.
+    Random(RandomGroups),
+    /// Expert pruning.
+    Prune {
+        /// What an expert is worth.
+        importance: Importance,
+        /// Where the tokens of pruned experts go.
+        #[serde(default)]
+        absorb: Absorb,
+        /// How the budget is spread.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        spread: Option<Spread>,
+        /// How layers are made comparable.
+        #[serde(default)]
+        scale: LayerScale,
+    },
+    /// Task-specific expert pruning.
+    TaskSpecific {
+        /// Experts used less than this share of an equal split are pruned.
+        #[serde(default = "tenth")]
+        beta: f64,
+        /// How the budget is spread.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        spread: Option<Spread>,
+    },
+}
+
+fn frequency() -> Importance {
+    Importance::Frequency
+}
+
+fn tenth() -> f64 {
+    0.1
+}
+
+impl GroupChoice {
+    pub(super) fn add_to(self, b: PipelineBuilder, default: Spread) -> PipelineBuilder {
+        let or = |spread: Option<Spread>| spread.unwrap_or(default);
+        match self {
+            Self::Dominant { importance, spread, scale } => {
+                b.grouper(Dominant { importance, spread: or(spread), scale })
+            }
+            Self::Agglomerative { linkage, representative, spread } => {
+                b.grouper(Agglomerative { linkage, representative, spread: or(spread) })
+            }
+            Self::KMeans(method) => b.grouper(method),
+            Self::Random(method) => b.grouper(method),
+            Self::Prune { importance, absorb, spread, scale } => {
+                b.grouper(Prune { importance, absorb, spread: or(spread), scale })
+            }
+            Self::TaskSpecific { beta, spread } => {
+                b.grouper(TaskSpecific { beta, spread: or(spread) })
+            }
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The order of the stages, and nothing else: measure every layer, decide once over all layers,
+//! then merge layer by layer. Works on anything that yields layers, so that checkpoints and
+//! in-memory layers share one path.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::observe::{Observer, Phase};
+use super::policy::{AlignWhen, Alignment, Plan};
+use super::report::{self, Change, LayerReport, OutputError};
+use crate::align;
+use crate::error::{Error, Locate, Result};
+use crate::model::{
+    Expert, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation, Router,
+    RoutingStats, SimilarityMatrix,
+};
+use crate::par;
+use crate::stage::{
+    Context, LayerSummary, LayerView, Members, Merger, Needs, RouterMerger, Similarity,
+};
+
+/// Where layers and their statistics come from.
+pub(super) trait Source {
+    /// The layer's router, without its experts.
+    fn router(&self, id: LayerId) -> Result<Router>;
+    /// The whole layer.
+    fn layer(&self, id: LayerId) -> Result<MoeLayer>;
+    /// The statistics that `needs` asks for.
+    fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats>;
+    /// The layer is not needed for now.
+    fn release(&self, _id: LayerId) {}
+}
+
+/// What the first pass keeps of a layer.
+pub(super) struct Measured {
+    pub(super) summary: LayerSummary,
+    /// Layer-wide alignment, when the plan asks for it.
+    permutations: Option<Vec<Permutation>>,
+}
+
+/// First pass over one layer: similarity and, if asked for, layer-wide alignment before it.
+pub(super) fn measure(
+    source: &dyn Source,
+    id: LayerId,
+    similarity: &dyn Similarity,
+    alignment: Option<&Alignment>,
+    needs: Needs,
+    cx: &Context,
+) -> Result<Measured> {
+    let before = alignment.filter(|a| a.when == AlignWhen::BeforeGrouping);
+    let mut needs = needs | similarity.needs();
+    if let Some(before) = before {
+        needs = needs | before.aligner.needs() | Needs::EXPERTS;
+    }
+    let stats = source.stats(id, needs)?;
+    let (table, permutations) = if needs.contains(Needs::EXPERTS) {
+        let layer = source.layer(id)?;
+        stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
+        let (layer, permutations) = match before {
+            None => (layer, None),
+            Some(a) => {
+                let view = LayerView::of(&layer, &stats);
+                let permutations = align::align_layer(&a.aligner, a.reference, &view, cx)?;
+                // Metrics on weights see the aligned experts: that is what aligning first is for.
+                (permuted(&layer, &permutations, cx)?, Some(permutations))
+            }
+        };
+        (similarity.similarity(&LayerView::of(&layer, &stats), cx)?, permutations)
+    } else {
+        let router = source.router(id)?;
+        stats.validate(router.experts(), router.weight().ncols())?;
+        (similarity.similarity(&LayerView::new(id, &router, &stats), cx)?, None)
+    };
+    source.release(id);
+    if table.experts() != stats.experts() {
+        return Err(Error::shape("similarity matrix", stats.experts(), table.experts()));
+    }
+    let stats = RoutingStats { samples: None, gradients: None, fisher: None, ..stats };
+    Ok(Measured { summary: LayerSummary { id, similarity: table, stats }, permutations })
+}
+
+fn permuted(layer: &MoeLayer, permutations: &[Permutation], cx: &Context) -> Result<MoeLayer> {
+    let inner = cx.per_task();
+    let experts = par::map(permutations.len(), |i| {
+        layer.experts()[i].view().permuted(&permutations[i], inner.compute()).in_expert(i)
+    })?;
+    MoeLayer::new(layer.id(), experts, layer.router().clone())
+}
+
+/// Second pass over one layer: align, merge, narrow the router, measure the error.
+pub(super) fn merge(
+    source: &dyn Source,
+    measured: &Measured,
+    grouping: &Grouping,
+    plan: &Plan<'_>,
+    cx: &Context,
+) -> Result<(MergedLayer, LayerReport)> {
+    let id = measured.summary.id;
+    let layer = source.layer(id)?;
+    let stats = source.stats(id, plan.merge_needs())?;
+    stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
+    let view = LayerView::of(&layer, &stats);
+    let experts = merge_groups(&view, measured, grouping, plan, cx)?;
+    let narrowed = match plan.router {
+        None => None,
+        Some(router) => Some(narrow(router, &view, grouping, plan, cx)?),
+    };
+    let router = layer.router().clone();
+    let merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
+    let report = describe(&layer, &merged, &measured.summary, &stats, cx)?;
+    source.release(id);
+    Ok((merged, report))
+}
+
+fn merge_groups(
+    view: &LayerView<'_>,
+    measured: &Measured,
+    grouping: &Grouping,
+    plan: &Plan<'_>,
+    cx: &Context,
+) -> Result<Vec<Expert>> {
+    let all: Vec<ExpertView<'_>> = view.experts("merge")?.iter().map(Expert::view).collect();
+    let permutations = line_up(view, measured, grouping, plan, &all, cx)?;
+    let inner = cx.per_task();
+    par::map(grouping.groups(), |g| {
+        let indices = grouping.members(g);
+        let dominant = grouping.dominants()[g];
+        let experts: Vec<_> = indices.iter().map(|&i| all[i].reborrow()).collect();
+        let permutations: Vec<_> = indices.iter().map(|&i| permutations[i].clone()).collect();
+        let members = Members {
+            layer: *view,
+            indices: &indices,
+            dominant: indices.iter().position(|&i| i == dominant).unwrap_or(0),
+            experts: &experts,
+            permutations: &permutations,
+        };
+        if let [only] = members.experts {
+            // Nothing to merge: the expert passes through bit for bit, in its own order.
+            return only.permuted(&Permutation::identity(only.d_ff()), inner.compute());
+        }
+        merge_one(plan.merger, &members, &inner).in_expert(dominant)
+    })
+}
+
+fn merge_one(merger: &dyn Merger, members: &Members<'_>, cx: &Context) -> Result<Expert> {
+    members.check()?;
+    let merged = merger.merge(members, cx)?;
+    let like = members.experts[0];
+    if merged.view().same_kind(&like) {
+        Ok(merged)
+    } else {
+        let found = merged.view().up.weight.dim();
+        Err(Error::shape("merged expert of the members' kind", like.up.weight.dim(), found))
+    }
+}
+
+/// One permutation per expert of the layer, identity where nothing has to be lined up.
+fn line_up(
+    view: &LayerView<'_>,
+    measured: &Measured,
+    grouping: &Grouping,
+    plan: &Plan<'_>,
+    all: &[ExpertView<'_>],
+    cx: &Context,
+) -> Result<Vec<Permutation>> {
+    if let Some(permutations) = &measured.permutations {
+        return Ok(permutations.clone());
+    }
+    match plan.alignment {
+        None => Ok(all.iter().map(|e| Permutation::identity(e.d_ff())).collect()),
+        Some(a) => {
+            let table: &SimilarityMatrix = &measured.summary.similarity;
+            align::align_groups(&a.aligner, a.reference, view, grouping, Some(table), cx)
+        }
+    }
+}
+
+fn narrow(
+    router: &dyn RouterMerger,
+    view: &LayerView<'_>,
+    grouping: &Grouping,
+    plan: &Plan<'_>,
+    cx: &Context,
+) -> Result<Router> {
+    let policy = plan.stock_rule(view.router.rule());
+    let source = view.router.select(&(0..view.len()).collect::<Vec<_>>(), policy)?;
+    let narrowed = router.merge_router(&view.with_router(&source), grouping, cx)?;
+    if narrowed.experts() != grouping.groups() {
+        return Err(Error::shape("narrowed router", grouping.groups(), narrowed.experts()));
+    }
+    Ok(narrowed)
+}
+
+fn describe(
+    layer: &MoeLayer,
+    merged: &MergedLayer,
+    summary: &LayerSummary,
+    stats: &RoutingStats,
+    cx: &Context,
+) -> Result<LayerReport> {
+    let usage = stats.usage();
+    let (groups, dropped) = report::groups_of(merged, &usage);
+    let parameters = |experts: &[Expert]| experts.iter().map(|e| e.parameters() as u64).sum();
+    let first = &layer.experts()[0];
+    let before = report::flops_per_token(first, layer.router().rule(), layer.experts().len());
+    let after = merged.narrowed.as_ref().unwrap_or(&merged.router);
+    let output_error = match &stats.samples {
+        None => None,
+        Some(samples) => Some(output_error(layer, merged, samples.inputs.view(), cx)?),
+    };
+    Ok(LayerReport {
+        layer: layer.id(),
+        experts: Change {
+            before: layer.experts().len() as u64,
+            after: merged.experts.len() as u64,
+        },
+        expert_parameters: Change {
+            before: parameters(layer.experts()),
+            after: parameters(&merged.experts),
+        },
+        flops_per_token: Change {
+            before,
+            after: report::flops_per_token(first, after.rule(), after.experts()),
+        },
+        usage,
+        similarity: report::rounded(summary.similarity.similarities()),
+        groups,
+        dropped,
+        output_error,
+    })
+}
+
+fn output_error(
+    layer: &MoeLayer,
+    merged: &MergedLayer,
+    inputs: ArrayView2<'_, f32>,
+    cx: &Context,
+) -> Result<OutputError> {
+    let exact = layer.routed_output(inputs, cx.compute())?;
+    let mapped = merged.mapped_output(inputs, cx.compute())?;
+    let narrowed = merged.narrowed_output(inputs, cx.compute())?;
+    Ok(OutputError {
+        mapped: relative_error(&exact, &mapped),
+        narrowed: narrowed.map(|n| relative_error(&exact, &n)),
+    })
+}
+
+/// `Σ‖y − y'‖² / Σ‖y‖²`; 0 when both are 0.
+fn relative_error(exact: &Array2<f32>, found: &Array2<f32>) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let error: f64 = exact.iter().zip(found).map(|(&a, &b)| square(a - b)).sum();
+    let energy: f64 = exact.iter().map(|&a| square(a)).sum();
+    if energy > 0.0 { error / energy } else { 0.0 }
+}
+
+/// Announces a phase.
+pub(super) fn announce(
+    observer: &dyn Observer,
+    ids: &[LayerId],
+    at: usize,
+    phase: Phase,
+) -> LayerId {
+    observer.layer_started(ids[at], phase, at, ids.len());
+    ids[at]
+}

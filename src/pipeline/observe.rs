@@ -1,0 +1,45 @@
+//! Progress, for whoever wants to watch.
+
+use super::report::{LayerReport, Report};
+use crate::model::LayerId;
+
+/// What is being done with a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// First pass: statistics, similarity, layer-wide alignment.
+    Measure,
+    /// Second pass: alignment inside groups, merge, router.
+    Merge,
+    /// The merged layer is being written.
+    Write,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Measure => "measure",
+            Self::Merge => "merge",
+            Self::Write => "write",
+        })
+    }
+}
+
+/// Watches a run. Every method does nothing unless overridden; all are called from the thread that
+/// runs the pipeline, in order.
+pub trait Observer: Send + Sync {
+    /// A phase of layer `done + 1` of `total` begins.
+    fn layer_started(&self, _layer: LayerId, _phase: Phase, _done: usize, _total: usize) {}
+
+    /// A layer was merged (and written, where there is a target).
+    fn layer_finished(&self, _layer: &LayerReport) {}
+
+    /// The run is over.
+    fn finished(&self, _report: &Report) {}
+}
+
+/// Watches nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}

@@ -1,0 +1,105 @@
+//! The named recipes.
+
+use super::choice::{AlignChoice, GroupChoice};
+use super::policy::{AlignWhen, Constraints, Keep, RoutingGroupPolicy};
+use super::recipe::{ExportChoice, Recipe};
+use crate::align::Reference;
+use crate::error::{ErrorKind, Result};
+use crate::group::{Absorb, LayerScale, Linkage, Representative, Spread};
+use crate::merge::router::{DominantRow, LogSumExpFit};
+use crate::merge::{DominantOnly, Weighted, Weighting};
+use crate::model::Importance;
+use crate::similarity::{ExpertOutputs, RouterLogits, TokenOutputs};
+
+pub(super) const NAMES: &[&str] = &["m-smoe", "hc-smoe", "reap", "ream", "balanced"];
+
+pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
+    let base = m_smoe(name, keep);
+    let by_saliency = Weighted { by: Weighting::Saliency(Importance::Reap), compat: None };
+    let in_groups = AlignChoice::WeightMatching {
+        reference: Reference::Dominant,
+        when: AlignWhen::InGroups,
+        tolerance: 0.0,
+    };
+    let salient = GroupChoice::Dominant {
+        importance: Importance::Reap,
+        spread: Some(Spread::Uniform),
+        scale: LayerScale::default(),
+    };
+    Ok(match name {
+        "m-smoe" => base,
+        // Chen et al., arXiv 2410.08589: mean expert outputs, average linkage, no alignment.
+        "hc-smoe" => Recipe {
+            similarity: ExpertOutputs::default().into(),
+            align: AlignChoice::Identity,
+            group: GroupChoice::Agglomerative {
+                linkage: Linkage::Average,
+                representative: Representative::default(),
+                spread: Some(Spread::Uniform),
+            },
+            ..base
+        },
+        // arXiv 2510.13999: the experts of largest saliency stay, the others are dropped.
+        "reap" => Recipe {
+            align: AlignChoice::Identity,
+            group: GroupChoice::Prune {
+                importance: Importance::Reap,
+                absorb: Absorb::Drop,
+                spread: Some(Spread::Uniform),
+                scale: LayerScale::default(),
+            },
+            merge: DominantOnly.into(),
+            ..base
+        },
+        // After arXiv 2604.04356: salient experts stay dominant, the others join the one whose
+        // outputs are most alike, averaged by saliency after alignment.
+        "ream" => Recipe {
+            similarity: TokenOutputs::default().into(),
+            align: in_groups,
+            group: salient,
+            merge: by_saliency.into(),
+            ..base
+        },
+        // Ours: the router's view of similarity, saliency to decide who stays, fitted rows.
+        "balanced" => Recipe {
+            align: in_groups,
+            group: salient,
+            merge: by_saliency.into(),
+            router: LogSumExpFit::default().into(),
+            ..base
+        },
+        other => {
+            let reason = format!("no preset `{other}`; there are {}", NAMES.join(", "));
+            return Err(ErrorKind::Recipe { reason }.into());
+        }
+    })
+}
+
+/// Li et al., arXiv 2310.01334, §3: alignment to expert 0 of the layer, router-logit similarity,
+/// dominant experts by activation frequency under a global budget, usage-weighted average, the
+/// router kept. In a stock export, which the paper does not have, the dominant's row is kept.
+fn m_smoe(name: &str, keep: Keep) -> Recipe {
+    Recipe {
+        preset: Some(name.into()),
+        keep,
+        export: ExportChoice::Native,
+        similarity: RouterLogits::default().into(),
+        align: AlignChoice::WeightMatching {
+            reference: Reference::FirstExpert,
+            when: AlignWhen::BeforeGrouping,
+            tolerance: 0.0,
+        },
+        group: GroupChoice::Dominant {
+            importance: Importance::Frequency,
+            spread: None,
+            scale: LayerScale::default(),
+        },
+        merge: Weighted::default().into(),
+        router: DominantRow.into(),
+        constraints: Constraints::default(),
+        routing_groups: RoutingGroupPolicy::Keep,
+        top_k: None,
+        seed: 0,
+        shard_bytes: 5_000_000_000,
+    }
+}

@@ -1,0 +1,156 @@
+//! What a run did, as data.
+
+use ndarray::ArrayView2;
+use serde::Serialize;
+
+use crate::model::{Expert, LayerId, MergedLayer, RoutingRule};
+
+/// A count before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Change<T> {
+    /// In the source.
+    pub before: T,
+    /// In the result.
+    pub after: T,
+}
+
+impl Change<u64> {
+    /// Share that was removed, 0 to 1; negative when it grew.
+    pub fn saved(&self) -> f64 {
+        if self.before == 0 { 0.0 } else { 1.0 - self.after as f64 / self.before as f64 }
+    }
+}
+
+/// One group of a merged layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GroupReport {
+    /// The dominant expert.
+    pub dominant: usize,
+    /// All members, ascending.
+    pub members: Vec<usize>,
+    /// The share of the layer's routed (token, slot) pairs that went to the members.
+    pub usage: f64,
+}
+
+/// Relative squared output errors `Σ‖y − y'‖² / Σ‖y‖²` of the routed experts on the samples'
+/// inputs; present when the statistics hold samples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct OutputError {
+    /// With the `n`-row router and the expert map (native, expanded).
+    pub mapped: f64,
+    /// With the narrowed router (stock), if there is one.
+    pub narrowed: Option<f64>,
+}
+
+/// One layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LayerReport {
+    /// Which layer it is.
+    pub layer: LayerId,
+    /// Number of experts.
+    pub experts: Change<u64>,
+    /// Parameters of the routed experts.
+    pub expert_parameters: Change<u64>,
+    /// Floating-point operations per token of routed experts and router (a multiply-add is two).
+    pub flops_per_token: Change<u64>,
+    /// Activation frequency of every expert.
+    pub usage: Vec<f64>,
+    /// Similarity of every pair, row by row.
+    pub similarity: Vec<Vec<f32>>,
+    /// The groups; experts in none were dropped.
+    pub groups: Vec<GroupReport>,
+    /// Experts that were dropped.
+    pub dropped: Vec<usize>,
+    /// Output error on the samples.
+    pub output_error: Option<OutputError>,
+}
+
+/// The written folder.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WrittenReport {
+    /// `stock`, `native` or `expanded`.
+    pub export: String,
+    /// Bytes of all tensors.
+    pub tensor_bytes: Change<u64>,
+    /// Bytes of the routed experts.
+    pub expert_bytes: Change<u64>,
+    /// Parameters of the whole model.
+    pub parameters: Change<u64>,
+    /// Tensors of the source that are not in the target, with the reason.
+    pub dropped: Vec<(String, String)>,
+}
+
+/// A whole run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Version of this crate.
+    pub mcsmoe_version: String,
+    /// The family (`model_type`) of the source, if it was a checkpoint.
+    pub family: Option<String>,
+    /// The recipe, if the run came from one.
+    pub recipe: Option<serde_json::Value>,
+    /// Names of the stages that ran, in order.
+    pub stages: Vec<String>,
+    /// The device that computed.
+    pub device: String,
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// Tokens that the statistics were gathered on.
+    pub tokens: u64,
+    /// Experts over all merged layers.
+    pub experts: Change<u64>,
+    /// Parameters of the routed experts, over all merged layers.
+    pub expert_parameters: Change<u64>,
+    /// Operations per token over all merged layers.
+    pub flops_per_token: Change<u64>,
+    /// What was written, if there was a target.
+    pub written: Option<WrittenReport>,
+    /// Layer by layer.
+    pub layers: Vec<LayerReport>,
+}
+
+impl Report {
+    /// The report as indented JSON.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`](crate::ErrorKind::Format) if it cannot be written, which only a
+    /// non-finite number could cause.
+    pub fn to_json(&self) -> crate::Result<String> {
+        serde_json::to_string_pretty(self).map_err(|e| {
+            crate::ErrorKind::Format { format: "report", reason: e.to_string() }.into()
+        })
+    }
+
+    /// Sums a per-layer figure over all layers.
+    pub(super) fn total(
+        layers: &[LayerReport],
+        of: impl Fn(&LayerReport) -> Change<u64>,
+    ) -> Change<u64> {
+        let sum = |pick: fn(Change<u64>) -> u64| layers.iter().map(|l| pick(of(l))).sum();
+        Change { before: sum(|c| c.before), after: sum(|c| c.after) }
+    }
+}
+
+/// `2 k · (parameters of one expert) + 2 n d_model`: the routed experts and the router.
+pub(super) fn flops_per_token(expert: &Expert, rule: &RoutingRule, router_rows: usize) -> u64 {
+    let experts = 2 * rule.top_k as u64 * expert.parameters() as u64;
+    experts + 2 * router_rows as u64 * expert.view().d_model() as u64
+}
+
+/// Rounded similarities, row by row: six digits are what a picture or a comparison can use.
+pub(super) fn rounded(similarity: ArrayView2<'_, f64>) -> Vec<Vec<f32>> {
+    let round = |s: &f64| ((s * 1e6).round() / 1e6) as f32;
+    similarity.rows().into_iter().map(|row| row.iter().map(round).collect()).collect()
+}
+
+/// Groups and dropped experts of a merged layer.
+pub(super) fn groups_of(merged: &MergedLayer, usage: &[f64]) -> (Vec<GroupReport>, Vec<usize>) {
+    let grouping = &merged.grouping;
+    let group = |g: usize| {
+        let members = grouping.members(g);
+        let usage = members.iter().map(|&i| usage[i]).sum();
+        GroupReport { dominant: grouping.dominants()[g], members, usage }
+    };
+    let dropped = (0..grouping.experts()).filter(|&i| grouping.labels()[i].is_none()).collect();
+    ((0..grouping.groups()).map(group).collect(), dropped)
+}

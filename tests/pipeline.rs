@@ -1,0 +1,187 @@
+//! The main job on a trained checkpoint, through the public API.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mcsmoe::calibrate::StatsFile;
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::linalg::Cpu;
+use mcsmoe::model::LayerId;
+use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, Report, merge_then_compress};
+use mcsmoe::stage::Needs;
+use mcsmoe::{ErrorKind, Result};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn merge(preset: &str, keep: Keep, export: ExportChoice, target: &Path) -> Result<Report> {
+    let recipe = Recipe::preset(preset, keep)?.export(export);
+    let stats = fixture("mixtral-8e.stats.safetensors");
+    merge_then_compress(&fixture("mixtral-8e"), &stats, &recipe, target)
+}
+
+/// All files of a folder but the manifest, which names the version of the crate.
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entry = |e: std::io::Result<fs::DirEntry>| {
+        let e = e.unwrap();
+        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
+    };
+    fs::read_dir(folder).unwrap().map(entry).collect()
+}
+
+/// Every tensor of a folder by name, as bytes.
+fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let bytes = fs::read(folder.join("model.safetensors")).unwrap();
+    let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    parsed.iter().map(|(name, view)| (name.to_owned(), view.data().to_vec())).collect()
+}
+
+#[test]
+fn every_preset_writes_a_stock_folder_of_every_allowed_size() {
+    let dir = tempfile::tempdir().unwrap();
+    for &preset in Recipe::PRESETS {
+        for m in [2, 3, 4, 7] {
+            let target = dir.path().join(format!("{preset}-{m}"));
+            let report = merge(preset, Keep::Experts(m), ExportChoice::Stock, &target).unwrap();
+            let reopened = Checkpoint::open(&target).unwrap();
+            assert!(reopened.layers().iter().all(|l| l.experts == m));
+            let written = report.written.unwrap();
+            assert_eq!(written.parameters.after, reopened.total_parameters());
+            assert_eq!(written.tensor_bytes.after, reopened.total_bytes());
+            assert_eq!(
+                report.expert_parameters.after * 8,
+                report.expert_parameters.before * m as u64
+            );
+            for layer in &report.layers {
+                let error = layer.output_error.unwrap();
+                assert!(error.narrowed.unwrap().is_finite() && error.mapped.is_finite());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_global_budget_is_met_exactly_and_spread_unevenly() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("native");
+    let report = merge("m-smoe", Keep::Experts(4), ExportChoice::Native, &target).unwrap();
+    assert_eq!(report.experts.after, 16);
+    let counts: Vec<u64> = report.layers.iter().map(|l| l.experts.after).collect();
+    assert!(counts.iter().any(|&c| c != 4), "usage differs per layer, so must {counts:?}");
+}
+
+#[test]
+fn keeping_every_expert_keeps_every_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = tensors(&fixture("mixtral-8e"));
+    for (name, export) in [
+        ("stock", ExportChoice::Stock),
+        ("native", ExportChoice::Native),
+        ("expanded", ExportChoice::Expanded),
+    ] {
+        let target = dir.path().join(name);
+        merge("m-smoe", Keep::Fraction(1.0), export, &target).unwrap();
+        assert_eq!(tensors(&target), source, "{name}");
+    }
+}
+
+#[test]
+fn expanded_and_native_compute_the_same_function() {
+    let dir = tempfile::tempdir().unwrap();
+    let (native, expanded) = (dir.path().join("native"), dir.path().join("expanded"));
+    merge("m-smoe", Keep::Experts(3), ExportChoice::Native, &native).unwrap();
+    merge("m-smoe", Keep::Experts(3), ExportChoice::Expanded, &expanded).unwrap();
+    let native = Checkpoint::open(&native).unwrap();
+    let expanded = Checkpoint::open(&expanded).unwrap();
+    let stats = StatsFile::open(fixture("mixtral-8e.stats.safetensors")).unwrap();
+    for index in 0..4 {
+        let id = LayerId::causal(index);
+        let inputs = stats.layer(&id, Needs::SAMPLES).unwrap().samples.unwrap().inputs;
+        let cpu = Cpu::new();
+        let mapped = native.read_merged(id).unwrap().mapped_output(inputs.view(), &cpu).unwrap();
+        let copies = expanded.read_layer(id).unwrap().routed_output(inputs.view(), &cpu).unwrap();
+        let scale = copies.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        // Two members of a group that fire together are one product here and two sums there.
+        let tolerance = 8.0 * f32::EPSILON * scale;
+        assert!(mapped.iter().zip(&copies).all(|(a, b)| (a - b).abs() <= tolerance));
+    }
+}
+
+#[test]
+fn the_same_bytes_at_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |threads: usize| {
+        let target = dir.path().join(threads.to_string());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| merge("balanced", Keep::Experts(4), ExportChoice::Stock, &target)).unwrap();
+        contents(&target)
+    };
+    let one = run(1);
+    assert!(one.contains_key("mcsmoe.json") && one.contains_key("tokenizer.json"));
+    assert!([2, 8].into_iter().all(|threads| run(threads) == one));
+}
+
+#[test]
+fn refusals_name_the_cause_and_leave_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("target");
+    let refused = |preset, keep, export| merge(preset, keep, export, &target).unwrap_err();
+
+    let too_few = refused("m-smoe", Keep::Experts(1), ExportChoice::Stock);
+    assert!(matches!(too_few.kind(), ErrorKind::Budget { .. }), "{too_few}");
+    assert!(too_few.to_string().contains("the router chooses 2"), "{too_few}");
+    let too_many = refused("m-smoe", Keep::Experts(9), ExportChoice::Native);
+    assert!(matches!(too_many.kind(), ErrorKind::Budget { .. }), "{too_many}");
+    let none = refused("m-smoe", Keep::Fraction(0.0), ExportChoice::Native);
+    assert!(matches!(none.kind(), ErrorKind::OutOfRange { .. }), "{none}");
+    let uneven = refused("m-smoe", Keep::Total(13), ExportChoice::Stock);
+    assert!(uneven.to_string().contains("same number"), "{uneven}");
+    let unknown = refused("m-moe", Keep::Experts(4), ExportChoice::Native);
+    assert!(unknown.to_string().contains("m-smoe, hc-smoe"), "{unknown}");
+
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("mine.txt"), "keep me").unwrap();
+    let occupied = refused("m-smoe", Keep::Experts(4), ExportChoice::Native);
+    assert!(matches!(occupied.kind(), ErrorKind::Target { .. }), "{occupied}");
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["target"]);
+    assert_eq!(fs::read(target.join("mine.txt")).unwrap(), b"keep me");
+
+    let source = fixture("mixtral-8e");
+    let before = contents(&source);
+    let itself = merge("m-smoe", Keep::Experts(4), ExportChoice::Native, &source).unwrap_err();
+    assert!(matches!(itself.kind(), ErrorKind::Target { .. }), "{itself}");
+    assert_eq!(contents(&source), before);
+}
+
+#[test]
+fn recipes_are_read_completed_and_checked() {
+    let text = "preset = \"m-smoe\"\nexport = \"stock\"\n[keep]\nfraction = 0.5\n\
+                [align]\nmethod = \"identity\"\n";
+    let recipe = Recipe::from_toml(text).unwrap();
+    assert_eq!(recipe.export, ExportChoice::Stock);
+    assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
+    let yaml = "preset: m-smoe\nexport: stock\nkeep: {fraction: 0.5}\nalign: {method: identity}";
+    assert_eq!(Recipe::from_yaml(yaml).unwrap(), recipe);
+    for &preset in Recipe::PRESETS {
+        let recipe = Recipe::preset(preset, Keep::Total(5)).unwrap();
+        assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
+        recipe.builder().unwrap().build().unwrap();
+    }
+    for (bad, names) in [
+        ("preset = \"m-smoe\"", "keep"),
+        ("preset = \"nope\"\nkeep = {experts = 1}", "nope"),
+        ("preset = \"m-smoe\"\nkeep = {experts = 1}\nsede = 3", "sede"),
+        ("preset = \"m-smoe\"\nkeep = {percent = 3}", "percent"),
+        ("preset = \"m-smoe\"\nkeep = {experts = 1}\nalign = {method = \"magic\"}", "magic"),
+        ("not toml", "expected"),
+    ] {
+        let error = Recipe::from_toml(bad).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Recipe { .. }), "{error}");
+        assert!(error.to_string().contains(names), "{bad}: {error}");
+    }
+}
