@@ -3,9 +3,9 @@
 //!
 //! [`Checkpoint::open`] reads a Hugging Face folder: `config.json` and either one safetensors file
 //! or shards with an index. Shards are memory-mapped, so opening costs the headers only, and
-//! [`Checkpoint::release`] gives a layer's pages back once it is done with. A [`Writer`] takes merged
-//! layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is seen under
-//! the target's name before it is complete.
+//! [`Checkpoint::release`] gives a layer's pages back once it is done with. A [`Writer`] takes
+//! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
+//! seen under the target's name before it is complete.
 
 mod config;
 mod dtype;
