@@ -5,8 +5,8 @@
     python3 tools/bench_assign.py [--sizes 1408,2048,4096] [--repeats 5] [--rank1] [--hard]
 
 Needs NumPy and SciPy. Both solvers get the same float32 matrix in the same run, in turn, and the
-least time counts, of `repeats` for SciPy, of 3 in each of `repeats` processes for ours (the first
-of which is cold): other programs can only make a run slower. SciPy maximises and is
+least time counts, of `repeats` for SciPy and of 3 in each of `repeats` processes for ours (the
+first of which is cold): other programs can only make a run slower. SciPy maximises and is
 given the float32 matrix; its conversion to float64 is part of its time, as it is for a caller.
 
   unrelated  A B^T, A and B normal, (n, d) with d = min(2048, 2 n)
@@ -107,7 +107,7 @@ def main():
         )
     logs = [map(math.log, column) for column in zip(*ratios[: len(cases)])]
     means = [math.exp(sum(column) / len(cases)) for column in logs]
-    print(f"mean of unrelated and noisy: exact {means[0]:.1f}, within 0.1 % {means[1]:.1f}")
+    print(f"geometric mean of unrelated and noisy: {means[0]:.1f}, within 0.1 %: {means[1]:.1f}")
 
 
 if __name__ == "__main__":

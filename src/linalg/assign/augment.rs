@@ -25,8 +25,8 @@ pub(super) struct Search {
     rows: Vec<u32>,
     /// What the reduced gain of a row must be subtracted from to give a distance.
     base: Vec<f64>,
-    /// Distance bits (not negative, so their order is that of the numbers), then `column` or
-    /// `n + row` for the unlisted columns of a row.
+    /// Distance bits (never negative nor −0, so their order is that of the numbers), then `column`
+    /// or `n + row` for the unlisted columns of a row.
     queue: BinaryHeap<Reverse<(u64, u32)>>,
     nearest: f64,
     target: u32,
@@ -93,6 +93,8 @@ impl Search {
         }
     }
 
+    /// Reaches column `j` from row `i`, if that is nearer. A free column ends the search, so only
+    /// the nearest is kept, and nothing beyond it is queued.
     fn relax(&mut self, state: &State, i: usize, j: usize, value: f64, at: f64) {
         let distance = (self.base[i] - value).max(at);
         if distance >= self.nearest || distance >= self.distance[j] || self.settled[j] {
@@ -131,6 +133,8 @@ impl Search {
         self.nearer = nearer;
     }
 
+    /// Raises the price of every column that is nearer than the target by how much nearer it is:
+    /// the path becomes tight, and no row sees a better column than its own.
     fn raise(&mut self, state: &mut State) {
         for &j in &self.scanned {
             state.price[j as usize] += self.nearest - self.distance[j as usize];

@@ -31,10 +31,10 @@ pub(super) fn prices(arch: Arch, gain: &[f32], n: usize) -> Warm {
         rows.iter().map(|a| sample.iter().map(|b| scan::dot(arch, a, b)).collect()).collect();
     let energy: f64 = gram.iter().enumerate().map(|(i, row)| row[i]).sum();
     let (strength, mix) = leading(&gram);
-    let variance = |energy: f64| (energy.max(0.0) / (sample.len() * n) as f64).sqrt();
+    let deviation = |energy: f64| (energy.max(0.0) / (sample.len() * n) as f64).sqrt();
     // NaN here is a gain that is not finite: whoever reads the whole matrix reports it.
     if strength.is_nan() || strength <= SHARE * energy {
-        return Warm { price: vec![0.0; n], noise: variance(energy) };
+        return Warm { price: vec![0.0; n], noise: deviation(energy) };
     }
     let mut w = vec![0.0; n];
     for (row, c) in sample.iter().zip(mix) {
@@ -42,7 +42,7 @@ pub(super) fn prices(arch: Arch, gain: &[f32], n: usize) -> Warm {
     }
     let square: f64 = w.iter().map(|w| w * w).sum();
     let u = gain.chunks_exact(n).map(|row| scan::dot(arch, row, &w) / square).collect();
-    Warm { price: sorted_prices(u, &w), noise: variance(energy - strength) }
+    Warm { price: sorted_prices(u, &w), noise: deviation(energy - strength) }
 }
 
 fn centred(row: &[f32]) -> Vec<f64> {
