@@ -185,10 +185,11 @@ fn an_identical_substitute_changes_nothing() {
     layer.forward(&mut own, &hidden.windows, None, &cx).unwrap();
     let mut other = hidden.states;
     layer.attention_half(&mut other, &hidden.windows, &cx).unwrap();
-    let x = layer.moe_input(other.view()).unwrap();
-    let copy = layer.moe().unwrap().clone();
+    let feed = layer.feed();
+    let x = feed.input(other.view()).unwrap();
+    let copy = feed.moe().unwrap().clone();
     let substitute = Some((&copy, Choice::Narrowed));
-    layer.mlp_half(&mut other, x.view(), &hidden.windows, substitute, None, &cx).unwrap();
+    feed.add_to(&mut other, x.view(), &hidden.windows, substitute, None, &cx).unwrap();
     assert_eq!(own, other);
 }
 

@@ -8,6 +8,8 @@ tests/fixtures/forward. With --of, writes only golden.safetensors into OUT_DIR f
 checkpoint. Weights are rounded to bf16 (and stored so); logits are computed in f32 from the rounded
 weights. Needs torch, transformers 5 and safetensors.
 
+With --of, `exact` holds the logits of a pass in f64.
+
 golden.safetensors: `tokens` (w, n) i32 windows and `logits` (w, n, vocab) f32; `prompt` (p) and
 `continuation` (g) i32, greedy; Switch: `encoder` (w, n), `decoder` (w, m), `logits` (w, m, vocab).
 """
@@ -141,7 +143,14 @@ def main():
         auto = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
         model = auto.from_pretrained(args.of, dtype=torch.float32).eval()
         os.makedirs(args.out, exist_ok=True)
-        write(os.path.join(args.out, "golden.safetensors"), golden(model, args.length, 1))
+        single = golden(model, args.length, 1)
+        # What f32 itself costs: the same pass in f64.
+        for module in model.double().modules():
+            if switch and hasattr(module, "expert_capacity"):
+                module.dtype = torch.float64
+        single["exact"] = golden(model, args.length, 1)["logits"]
+        print(args.of, "f32 off by", (single["exact"] - single["logits"]).abs().max().item())
+        write(os.path.join(args.out, "golden.safetensors"), single)
         return
     for number, (name, config) in enumerate(MODELS.items()):
         torch.manual_seed(number)

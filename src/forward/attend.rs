@@ -37,7 +37,6 @@ pub(super) enum Mask {
     /// Itself and what came before, at most `window` tokens in all.
     Causal { window: Option<usize> },
     /// Every key.
-    #[allow(dead_code)] // Encoders are to follow.
     None,
 }
 
@@ -54,8 +53,22 @@ impl Mask {
     }
 }
 
-/// A term that is added to the scores of head `h`, by key position minus query position.
-pub(super) type Bias<'a> = &'a (dyn Fn(usize, isize) -> f32 + Sync);
+/// A term on the scores of each head by distance, key position minus query position.
+#[derive(Debug, Clone)]
+pub(super) struct Bias {
+    /// `(heads, 2 · reach + 1)`: distances `−reach..=reach`.
+    pub(super) table: Array2<f32>,
+    pub(super) reach: usize,
+}
+
+impl Bias {
+    /// Adds the terms of `head` to the scores of the query at `position` over keys from `first`.
+    fn add(&self, head: usize, position: usize, first: usize, scores: &mut [f32]) {
+        let start = (self.reach + first).saturating_sub(position);
+        let terms = self.table.row(head);
+        scores.iter_mut().zip(terms.iter().skip(start)).for_each(|(x, term)| *x += term);
+    }
+}
 
 /// `softmax(scale · Q Kᵀ + bias) V` per head: `Q: (t, heads · d_key)`, `K: (s, kv_heads · d_key)`,
 /// `V: (s, kv_heads · d_value)`; returns `(t, heads · d_value)`.
@@ -64,7 +77,7 @@ pub(super) fn attend(
     spans: &[Span],
     heads: Heads,
     mask: Mask,
-    bias: Option<Bias<'_>>,
+    bias: Option<&Bias>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
     let group = heads.heads / heads.kv_heads.max(1);
@@ -78,7 +91,7 @@ pub(super) fn attend(
         let q = slice(&q, &span.queries, head, heads.d_key);
         let k = slice(&k, &span.keys, kv, heads.d_key);
         let v = slice(&v, &span.keys, kv, heads.d_value);
-        let bias = bias.map(|bias| move |distance| bias(head, distance));
+        let bias = bias.map(|bias| (bias, head));
         one_head([q.view(), k.view(), v.view()], heads.scale, mask, bias, &single)
     })?;
     let mut out = Array2::zeros((q.nrows(), heads.heads * heads.d_value));
@@ -94,7 +107,7 @@ fn one_head(
     [q, k, v]: [ArrayView2<'_, f32>; 3],
     scale: f32,
     mask: Mask,
-    bias: Option<impl Fn(isize) -> f32>,
+    bias: Option<(&Bias, usize)>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
     let (t, keys) = (q.nrows(), k.nrows());
@@ -118,9 +131,8 @@ fn one_head(
             let visible = mask.visible(position, keys);
             let visible = visible.start - seen.start..visible.end - seen.start;
             let Some(row) = row.as_slice_mut() else { continue };
-            if let Some(bias) = &bias {
-                let distance = |j: usize| (seen.start + j) as isize - position as isize;
-                row.iter_mut().enumerate().for_each(|(j, x)| *x += bias(distance(j)));
+            if let Some((bias, head)) = bias {
+                bias.add(head, position, seen.start, row);
             }
             row[..visible.start].fill(0.0);
             row[visible.end..].fill(0.0);

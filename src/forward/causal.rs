@@ -5,7 +5,8 @@ use std::ops::Range;
 use ndarray::{Array2, Axis, s};
 
 use super::attention::Cache;
-use super::decoder::{DecoderLayer, Observer};
+use super::decoder::DecoderLayer;
+use super::feed::Observer;
 use super::head::{Head, check_tokens};
 use super::load::Loader;
 use super::spec::Spec;

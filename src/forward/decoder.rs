@@ -2,103 +2,18 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, s};
 
 use super::attention::{Attention, Cache};
-use super::dense::{Shared, add_expert};
+use super::dense::Shared;
+use super::feed::{FeedForward, Mlp, Observer};
 use super::load::Loader;
-use super::moe::{Choice, Routed, route, routed_sum};
 use super::norm::RmsNorm;
 use super::rope::Rope;
 use super::spec::Spec;
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, LayerId, MergedLayer, TensorSource};
+use crate::model::{LayerId, TensorSource};
 use crate::stage::Context;
-
-/// What a pass shows of a sparse layer, for all windows at once.
-#[derive(Debug, Clone, Copy)]
-pub struct Observation<'a> {
-    /// Which layer it is.
-    pub id: LayerId,
-    /// The layer: its experts and routers.
-    pub layer: &'a MergedLayer,
-    /// Rows of each window.
-    pub windows: &'a [Range<usize>],
-    /// `(t, d_model)` inputs of the MoE block, after the layer norm.
-    pub inputs: ArrayView2<'a, f32>,
-    /// Logits, choices, weights and visits.
-    pub routed: &'a Routed,
-    /// `(t, d_model)` outputs of the routed experts; shared experts are not included.
-    pub output: ArrayView2<'a, f32>,
-}
-
-/// Looks at the sparse layers of a pass, in order.
-pub trait Observer {
-    /// Called once per sparse layer.
-    ///
-    /// # Errors
-    /// The observer's own; they end the pass.
-    fn observe(&mut self, seen: &Observation<'_>) -> Result<()>;
-}
-
-impl<F: FnMut(&Observation<'_>) -> Result<()>> Observer for F {
-    fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
-        self(seen)
-    }
-}
-
-/// What follows the attention.
-#[derive(Debug)]
-pub enum Mlp {
-    /// One MLP for all tokens.
-    Dense(Box<Expert>),
-    /// Routed experts and, in some families, a shared one.
-    Sparse {
-        /// The routed experts.
-        layer: Box<MergedLayer>,
-        /// The shared expert.
-        shared: Option<Box<Shared>>,
-        /// Tokens per window that an expert takes (Switch).
-        capacity: Option<usize>,
-    },
-}
-
-impl Mlp {
-    /// `hidden ← hidden + MLP(X)` for `X: (t, d_model)`, the normalised hidden states.
-    ///
-    /// `substitute` stands in for the routed experts; shared experts stay.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when widths do not fit, and the observer's.
-    pub fn add_to(
-        &self,
-        hidden: &mut Array2<f32>,
-        x: ArrayView2<'_, f32>,
-        windows: &[Range<usize>],
-        substitute: Option<(&MergedLayer, Choice)>,
-        observer: Option<&mut dyn Observer>,
-        cx: &Context,
-    ) -> Result<()> {
-        let (layer, shared, capacity) = match self {
-            Self::Dense(expert) => return add_expert(&expert.view(), x, None, hidden, cx),
-            Self::Sparse { layer, shared, capacity } => (layer, shared, capacity),
-        };
-        let (layer, choice) = substitute.unwrap_or((layer, Choice::Mapped));
-        let routed = route(layer, choice, x, windows, *capacity, cx)?;
-        let output = routed_sum(&layer.experts, &routed.visits, x, cx)?;
-        if let Some(observer) = observer {
-            let (routed, output) = (&routed, output.view());
-            let seen = Observation { id: layer.id, layer, windows, inputs: x, routed, output };
-            observer.observe(&seen)?;
-        }
-        *hidden += &output;
-        drop(output);
-        match shared {
-            Some(shared) => shared.add_to(x, hidden, cx),
-            None => Ok(()),
-        }
-    }
-}
 
 /// One layer of a decoder-only model, in memory: `h ← h + A(norm h)`, then `h ← h + M(norm h)`.
 ///
@@ -111,8 +26,7 @@ pub struct DecoderLayer {
     rope: Rope,
     attention_norm: RmsNorm,
     attention: Attention,
-    mlp_norm: RmsNorm,
-    mlp: Mlp,
+    feed: FeedForward,
 }
 
 /// Rows that go through attention together: bounds the memory of queries, keys and values.
@@ -147,13 +61,13 @@ impl DecoderLayer {
             };
             Mlp::Dense(Box::new(mlp.gated((d, f), spec.activation, spec.mlp_bias)?))
         };
+        let norm = loader.norm("post_attention_layernorm", d, spec.eps)?;
         Ok(Self {
             id,
             rope: spec.rope.clone(),
             attention_norm: loader.norm("input_layernorm", d, spec.eps)?,
             attention: Attention::load(&loader.at("self_attn"), spec, id.index)?,
-            mlp_norm: loader.norm("post_attention_layernorm", d, spec.eps)?,
-            mlp,
+            feed: FeedForward::new(id, norm, mlp),
         })
     }
 
@@ -162,17 +76,9 @@ impl DecoderLayer {
         self.id
     }
 
-    /// What follows the attention.
-    pub fn mlp(&self) -> &Mlp {
-        &self.mlp
-    }
-
-    /// The routed experts; `None` in a dense layer.
-    pub fn moe(&self) -> Option<&MergedLayer> {
-        match &self.mlp {
-            Mlp::Dense(_) => None,
-            Mlp::Sparse { layer, .. } => Some(layer),
-        }
+    /// The second half of the layer.
+    pub fn feed(&self) -> &FeedForward {
+        &self.feed
     }
 
     /// `h ← h + A(norm h)`.
@@ -199,33 +105,6 @@ impl DecoderLayer {
         Ok(())
     }
 
-    /// `norm h`, the input of router and experts: `(t, d_model)`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `hidden` has another width.
-    pub fn moe_input(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
-        self.mlp_norm.forward(hidden).in_layer(self.id)
-    }
-
-    /// `h ← h + M(x)` with `x` from [`moe_input`](Self::moe_input); see [`Mlp::add_to`].
-    ///
-    /// # Errors
-    /// Those of [`Mlp::add_to`]; [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) when the
-    /// hidden states are NaN or infinite afterwards.
-    pub fn mlp_half(
-        &self,
-        hidden: &mut Array2<f32>,
-        x: ArrayView2<'_, f32>,
-        windows: &[Range<usize>],
-        substitute: Option<(&MergedLayer, Choice)>,
-        observer: Option<&mut dyn Observer>,
-        cx: &Context,
-    ) -> Result<()> {
-        use crate::model::Finite;
-        self.mlp.add_to(hidden, x, windows, substitute, observer, cx).in_layer(self.id)?;
-        hidden.check_finite("hidden states").in_layer(self.id)
-    }
-
     /// Both halves.
     ///
     /// # Errors
@@ -238,8 +117,7 @@ impl DecoderLayer {
         cx: &Context,
     ) -> Result<()> {
         self.attention_half(hidden, windows, cx)?;
-        let x = self.moe_input(hidden.view())?;
-        self.mlp_half(hidden, x.view(), windows, None, observer, cx)
+        self.feed.forward(hidden, windows, observer, cx)
     }
 
     /// Both halves for the next tokens of one window, whose past is in the cache.
@@ -253,8 +131,7 @@ impl DecoderLayer {
         let rotation = self.rope.rotation(&[(rows.clone(), cache.len())]);
         let x = self.attention_norm.forward(hidden.view())?;
         *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
-        let x = self.moe_input(hidden.view())?;
-        self.mlp_half(hidden, x.view(), &[rows], None, None, cx)
+        self.feed.forward(hidden, &[rows], None, cx)
     }
 }
 

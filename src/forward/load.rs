@@ -74,7 +74,6 @@ impl<'a> Loader<'a> {
         Expert::new(Some(gate), up, self.linear("down_proj", (d, f), bias)?, act)
     }
 
-    #[allow(dead_code)] // Encoder-decoder models are to follow.
     /// A two-matrix MLP: `wi: (d_ff, d_model)`, `wo: (d_model, d_ff)`.
     pub(super) fn two(&self, (d, f): (usize, usize), act: Activation) -> Result<Expert> {
         let wi = self.linear("wi", (f, d), false)?;
