@@ -73,6 +73,7 @@ pub mod align;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod error;
+pub mod forward;
 pub mod group;
 pub mod linalg;
 pub mod merge;

@@ -11,6 +11,7 @@ mod permutation;
 mod router;
 mod similarity;
 mod stats;
+mod tensors;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
@@ -22,3 +23,4 @@ pub use permutation::Permutation;
 pub use router::{GroupScore, Router, Routing, RoutingGroups, RoutingRule, Score};
 pub use similarity::{Measure, SimilarityMatrix};
 pub use stats::{ExpertTensors, RoutingStats, Samples};
+pub use tensors::TensorSource;

@@ -1,0 +1,194 @@
+//! Decoder-only models: whole passes, streamed over layers; generation with a cache.
+
+use std::ops::Range;
+
+use ndarray::{Array2, Axis, s};
+
+use super::attention::Cache;
+use super::decoder::DecoderLayer;
+use super::feed::Observer;
+use super::head::{Head, check_tokens};
+use super::load::Loader;
+use super::spec::Spec;
+use crate::error::{Error, Result};
+use crate::model::{Finite, TensorSource};
+use crate::stage::Context;
+
+/// A decoder-only model over a source of weights. It holds none itself: every pass reads the
+/// embedding, then layer by layer, then the output projection, and drops each after use.
+#[derive(Debug)]
+pub struct Causal<S> {
+    source: S,
+    spec: Spec,
+    cx: Context,
+}
+
+/// Hidden states `(t, d_model)` of all windows, stacked, and the rows of each.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hidden {
+    /// The states.
+    pub states: Array2<f32>,
+    /// The rows of each window, consecutive.
+    pub windows: Vec<Range<usize>>,
+}
+
+impl<S: TensorSource> Causal<S> {
+    /// Reads and checks the configuration.
+    ///
+    /// # Errors
+    /// Those of [`Spec::parse`].
+    pub fn open(source: S, cx: Context) -> Result<Self> {
+        let spec = Spec::parse(source.config())?;
+        Ok(Self { source, spec, cx })
+    }
+
+    /// The model's description.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Embeds the tokens of every window: the start of a pass.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window, one that is
+    /// longer than the model's context, or a token id outside the vocabulary; those of the source.
+    pub fn embed(&self, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
+        let longest = self.spec.rope.longest_window();
+        for window in windows.iter().map(AsRef::as_ref) {
+            if window.is_empty() || window.len() > longest {
+                let expected = format!("1 to {longest} tokens (max_position_embeddings)");
+                return Err(Error::range("window", expected, window.len()));
+            }
+            check_tokens(window, self.spec.vocab)?;
+        }
+        let loader = Loader::new(&self.source, self.source.prefix());
+        let shape = (self.spec.vocab, self.spec.d_model);
+        let table = loader.matrix("embed_tokens.weight", shape)?;
+        Ok(gather(&table, windows))
+    }
+
+    /// Reads layer `index`.
+    ///
+    /// # Errors
+    /// Those of [`DecoderLayer::load`].
+    pub fn layer(&self, index: usize) -> Result<DecoderLayer> {
+        DecoderLayer::load(&self.source, &self.spec, index)
+    }
+
+    /// Reads the final norm and the output projection.
+    ///
+    /// # Errors
+    /// Those of the source; a shape that does not fit or a value that is not finite.
+    pub fn head(&self) -> Result<Head> {
+        Head::load(&self.source, &self.spec)
+    }
+
+    /// All windows through layer `l` before layer `l + 1` is read; one layer in memory at a time.
+    ///
+    /// # Errors
+    /// Those of [`embed`](Self::embed), [`DecoderLayer::load`], [`DecoderLayer::forward`].
+    pub fn run(
+        &self,
+        windows: &[impl AsRef<[u32]>],
+        mut observer: Option<&mut dyn Observer>,
+    ) -> Result<Hidden> {
+        let mut hidden = self.embed(windows)?;
+        for index in 0..self.spec.layers {
+            let layer = self.layer(index)?;
+            // Each layer borrows the observer anew.
+            let observer = observer.as_mut().map(|o| &mut **o as &mut dyn Observer);
+            layer.forward(&mut hidden.states, &hidden.windows, observer, &self.cx)?;
+        }
+        Ok(hidden)
+    }
+
+    /// Logits of every token of one window: `(t, vocab)`. For small checks: all are held.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run) and [`head`](Self::head).
+    pub fn logits(&self, tokens: &[u32]) -> Result<Array2<f32>> {
+        let hidden = self.run(&[tokens], None)?;
+        let logits = self.head()?.logits(hidden.states.view(), self.cx.compute())?;
+        logits.check_finite("logits")?;
+        Ok(logits)
+    }
+
+    /// Per window the sum of `−ln p(token | tokens before)` over all but the first token, in nats,
+    /// and the number of terms.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run) and [`head`](Self::head).
+    pub fn nll(&self, windows: &[impl AsRef<[u32]>]) -> Result<Vec<(f64, usize)>> {
+        let hidden = self.run(windows, None)?;
+        let head = self.head()?;
+        let pairs = windows.iter().zip(&hidden.windows);
+        let nll = |(window, rows): (&_, &Range<usize>)| {
+            let targets = &AsRef::<[u32]>::as_ref(window)[1..];
+            let states = hidden.states.slice(s![rows.start..rows.end - 1, ..]);
+            let terms = head.nll(states, targets, &self.cx)?;
+            Ok((terms.iter().sum(), terms.len()))
+        };
+        pairs.map(nll).collect()
+    }
+
+    /// The most likely continuation, one token at a time, until `max_new` tokens or the end token
+    /// (which is included). Ties go to the smaller id.
+    ///
+    /// Unlike every other pass this one holds all layers, with their keys and values, in memory.
+    /// With dynamic RoPE scaling, cached keys keep the rotation of the length at which they were
+    /// made, as they do in transformers.
+    ///
+    /// # Errors
+    /// Those of [`run`](Self::run) and [`head`](Self::head);
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) when prompt and continuation are
+    /// together longer than the model's context.
+    pub fn generate(&self, tokens: &[u32], max_new: usize) -> Result<Vec<u32>> {
+        let longest = self.spec.rope.longest_window();
+        if tokens.len() + max_new > longest {
+            let expected = format!("at most {longest} tokens (max_position_embeddings)");
+            return Err(Error::range("prompt and continuation", expected, tokens.len() + max_new));
+        }
+        let mut hidden = self.embed(&[tokens])?.states;
+        let layers: Vec<_> = (0..self.spec.layers).map(|i| self.layer(i)).collect::<Result<_>>()?;
+        let head = self.head()?;
+        let mut caches = vec![Cache::default(); layers.len()];
+        let mut new = Vec::with_capacity(max_new);
+        while new.len() < max_new {
+            for (layer, cache) in layers.iter().zip(&mut caches) {
+                layer.step(&mut hidden, cache, &self.cx)?;
+            }
+            let last = hidden.slice(s![hidden.nrows() - 1.., ..]);
+            let logits = head.logits(last, self.cx.compute())?;
+            logits.check_finite("logits")?;
+            let token = largest(&logits);
+            new.push(token);
+            if self.spec.end.contains(&token) {
+                break;
+            }
+            if new.len() < max_new {
+                hidden = self.embed(&[[token]])?.states;
+            }
+        }
+        Ok(new)
+    }
+}
+
+fn largest(logits: &Array2<f32>) -> u32 {
+    let better = |best: (u32, f32), (i, &z): (usize, &f32)| {
+        if z > best.1 { (i as u32, z) } else { best }
+    };
+    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
+}
+
+/// Rows of the embedding table for all windows, stacked.
+pub(super) fn gather(table: &Array2<f32>, windows: &[impl AsRef<[u32]>]) -> Hidden {
+    let mut end = 0;
+    let mut rows = Vec::new();
+    let mut ranges = Vec::with_capacity(windows.len());
+    for window in windows.iter().map(AsRef::as_ref) {
+        rows.extend(window.iter().map(|&t| t as usize));
+        ranges.push(end..rows.len());
+        end = rows.len();
+    }
+    Hidden { states: table.select(Axis(0), &rows), windows: ranges }
+}

@@ -1,0 +1,161 @@
+//! One decoder layer, in two halves: attention, then dense MLP or experts.
+
+use std::ops::Range;
+
+use ndarray::{Array2, s};
+
+use super::attention::{Attention, Cache};
+use super::dense::Shared;
+use super::feed::{FeedForward, Mlp, Observer};
+use super::load::Loader;
+use super::norm::RmsNorm;
+use super::rope::Rope;
+use super::spec::Spec;
+use crate::error::{Error, Locate, Result};
+use crate::model::{LayerId, TensorSource};
+use crate::stage::Context;
+
+/// One layer of a decoder-only model, in memory: `h ← h + A(norm h)`, then `h ← h + M(norm h)`.
+///
+/// Hidden states of all windows are stacked: `hidden: (t, d_model)`, and `windows` are consecutive
+/// ranges of its rows. The two halves are separate, so that a caller can look at the input of the
+/// MoE block, or put merged experts in the place of the routed ones.
+#[derive(Debug)]
+pub struct DecoderLayer {
+    id: LayerId,
+    rope: Rope,
+    attention_norm: RmsNorm,
+    attention: Attention,
+    feed: FeedForward,
+}
+
+/// Rows that go through attention together: bounds the memory of queries, keys and values.
+const ROWS: usize = 4096;
+
+impl DecoderLayer {
+    /// Reads layer `index`; the source may then release what it mapped.
+    ///
+    /// # Errors
+    /// Those of the source; [`ErrorKind::Shape`](crate::ErrorKind::Shape) for a tensor that does
+    /// not fit the configuration and [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a
+    /// NaN or infinite weight, with layer and tensor.
+    pub fn load(source: &dyn TensorSource, spec: &Spec, index: usize) -> Result<Self> {
+        let id = LayerId::causal(index);
+        let prefix = format!("{}layers.{index}.", source.prefix());
+        let layer = Self::read(source, spec, id, &prefix).in_layer(id)?;
+        source.release(&prefix);
+        Ok(layer)
+    }
+
+    fn read(source: &dyn TensorSource, spec: &Spec, id: LayerId, prefix: &str) -> Result<Self> {
+        let loader = Loader::new(source, prefix);
+        let mlp = loader.at("mlp");
+        let d = spec.d_model;
+        let mlp = if source.is_moe(id) {
+            let shared = Shared::load(&mlp, spec)?.map(Box::new);
+            Mlp::Sparse { layer: Box::new(source.moe(id)?), shared, capacity: None }
+        } else {
+            let Some(f) = spec.d_dense else {
+                let keys = super::keys::Keys::root(source.config());
+                return Err(keys.wrong("intermediate_size", "the width of dense MLPs", "nothing"));
+            };
+            Mlp::Dense(Box::new(mlp.gated((d, f), spec.activation, spec.mlp_bias)?))
+        };
+        let norm = loader.norm("post_attention_layernorm", d, spec.eps)?;
+        Ok(Self {
+            id,
+            rope: spec.rope.clone(),
+            attention_norm: loader.norm("input_layernorm", d, spec.eps)?,
+            attention: Attention::load(&loader.at("self_attn"), spec, id.index)?,
+            feed: FeedForward::new(id, norm, mlp),
+        })
+    }
+
+    /// Which layer it is.
+    pub fn id(&self) -> LayerId {
+        self.id
+    }
+
+    /// The second half of the layer.
+    pub fn feed(&self) -> &FeedForward {
+        &self.feed
+    }
+
+    /// `h ← h + A(norm h)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for windows that are not consecutive
+    /// ranges over all rows.
+    pub fn attention_half(
+        &self,
+        hidden: &mut Array2<f32>,
+        windows: &[Range<usize>],
+        cx: &Context,
+    ) -> Result<()> {
+        check_windows(windows, hidden.nrows())?;
+        for batch in batches(windows) {
+            let (first, end) = (batch[0].start, batch[batch.len() - 1].end);
+            let local: Vec<_> = batch.iter().map(|w| w.start - first..w.end - first).collect();
+            let fresh: Vec<_> = local.iter().map(|w| (w.clone(), 0)).collect();
+            let rotation = self.rope.rotation(&fresh);
+            let mut rows = hidden.slice_mut(s![first..end, ..]);
+            let x = self.attention_norm.forward(rows.view())?;
+            rows += &self.attention.forward(x.view(), &local, &rotation, cx).in_layer(self.id)?;
+        }
+        Ok(())
+    }
+
+    /// Both halves.
+    ///
+    /// # Errors
+    /// Those of the halves.
+    pub fn forward(
+        &self,
+        hidden: &mut Array2<f32>,
+        windows: &[Range<usize>],
+        observer: Option<&mut dyn Observer>,
+        cx: &Context,
+    ) -> Result<()> {
+        self.attention_half(hidden, windows, cx)?;
+        self.feed.forward(hidden, windows, observer, cx)
+    }
+
+    /// Both halves for the next tokens of one window, whose past is in the cache.
+    pub(super) fn step(
+        &self,
+        hidden: &mut Array2<f32>,
+        cache: &mut Cache,
+        cx: &Context,
+    ) -> Result<()> {
+        let rows = 0..hidden.nrows();
+        let rotation = self.rope.rotation(&[(rows.clone(), cache.len())]);
+        let x = self.attention_norm.forward(hidden.view())?;
+        *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
+        self.feed.forward(hidden, &[rows], None, cx)
+    }
+}
+
+/// Windows must follow each other without gaps, be non-empty, and cover all rows.
+pub(super) fn check_windows(windows: &[Range<usize>], rows: usize) -> Result<()> {
+    let mut end = 0;
+    for window in windows {
+        if window.start != end || window.end <= window.start {
+            let found = format!("{window:?}");
+            return Err(Error::range("window", format!("rows from {end}, at least one"), found));
+        }
+        end = window.end;
+    }
+    if end == rows { Ok(()) } else { Err(Error::shape("windows over all rows", rows, end)) }
+}
+
+/// Consecutive windows of about [`ROWS`] rows in all.
+pub(super) fn batches(windows: &[Range<usize>]) -> impl Iterator<Item = &[Range<usize>]> {
+    let mut rest = windows;
+    std::iter::from_fn(move || {
+        let first = rest.first()?.start;
+        let fits = rest.iter().take_while(|w| w.end - first <= ROWS).count();
+        let (batch, later) = rest.split_at(fits.max(1));
+        rest = later;
+        Some(batch)
+    })
+}

@@ -1,0 +1,170 @@
+//! The second half of a layer: a dense MLP, or experts that can be observed and replaced.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2};
+
+use super::dense::{Shared, add_expert};
+use super::moe::{Choice, Routed, route, routed_sum};
+use super::norm::RmsNorm;
+use crate::error::{Locate, Result};
+use crate::model::{Expert, Finite, LayerId, MergedLayer};
+use crate::stage::Context;
+
+/// What a pass shows of a sparse layer, for all windows at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation<'a> {
+    /// Which layer it is.
+    pub id: LayerId,
+    /// The layer: its experts and routers.
+    pub layer: &'a MergedLayer,
+    /// Rows of each window.
+    pub windows: &'a [Range<usize>],
+    /// `(t, d_model)` inputs of the MoE block, after the layer norm.
+    pub inputs: ArrayView2<'a, f32>,
+    /// Logits, choices, weights and visits.
+    pub routed: &'a Routed,
+    /// `(t, d_model)` outputs of the routed experts; shared experts are not included.
+    pub output: ArrayView2<'a, f32>,
+}
+
+/// Looks at the sparse layers of a pass, in order.
+pub trait Observer {
+    /// Called once per sparse layer.
+    ///
+    /// # Errors
+    /// The observer's own; they end the pass.
+    fn observe(&mut self, seen: &Observation<'_>) -> Result<()>;
+}
+
+impl<F: FnMut(&Observation<'_>) -> Result<()>> Observer for F {
+    fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
+        self(seen)
+    }
+}
+
+/// What follows the attention.
+#[derive(Debug)]
+pub enum Mlp {
+    /// One MLP for all tokens.
+    Dense(Box<Expert>),
+    /// Routed experts and, in some families, a shared one.
+    Sparse {
+        /// The routed experts.
+        layer: Box<MergedLayer>,
+        /// The shared expert.
+        shared: Option<Box<Shared>>,
+        /// Tokens per window that an expert takes (Switch).
+        capacity: Option<usize>,
+    },
+}
+
+impl Mlp {
+    /// `hidden ← hidden + MLP(X)` for `X: (t, d_model)`, the normalised hidden states.
+    ///
+    /// `substitute` stands in for the routed experts; shared experts stay.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when widths do not fit, and the observer's.
+    pub fn add_to(
+        &self,
+        hidden: &mut Array2<f32>,
+        x: ArrayView2<'_, f32>,
+        windows: &[Range<usize>],
+        substitute: Option<(&MergedLayer, Choice)>,
+        observer: Option<&mut dyn Observer>,
+        cx: &Context,
+    ) -> Result<()> {
+        let (layer, shared, capacity) = match self {
+            Self::Dense(expert) => return add_expert(&expert.view(), x, None, hidden, cx),
+            Self::Sparse { layer, shared, capacity } => (layer, shared, capacity),
+        };
+        let (layer, choice) = substitute.unwrap_or((layer, Choice::Mapped));
+        let routed = route(layer, choice, x, windows, *capacity, cx)?;
+        let output = routed_sum(&layer.experts, &routed.visits, x, cx)?;
+        if let Some(observer) = observer {
+            let (routed, output) = (&routed, output.view());
+            let seen = Observation { id: layer.id, layer, windows, inputs: x, routed, output };
+            observer.observe(&seen)?;
+        }
+        *hidden += &output;
+        drop(output);
+        match shared {
+            Some(shared) => shared.add_to(x, hidden, cx),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `h ← h + M(norm h)`.
+#[derive(Debug)]
+pub struct FeedForward {
+    id: LayerId,
+    norm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl FeedForward {
+    pub(super) fn new(id: LayerId, norm: RmsNorm, mlp: Mlp) -> Self {
+        Self { id, norm, mlp }
+    }
+
+    /// Which layer it belongs to.
+    pub fn id(&self) -> LayerId {
+        self.id
+    }
+
+    /// The MLP or the experts.
+    pub fn mlp(&self) -> &Mlp {
+        &self.mlp
+    }
+
+    /// The routed experts; `None` in a dense layer.
+    pub fn moe(&self) -> Option<&MergedLayer> {
+        match &self.mlp {
+            Mlp::Dense(_) => None,
+            Mlp::Sparse { layer, .. } => Some(layer),
+        }
+    }
+
+    /// `norm h`, the input of router and experts: `(t, d_model)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `hidden` has another width.
+    pub fn input(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+        self.norm.forward(hidden).in_layer(self.id)
+    }
+
+    /// `h ← h + M(x)` with `x` from [`input`](Self::input); see [`Mlp::add_to`].
+    ///
+    /// # Errors
+    /// Those of [`Mlp::add_to`]; [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) when the
+    /// hidden states are NaN or infinite afterwards.
+    pub fn add_to(
+        &self,
+        hidden: &mut Array2<f32>,
+        x: ArrayView2<'_, f32>,
+        windows: &[Range<usize>],
+        substitute: Option<(&MergedLayer, Choice)>,
+        observer: Option<&mut dyn Observer>,
+        cx: &Context,
+    ) -> Result<()> {
+        self.mlp.add_to(hidden, x, windows, substitute, observer, cx).in_layer(self.id)?;
+        hidden.check_finite("hidden states").in_layer(self.id)
+    }
+
+    /// All of it, without substitute.
+    ///
+    /// # Errors
+    /// Those of [`input`](Self::input) and [`add_to`](Self::add_to).
+    pub fn forward(
+        &self,
+        hidden: &mut Array2<f32>,
+        windows: &[Range<usize>],
+        observer: Option<&mut dyn Observer>,
+        cx: &Context,
+    ) -> Result<()> {
+        let x = self.input(hidden.view())?;
+        self.add_to(hidden, x.view(), windows, None, observer, cx)
+    }
+}

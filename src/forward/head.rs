@@ -1,0 +1,103 @@
+//! The end of a model: final norm, output projection, cross-entropy.
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+
+use super::load::Loader;
+use super::math::log_sum_exp;
+use super::norm::RmsNorm;
+use crate::error::{Error, Result};
+use crate::linalg::Compute;
+use crate::model::TensorSource;
+use crate::par;
+use crate::stage::Context;
+
+/// `logits = scale · W norm(h)` with `W: (vocab, d_model)`.
+#[derive(Debug)]
+pub struct Head {
+    norm: RmsNorm,
+    weight: Array2<f32>,
+    scale: f32,
+}
+
+/// Logits that are held at once.
+const HELD: usize = 1 << 24;
+
+impl Head {
+    pub(super) fn new(norm: RmsNorm, weight: Array2<f32>, scale: f32) -> Self {
+        Self { norm, weight, scale }
+    }
+
+    /// Reads norm and projection of a decoder-only model.
+    pub(super) fn load(source: &dyn TensorSource, spec: &super::spec::Spec) -> Result<Self> {
+        let inner = Loader::new(source, source.prefix());
+        let norm = inner.norm("norm", spec.d_model, spec.eps)?;
+        // The projection lives beside the decoder, under the outer part of a wrapper's prefix.
+        let outer = source.prefix().strip_suffix("model.").unwrap_or("");
+        let shape = (spec.vocab, spec.d_model);
+        let outer_name = format!("{outer}lm_head.weight");
+        let name = if source.has(&outer_name) { &outer_name } else { "lm_head.weight" };
+        let weight = if spec.tied {
+            inner.matrix("embed_tokens.weight", shape)?
+        } else {
+            Loader::new(source, "").matrix(name, shape)?
+        };
+        Ok(Self::new(norm, weight, 1.0))
+    }
+
+    /// Number of token ids.
+    pub fn vocab(&self) -> usize {
+        self.weight.nrows()
+    }
+
+    /// Logits of every row of `hidden: (t, d_model)`: `(t, vocab)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `hidden` has another width.
+    pub fn logits(
+        &self,
+        hidden: ArrayView2<'_, f32>,
+        compute: &dyn Compute,
+    ) -> Result<Array2<f32>> {
+        let x = self.norm.forward(hidden)?;
+        let mut logits = Array2::zeros((hidden.nrows(), self.vocab()));
+        compute.gemm(self.scale, x.view(), self.weight.t(), 0.0, logits.view_mut())?;
+        Ok(logits)
+    }
+
+    /// `−ln softmax(logits)[target]` of every row, in nats; a block of logits is held at a time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when there is not one target per row,
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a target that is no token id.
+    pub fn nll(
+        &self,
+        hidden: ArrayView2<'_, f32>,
+        targets: &[u32],
+        cx: &Context,
+    ) -> Result<Vec<f64>> {
+        if targets.len() != hidden.nrows() {
+            return Err(Error::shape("targets", hidden.nrows(), targets.len()));
+        }
+        check_tokens(targets, self.vocab())?;
+        let rows = (HELD / self.vocab().max(1)).clamp(1, 1024);
+        let mut all = Vec::with_capacity(targets.len());
+        for (hidden, targets) in hidden.axis_chunks_iter(Axis(0), rows).zip(targets.chunks(rows)) {
+            let logits = self.logits(hidden, cx.compute())?;
+            let row = |i: usize| {
+                let row = logits.slice(s![i, ..]);
+                let values = row.to_slice().unwrap_or_default();
+                Ok(log_sum_exp(values) - f64::from(row[targets[i] as usize]))
+            };
+            all.extend(par::map(targets.len(), row)?);
+        }
+        Ok(all)
+    }
+}
+
+/// Fails for a token id that has no row in the embedding.
+pub(super) fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
+    match tokens.iter().find(|&&t| t as usize >= vocab) {
+        None => Ok(()),
+        Some(t) => Err(Error::range("token id", format!("below the vocabulary of {vocab}"), t)),
+    }
+}

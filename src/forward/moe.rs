@@ -1,0 +1,302 @@
+//! The MoE block: routing, gathering the tokens of each expert over all windows, and the sum.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2, Axis, concatenate};
+
+use super::dense::{BLOCK, weighted_expert};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Expert, MergedLayer, Router, Routing};
+use crate::par;
+use crate::stage::Context;
+
+/// Which router of a merged layer chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// The `n`-row router and the map to merged experts: the exact semantics, and those of a layer
+    /// that was not merged.
+    #[default]
+    Mapped,
+    /// The router narrowed to the merged experts (stock exports); the `n`-row one without it.
+    Narrowed,
+}
+
+/// Where the tokens of a layer go.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routed {
+    /// `(t, n)` router logits, as the router gives them.
+    pub logits: Array2<f32>,
+    /// Chosen router rows and applied weights.
+    pub routing: Routing,
+    /// `(t, k)` whether the expert had room for the token; `None` without a capacity.
+    pub kept: Option<Array2<bool>>,
+    /// For each expert of the layer the tokens that visit it, ascending, and their weights.
+    /// Members of a group that fire together add up; dropped tokens are not listed.
+    pub visits: Vec<Vec<(usize, f32)>>,
+}
+
+/// Routes every row of `X: (t, d_model)`.
+///
+/// `capacity`: how many tokens of one window an expert takes, in order of position (Switch). It
+/// counts by router row, before the map.
+///
+/// # Errors
+/// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width, with the layer.
+pub fn route(
+    layer: &MergedLayer,
+    choice: Choice,
+    x: ArrayView2<'_, f32>,
+    windows: &[Range<usize>],
+    capacity: Option<usize>,
+    cx: &Context,
+) -> Result<Routed> {
+    let narrowed = layer.narrowed.as_ref().filter(|_| choice == Choice::Narrowed);
+    let router = narrowed.unwrap_or(&layer.router);
+    let map = |row: usize| match narrowed {
+        Some(_) => Some(row),
+        None => layer.grouping.labels()[row],
+    };
+    let logits = router.logits(x, cx.compute()).in_layer(layer.id)?;
+    let routing = choose(router, &logits, map).in_layer(layer.id)?;
+    let kept = capacity.map(|capacity| within_capacity(&routing, router, windows, capacity));
+    let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); layer.experts.len()];
+    let rows = routing.experts.rows().into_iter().zip(routing.weights.rows()).enumerate();
+    for (t, (chosen, weights)) in rows {
+        for (slot, (&row, &w)) in chosen.iter().zip(weights).enumerate() {
+            let Some(expert) = map(row as usize) else { continue };
+            if kept.as_ref().is_some_and(|kept| !kept[[t, slot]]) {
+                continue;
+            }
+            match visits[expert].last_mut() {
+                Some((last, sum)) if *last == t => *sum += w,
+                _ => visits[expert].push((t, w)),
+            }
+        }
+    }
+    Ok(Routed { logits, routing, kept, visits })
+}
+
+/// Chooses experts in parallel blocks of tokens; dropped experts cannot be chosen.
+fn choose(
+    router: &Router,
+    logits: &Array2<f32>,
+    map: impl Fn(usize) -> Option<usize> + Sync,
+) -> Result<Routing> {
+    const ROWS: usize = 256;
+    let dropped: Vec<usize> = (0..router.experts()).filter(|&i| map(i).is_none()).collect();
+    let blocks: Vec<_> = logits.axis_chunks_iter(Axis(0), ROWS).collect();
+    let parts = par::map(blocks.len(), |i| {
+        if dropped.is_empty() {
+            return router.route(blocks[i]);
+        }
+        let mut masked = blocks[i].to_owned();
+        dropped.iter().for_each(|&i| masked.column_mut(i).fill(f32::NEG_INFINITY));
+        router.route(masked.view())
+    })?;
+    let experts: Vec<_> = parts.iter().map(|part| part.experts.view()).collect();
+    let weights: Vec<_> = parts.iter().map(|part| part.weights.view()).collect();
+    if parts.is_empty() {
+        return router.route(logits.view());
+    }
+    let misfit = |_| Error::shape("routing", logits.nrows(), parts.len());
+    Ok(Routing {
+        experts: concatenate(Axis(0), &experts).map_err(misfit)?,
+        weights: concatenate(Axis(0), &weights).map_err(misfit)?,
+    })
+}
+
+fn within_capacity(
+    routing: &Routing,
+    router: &Router,
+    windows: &[Range<usize>],
+    capacity: usize,
+) -> Array2<bool> {
+    let mut kept = Array2::from_elem(routing.experts.dim(), true);
+    for window in windows {
+        let mut load = vec![0usize; router.experts()];
+        for t in window.clone() {
+            for (slot, &e) in routing.experts.row(t).iter().enumerate() {
+                load[e as usize] += 1;
+                kept[[t, slot]] = load[e as usize] <= capacity;
+            }
+        }
+    }
+    kept
+}
+
+/// `Σ_e w_e(x) E_e(x)` for every row of `X: (t, d_model)`: `(t, d_model)`. `visits` as in
+/// [`Routed::visits`].
+///
+/// Tokens of one expert are multiplied in blocks, which run in parallel; their outputs are added in
+/// expert order, so the result has the same bits for every number of threads.
+///
+/// # Errors
+/// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when experts, visits and `X` do not fit.
+pub fn routed_sum(
+    experts: &[Expert],
+    visits: &[Vec<(usize, f32)>],
+    x: ArrayView2<'_, f32>,
+    cx: &Context,
+) -> Result<Array2<f32>> {
+    /// Values of expert outputs that are held at once.
+    const HELD: usize = 1 << 24;
+    if experts.len() != visits.len() {
+        return Err(Error::shape("visits per expert", experts.len(), visits.len()));
+    }
+    let jobs: Vec<Job<'_>> = experts
+        .iter()
+        .zip(visits)
+        .enumerate()
+        .flat_map(|(index, (expert, visits))| {
+            visits.chunks(BLOCK).map(move |visits| Job { index, expert, visits })
+        })
+        .collect();
+    let mut out = Array2::zeros(x.dim());
+    let single = cx.per_task();
+    let mut rest = &jobs[..];
+    while !rest.is_empty() {
+        let mut held = 0;
+        let fits = rest.iter().take_while(|job| {
+            held += job.visits.len() * x.ncols();
+            held <= HELD
+        });
+        let (wave, later) = rest.split_at(fits.count().max(1));
+        let parts = par::map(wave.len(), |i| wave[i].run(x, &single).in_expert(wave[i].index))?;
+        scatter(wave, &parts, &mut out);
+        rest = later;
+    }
+    Ok(out)
+}
+
+/// A block of one expert's tokens.
+struct Job<'a> {
+    index: usize,
+    expert: &'a Expert,
+    visits: &'a [(usize, f32)],
+}
+
+impl Job<'_> {
+    fn run(&self, x: ArrayView2<'_, f32>, cx: &Context) -> Result<Array2<f32>> {
+        let tokens: Vec<usize> = self.visits.iter().map(|(t, _)| *t).collect();
+        if let Some(t) = tokens.iter().find(|&&t| t >= x.nrows()) {
+            return Err(Error::range("visiting token", format!("below {}", x.nrows()), t));
+        }
+        let weights: Vec<f32> = self.visits.iter().map(|(_, w)| *w).collect();
+        let gathered = x.select(Axis(0), &tokens);
+        weighted_expert(&self.expert.view(), gathered.view(), Some(&weights), cx.compute())
+    }
+}
+
+/// Adds the outputs of jobs to their tokens: in parallel over tokens, in job order for each.
+fn scatter(jobs: &[Job<'_>], parts: &[Array2<f32>], out: &mut Array2<f32>) {
+    const ROWS: usize = 128;
+    let d = out.ncols();
+    let Some(values) = out.as_slice_mut() else { return };
+    par::for_each_chunk(values, ROWS * d, |chunk, rows| {
+        let (first, end) = (chunk * ROWS, chunk * ROWS + rows.len() / d.max(1));
+        for (job, part) in jobs.iter().zip(parts) {
+            let start = job.visits.partition_point(|(t, _)| *t < first);
+            let visits = job.visits[start..].iter().take_while(|(t, _)| *t < end);
+            for ((t, _), y) in visits.zip(part.rows().into_iter().skip(start)) {
+                let Some(y) = y.to_slice() else { continue };
+                let row = &mut rows[(t - first) * d..(t - first + 1) * d];
+                row.iter_mut().zip(y).for_each(|(o, y)| *o += y);
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::Cpu;
+    use crate::model::{Activation, Grouping, LayerId, Linear, RoutingRule};
+    use ndarray::Array1;
+
+    fn values(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, cols), |(i, j)| {
+            ((i * 131 + j * 71 + seed * 37) as f32 * 0.61).sin()
+        })
+    }
+
+    fn layer(grouping: Grouping, act: Activation, gated: bool) -> MergedLayer {
+        let (d, f, n) = (24, 17, grouping.experts());
+        let linear = |rows, cols, seed| Linear {
+            weight: values(rows, cols, seed),
+            bias: Some(Array1::from_elem(rows, 0.1)),
+        };
+        let expert = |i: usize| {
+            let gate = gated.then(|| linear(f, d, 3 * i));
+            Expert::new(gate, linear(f, d, 3 * i + 1), linear(d, f, 3 * i + 2), act).unwrap()
+        };
+        let experts = (0..grouping.groups()).map(expert).collect();
+        let router =
+            Router::new(values(n, d, 99), None, None, RoutingRule::softmax(3, true)).unwrap();
+        MergedLayer::new(LayerId::causal(1), experts, grouping, router, None).unwrap()
+    }
+
+    #[test]
+    fn the_sum_is_the_merged_layers_own_output() {
+        let merged =
+            Grouping::new(vec![Some(0), Some(1), Some(0), None, Some(2), Some(1)], vec![0, 1, 4]);
+        let x = values(1300, 24, 5);
+        for grouping in [Grouping::identity(6), merged.unwrap()] {
+            for (act, gated) in [(Activation::Silu, true), (Activation::Relu, false)] {
+                let layer = layer(grouping.clone(), act, gated);
+                let cx = Context::cpu(0);
+                let routed = route(
+                    &layer,
+                    Choice::Mapped,
+                    x.view(),
+                    std::slice::from_ref(&(0..1300)),
+                    None,
+                    &cx,
+                )
+                .unwrap();
+                let sum = routed_sum(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
+                let expected = layer.mapped_output(x.view(), &Cpu::new()).unwrap();
+                approx::assert_abs_diff_eq!(sum, expected, epsilon = 2e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_beyond_the_capacity_of_a_window_are_dropped() {
+        let layer = layer(Grouping::identity(4), Activation::Relu, false);
+        let x = Array2::from_elem((10, 24), 0.5);
+        let cx = Context::cpu(0);
+        let routed = route(&layer, Choice::Mapped, x.view(), &[0..6, 6..10], Some(2), &cx).unwrap();
+        // All tokens are alike: the same three experts take the first two of each window.
+        let visited: Vec<_> = routed.visits.iter().filter(|v| !v.is_empty()).collect();
+        assert_eq!(visited.len(), 3);
+        for visits in visited {
+            assert_eq!(visits.iter().map(|(t, _)| *t).collect::<Vec<_>>(), [0, 1, 6, 7]);
+        }
+        let sum = routed_sum(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
+        assert!(sum.row(2).iter().all(|&y| y == 0.0) && sum.row(6).iter().any(|&y| y != 0.0));
+    }
+
+    #[test]
+    fn the_bits_do_not_depend_on_the_number_of_threads() {
+        let layer = layer(Grouping::identity(5), Activation::Silu, true);
+        let x = values(2000, 24, 8);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let cx = Context::cpu(0);
+                let routed = route(
+                    &layer,
+                    Choice::Mapped,
+                    x.view(),
+                    std::slice::from_ref(&(0..2000)),
+                    None,
+                    &cx,
+                )
+                .unwrap();
+                routed_sum(&layer.experts, &routed.visits, x.view(), &cx).unwrap()
+            })
+        };
+        let one = run(1).mapv(f32::to_bits);
+        assert!([2, 5].iter().all(|&threads| run(threads).mapv(f32::to_bits) == one));
+    }
+}

@@ -1,0 +1,358 @@
+//! What is particular about a family of decoder-only models, as data read from `config.json`.
+
+use serde_json::Value;
+
+use super::keys::Keys;
+use super::rope::{Pairing, Rope};
+use crate::error::{ErrorKind, Result};
+use crate::model::Activation;
+
+/// The model families whose forward pass is native.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Family {
+    /// Mixtral: grouped-query attention, optional sliding window.
+    Mixtral,
+    /// Qwen2-MoE: biases on q, k, v; a sigmoid-gated shared expert.
+    Qwen2Moe,
+    /// Qwen3-MoE: norms on each query and key head.
+    Qwen3Moe,
+    /// OLMoE: norms on the whole query and key projections, optional clipping.
+    Olmoe,
+    /// DeepSeek-V2: latent attention, shared experts, leading dense layers.
+    DeepseekV2,
+    /// DeepSeek-V3 and Kimi-K2: as V2, with YaRN's temperature; the router differs.
+    DeepseekV3,
+    /// Switch Transformers: a T5 encoder and decoder.
+    Switch,
+}
+
+const FAMILIES: [(&str, Family); 8] = [
+    ("mixtral", Family::Mixtral),
+    ("qwen2_moe", Family::Qwen2Moe),
+    ("qwen3_moe", Family::Qwen3Moe),
+    ("olmoe", Family::Olmoe),
+    ("deepseek_v2", Family::DeepseekV2),
+    ("deepseek_v3", Family::DeepseekV3),
+    ("kimi_k2", Family::DeepseekV3),
+    ("switch_transformers", Family::Switch),
+];
+
+impl Family {
+    /// The family that `model_type` names.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] without the key, [`ErrorKind::Unsupported`] for a family without a
+    /// native forward pass.
+    pub fn of(config: &Value) -> Result<Self> {
+        let keys = Keys::root(config);
+        let Some(name) = keys.text("model_type")? else {
+            return Err(keys.wrong("model_type", "a model family", "nothing"));
+        };
+        if let Some((_, family)) = FAMILIES.iter().find(|(known, _)| *known == name) {
+            return Ok(*family);
+        }
+        let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+        let supported = format!(
+            "{} (any other family can be merged with statistics that were collected elsewhere)",
+            known.join(", ")
+        );
+        let (what, found) = ("model family for a native forward pass", name.into());
+        Err(ErrorKind::Unsupported { what, found, supported }.into())
+    }
+}
+
+/// Where norms are applied to queries and keys, before the rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Nowhere.
+    None,
+    /// On each head.
+    PerHead,
+    /// On the whole projection.
+    Whole,
+}
+
+/// Grouped-query attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedSpec {
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Norms on queries and keys.
+    pub qk_norm: QkNorm,
+    /// Biases on q, k, v.
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub out_bias: bool,
+    /// Clamps q, k, v to `±clip`.
+    pub clip: Option<f32>,
+    /// Per layer: how many tokens a query sees, itself included.
+    pub windows: Vec<Option<usize>>,
+}
+
+/// Multi-head latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentSpec {
+    /// Number of heads.
+    pub heads: usize,
+    /// Rank of the query's latent; `None` is a full projection.
+    pub q_rank: Option<usize>,
+    /// Rank of the common latent of keys and values.
+    pub kv_rank: usize,
+    /// Width of the part of a key that is not rotated.
+    pub d_nope: usize,
+    /// Width of the rotated part.
+    pub d_rope: usize,
+    /// Width of a value.
+    pub d_value: usize,
+    /// Biases on the projections to the latents and on the output.
+    pub bias: bool,
+    /// How rotated dimensions pair up.
+    pub pairing: Pairing,
+}
+
+/// The attention of a family.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AttentionSpec {
+    /// Grouped queries.
+    Grouped(GroupedSpec),
+    /// Latent keys and values.
+    Latent(LatentSpec),
+}
+
+/// Experts that every token visits, beside the routed ones.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SharedSpec {
+    /// None.
+    None,
+    /// One MLP `mlp.shared_experts` of this width (DeepSeek).
+    Plain(usize),
+    /// One MLP `mlp.shared_expert` of this width, times `sigmoid(w · x)` (Qwen2-MoE).
+    SigmoidGated(usize),
+}
+
+/// A decoder-only model, without its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec {
+    /// The family.
+    pub family: Family,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Number of token ids.
+    pub vocab: usize,
+    /// `ε` of the layer norms.
+    pub eps: f32,
+    /// Width of dense MLPs; needed when a layer is dense.
+    pub d_dense: Option<usize>,
+    /// Biases in dense and shared MLPs.
+    pub mlp_bias: bool,
+    /// The non-linearity of dense and shared MLPs.
+    pub activation: Activation,
+    /// Attention.
+    pub attention: AttentionSpec,
+    /// Position embedding.
+    pub rope: Rope,
+    /// Shared experts.
+    pub shared: SharedSpec,
+    /// Whether the embedding is also the output projection.
+    pub tied: bool,
+    /// Token ids that end a generation.
+    pub end: Vec<u32>,
+}
+
+impl Spec {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    /// Those of [`Family::of`]; [`ErrorKind::Config`] for a missing, ill-typed or contradictory
+    /// key; [`ErrorKind::Unsupported`] for an activation or scaling that is not implemented, and
+    /// for Switch, which is not a decoder-only model.
+    pub fn parse(config: &Value) -> Result<Self> {
+        let (family, keys) = (Family::of(config)?, Keys::root(config));
+        let max_positions = keys.size("max_position_embeddings")?;
+        let (attention, d_rotated, theta) = match family {
+            Family::DeepseekV2 | Family::DeepseekV3 => {
+                let latent = parse_latent(family, keys)?;
+                let d_rope = latent.d_rope;
+                (AttentionSpec::Latent(latent), d_rope, 1e4)
+            }
+            Family::Switch => {
+                let (what, found) = ("decoder-only family", "switch_transformers".into());
+                let supported = "mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3";
+                let supported = supported.into();
+                return Err(ErrorKind::Unsupported { what, found, supported }.into());
+            }
+            _ => {
+                let grouped = parse_grouped(family, keys)?;
+                let theta = if family == Family::Mixtral { 1e6 } else { 1e4 };
+                let head_dim = grouped.head_dim;
+                (AttentionSpec::Grouped(grouped), head_dim, theta)
+            }
+        };
+        let eps = if matches!(family, Family::Mixtral | Family::Olmoe) { 1e-5 } else { 1e-6 };
+        Ok(Self {
+            family,
+            d_model: keys.size("hidden_size")?,
+            layers: keys.size("num_hidden_layers")?,
+            vocab: keys.size("vocab_size")?,
+            eps: keys.number("rms_norm_eps")?.unwrap_or(eps) as f32,
+            d_dense: keys.optional_size("intermediate_size")?,
+            mlp_bias: family == Family::DeepseekV2 && keys.flag("mlp_bias", false)?,
+            activation: activation(keys, "hidden_act")?,
+            attention,
+            rope: Rope::parse(keys, d_rotated, theta, max_positions)?,
+            shared: parse_shared(family, keys)?,
+            tied: keys.flag("tie_word_embeddings", false)?,
+            end: keys.tokens("eos_token_id")?,
+        })
+    }
+}
+
+pub(super) fn activation(keys: Keys<'_>, key: &str) -> Result<Activation> {
+    Ok(match keys.text(key)?.unwrap_or("silu") {
+        "silu" | "swish" => Activation::Silu,
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "relu" => Activation::Relu,
+        other => {
+            let supported = "silu, gelu, gelu_new, gelu_pytorch_tanh, relu".into();
+            return Err(ErrorKind::Unsupported {
+                what: "activation",
+                found: other.into(),
+                supported,
+            }
+            .into());
+        }
+    })
+}
+
+fn parse_grouped(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
+    let heads = keys.size("num_attention_heads")?;
+    let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
+    if !heads.is_multiple_of(kv_heads) {
+        let expected = format!("a divisor of num_attention_heads {heads}");
+        return Err(keys.wrong("num_key_value_heads", &expected, kv_heads));
+    }
+    let head_dim = match keys.optional_size("head_dim")? {
+        Some(head_dim) => head_dim,
+        None => keys.size("hidden_size")? / heads,
+    };
+    let bias = family != Family::Mixtral && keys.flag("attention_bias", false)?;
+    let clip = keys.number("clip_qkv")?.filter(|_| family == Family::Olmoe);
+    Ok(GroupedSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        qk_norm: match family {
+            Family::Qwen3Moe => QkNorm::PerHead,
+            Family::Olmoe => QkNorm::Whole,
+            _ => QkNorm::None,
+        },
+        qkv_bias: if family == Family::Qwen2Moe { keys.flag("qkv_bias", true)? } else { bias },
+        out_bias: family != Family::Qwen2Moe && bias,
+        clip: clip.map(|clip| clip as f32),
+        windows: parse_windows(family, keys)?,
+    })
+}
+
+/// Which layers see only the last tokens, and how many.
+fn parse_windows(family: Family, keys: Keys<'_>) -> Result<Vec<Option<usize>>> {
+    let layers = keys.size("num_hidden_layers")?;
+    let used = match family {
+        Family::Mixtral => true,
+        Family::Qwen2Moe | Family::Qwen3Moe => keys.flag("use_sliding_window", false)?,
+        _ => false,
+    };
+    let window = if used { keys.optional_size("sliding_window")? } else { None };
+    if family != Family::Qwen2Moe {
+        return Ok(vec![window; layers]);
+    }
+    if let Some(types) = keys.get("layer_types") {
+        let list: Option<Vec<&str>> =
+            types.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        let Some(list) = list.filter(|list| list.len() == layers) else {
+            return Err(keys.wrong("layer_types", "one name per layer", types));
+        };
+        return Ok(list.iter().map(|t| window.filter(|_| *t == "sliding_attention")).collect());
+    }
+    // Every other layer, below `max_window_layers`: the default of the reference configuration.
+    let below = keys.count("max_window_layers")?.unwrap_or(28);
+    Ok((0..layers).map(|i| window.filter(|_| i % 2 == 0 && i < below)).collect())
+}
+
+fn parse_latent(family: Family, keys: Keys<'_>) -> Result<LatentSpec> {
+    // V2 pairs neighbours always, V3 unless it says otherwise.
+    let neighbours = family == Family::DeepseekV2 || keys.flag("rope_interleave", true)?;
+    Ok(LatentSpec {
+        heads: keys.size("num_attention_heads")?,
+        q_rank: keys.optional_size("q_lora_rank")?,
+        kv_rank: keys.size("kv_lora_rank")?,
+        d_nope: keys.size("qk_nope_head_dim")?,
+        d_rope: keys.size("qk_rope_head_dim")?,
+        d_value: keys.size("v_head_dim")?,
+        bias: keys.flag("attention_bias", false)?,
+        pairing: if neighbours { Pairing::Neighbours } else { Pairing::Halves },
+    })
+}
+
+fn parse_shared(family: Family, keys: Keys<'_>) -> Result<SharedSpec> {
+    Ok(match family {
+        Family::Qwen2Moe => SharedSpec::SigmoidGated(keys.size("shared_expert_intermediate_size")?),
+        Family::DeepseekV2 | Family::DeepseekV3 => match keys.count("n_shared_experts")? {
+            None | Some(0) => SharedSpec::None,
+            Some(n) => SharedSpec::Plain(n * keys.size("moe_intermediate_size")?),
+        },
+        _ => SharedSpec::None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn mixtral() -> Value {
+        json!({"model_type": "mixtral", "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+            "max_position_embeddings": 128, "head_dim": null, "sliding_window": 16})
+    }
+
+    #[test]
+    fn defaults_follow_the_family() {
+        let spec = Spec::parse(&mixtral()).unwrap();
+        assert_eq!((spec.eps, spec.rope.theta), (1e-5, 1e6));
+        let AttentionSpec::Grouped(grouped) = spec.attention else { panic!() };
+        assert_eq!((grouped.head_dim, grouped.qkv_bias), (8, false));
+        assert_eq!(grouped.windows, [Some(16), Some(16)]);
+    }
+
+    #[test]
+    fn unknown_families_are_told_what_is_possible() {
+        let error = Spec::parse(&json!({"model_type": "gpt2"})).unwrap_err().to_string();
+        assert!(error.contains("gpt2") && error.contains("olmoe"), "{error}");
+        assert!(error.contains("statistics that were collected elsewhere"), "{error}");
+        assert!(matches!(Family::of(&json!({})).unwrap_err().kind(), ErrorKind::Config { .. }));
+    }
+
+    #[test]
+    fn keys_are_checked() {
+        for (key, value, says) in [
+            ("vocab_size", json!(null), "`vocab_size`"),
+            ("num_attention_heads", json!("4"), "\"4\""),
+            ("num_key_value_heads", json!(3), "a divisor"),
+            ("hidden_act", json!("xielu"), "gelu_pytorch_tanh"),
+            ("rms_norm_eps", json!([]), "a finite number"),
+        ] {
+            let mut config = mixtral();
+            config[key] = value;
+            let error = Spec::parse(&config).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}

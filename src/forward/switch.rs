@@ -1,0 +1,276 @@
+//! Switch Transformers: encoder, decoder, and the passes through both.
+
+use std::ops::Range;
+
+use ndarray::{Array2, s};
+use serde_json::Value;
+
+use super::causal::{Hidden, gather};
+use super::feed::Observer;
+use super::head::{Head, check_tokens};
+use super::keys::Keys;
+use super::load::Loader;
+use super::spec::{Family, activation};
+use super::t5::{SwitchBlock, stack_prefix};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Activation, Finite, LayerId, Stack, TensorSource};
+use crate::stage::Context;
+
+/// A Switch model, without its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SwitchSpec {
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Width of a head; `heads · d_kv` need not be `d_model`.
+    pub d_kv: usize,
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of dense MLPs.
+    pub d_ff: usize,
+    /// Number of encoder blocks.
+    pub encoder_layers: usize,
+    /// Number of decoder blocks.
+    pub decoder_layers: usize,
+    /// Number of token ids.
+    pub vocab: usize,
+    /// `ε` of the layer norms.
+    pub eps: f32,
+    /// The non-linearity of dense MLPs.
+    pub activation: Activation,
+    /// Tokens of one sequence that an expert takes; further ones get 0 from the MoE block.
+    pub capacity: usize,
+    /// Number of buckets of relative positions, even.
+    pub buckets: usize,
+    /// Distance from which all positions share a bucket.
+    pub max_distance: usize,
+    /// Whether the embedding is also the output projection, scaled by `d_model^−½`.
+    pub tied: bool,
+    /// The token that starts the decoder.
+    pub start: u32,
+}
+
+impl SwitchSpec {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for a missing, ill-typed or contradictory key,
+    /// [`ErrorKind::Unsupported`] for another family or activation.
+    pub fn parse(config: &Value) -> Result<Self> {
+        let keys = Keys::root(config);
+        if Family::of(config)? != Family::Switch {
+            let found = keys.text("model_type")?.unwrap_or_default().into();
+            let (what, supported) = ("encoder-decoder family", "switch_transformers".into());
+            return Err(ErrorKind::Unsupported { what, found, supported }.into());
+        }
+        let encoder_layers = keys.size("num_layers")?;
+        let buckets = keys.optional_size("relative_attention_num_buckets")?.unwrap_or(32);
+        let max_distance = keys.optional_size("relative_attention_max_distance")?.unwrap_or(128);
+        if !buckets.is_multiple_of(4) || max_distance <= buckets / 2 {
+            let expected = format!("a multiple of 4, below twice the distance {max_distance}");
+            return Err(keys.wrong("relative_attention_num_buckets", &expected, buckets));
+        }
+        let start = keys.tokens("decoder_start_token_id")?.first().copied();
+        let pad = keys.tokens("pad_token_id")?.first().copied();
+        let act = match keys.text("dense_act_fn")? {
+            None => Activation::Relu,
+            Some(_) => activation(keys, "dense_act_fn")?,
+        };
+        Ok(Self {
+            d_model: keys.size("d_model")?,
+            d_kv: keys.size("d_kv")?,
+            heads: keys.size("num_heads")?,
+            d_ff: keys.size("d_ff")?,
+            encoder_layers,
+            decoder_layers: keys.optional_size("num_decoder_layers")?.unwrap_or(encoder_layers),
+            vocab: keys.size("vocab_size")?,
+            eps: keys.number("layer_norm_epsilon")?.unwrap_or(1e-6) as f32,
+            activation: act,
+            capacity: keys.optional_size("expert_capacity")?.unwrap_or(64),
+            buckets,
+            max_distance,
+            tied: keys.flag("tie_word_embeddings", true)?,
+            start: start.or(pad).unwrap_or(0),
+        })
+    }
+
+    /// The decoder's input when it is to produce `targets`: shifted right behind the start token.
+    pub fn shifted(&self, targets: &[u32]) -> Vec<u32> {
+        let kept = targets.len().saturating_sub(1);
+        std::iter::once(self.start).chain(targets[..kept].iter().copied()).collect()
+    }
+}
+
+/// A Switch model over a source of weights. As [`Causal`](super::Causal) it holds no weights:
+/// encoder blocks, then decoder blocks are read one at a time.
+///
+/// Every sequence is one window without padding; expert capacity counts per window.
+#[derive(Debug)]
+pub struct Switch<S> {
+    source: S,
+    spec: SwitchSpec,
+    cx: Context,
+}
+
+impl<S: TensorSource> Switch<S> {
+    /// Reads and checks the configuration.
+    ///
+    /// # Errors
+    /// Those of [`SwitchSpec::parse`].
+    pub fn open(source: S, cx: Context) -> Result<Self> {
+        let spec = SwitchSpec::parse(source.config())?;
+        Ok(Self { source, spec, cx })
+    }
+
+    /// The model's description.
+    pub fn spec(&self) -> &SwitchSpec {
+        &self.spec
+    }
+
+    /// Embeds the tokens of every window of a stack.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for an empty window or a token id outside the vocabulary; those of
+    /// the source.
+    pub fn embed(&self, stack: Stack, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
+        for window in windows.iter().map(AsRef::as_ref) {
+            if window.is_empty() {
+                return Err(Error::range("window", "at least one token", 0));
+            }
+            check_tokens(window, self.spec.vocab)?;
+        }
+        Ok(gather(&self.table(stack)?, windows))
+    }
+
+    /// The embedding of a stack: a common one, unless the model is not tied and stores its own.
+    fn table(&self, stack: Stack) -> Result<Array2<f32>> {
+        let (own, common) = (stack_prefix(&self.source, stack), self.source.prefix());
+        let own = format!("{own}embed_tokens.weight");
+        let common = format!("{common}shared.weight");
+        let use_own = self.source.has(&own) && !(self.spec.tied && self.source.has(&common));
+        let name = if use_own { own } else { common };
+        Loader::new(&self.source, "").matrix(&name, (self.spec.vocab, self.spec.d_model))
+    }
+
+    /// Reads block `index` of the encoder or decoder.
+    ///
+    /// # Errors
+    /// Those of [`SwitchBlock::load`].
+    pub fn block(&self, stack: Stack, index: usize) -> Result<SwitchBlock> {
+        SwitchBlock::load(&self.source, &self.spec, LayerId { stack, index })
+    }
+
+    /// The encoder's output after its final norm.
+    ///
+    /// # Errors
+    /// Those of [`embed`](Self::embed), [`block`](Self::block) and the block's halves.
+    pub fn encode(
+        &self,
+        windows: &[impl AsRef<[u32]>],
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<Hidden> {
+        let mut hidden = self.embed(Stack::Encoder, windows)?;
+        self.stack(Stack::Encoder, &mut hidden, None, observer)?;
+        let loader = Loader::new(&self.source, stack_prefix(&self.source, Stack::Encoder));
+        let norm = loader.norm("final_layer_norm", self.spec.d_model, self.spec.eps)?;
+        hidden.states = norm.forward(hidden.states.view())?;
+        Ok(hidden)
+    }
+
+    /// The decoder's states before its final norm; window `i` attends to encoder window `i`.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn decode(
+        &self,
+        windows: &[impl AsRef<[u32]>],
+        encoded: &Hidden,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<Hidden> {
+        let mut hidden = self.embed(Stack::Decoder, windows)?;
+        self.stack(Stack::Decoder, &mut hidden, Some(encoded), observer)?;
+        Ok(hidden)
+    }
+
+    fn stack(
+        &self,
+        stack: Stack,
+        hidden: &mut Hidden,
+        encoded: Option<&Hidden>,
+        mut observer: Option<&mut dyn Observer>,
+    ) -> Result<()> {
+        let encoder = stack == Stack::Encoder;
+        let layers = if encoder { self.spec.encoder_layers } else { self.spec.decoder_layers };
+        let encoded = encoded.map(|e| (e.states.view(), &e.windows[..]));
+        for index in 0..layers {
+            let block = self.block(stack, index)?;
+            let observer = observer.as_mut().map(|o| &mut **o as &mut dyn Observer);
+            let Hidden { states, windows } = &mut *hidden;
+            block.attention_half(states, windows, encoded, &self.cx)?;
+            block.feed().forward(states, windows, observer, &self.cx)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the final norm and the output projection.
+    ///
+    /// # Errors
+    /// Those of the source; a shape that does not fit or a value that is not finite.
+    pub fn head(&self) -> Result<Head> {
+        let (d, eps) = (self.spec.d_model, self.spec.eps);
+        let loader = Loader::new(&self.source, stack_prefix(&self.source, Stack::Decoder));
+        let norm = loader.norm("final_layer_norm", d, eps)?;
+        if self.spec.tied {
+            return Ok(Head::new(norm, self.table(Stack::Encoder)?, 1.0 / (d as f32).sqrt()));
+        }
+        let outer = Loader::new(&self.source, self.source.prefix());
+        Ok(Head::new(norm, outer.matrix("lm_head.weight", (self.spec.vocab, d))?, 1.0))
+    }
+
+    /// Logits of every decoder token of one pair of sequences: `(t, vocab)`.
+    ///
+    /// # Errors
+    /// Those of [`encode`](Self::encode), [`decode`](Self::decode) and [`head`](Self::head).
+    pub fn logits(&self, encoder: &[u32], decoder: &[u32]) -> Result<Array2<f32>> {
+        let encoded = self.encode(&[encoder], None)?;
+        let hidden = self.decode(&[decoder], &encoded, None)?;
+        let logits = self.head()?.logits(hidden.states.view(), self.cx.compute())?;
+        logits.check_finite("logits")?;
+        Ok(logits)
+    }
+
+    /// Per pair of input and targets the sum of `−ln p(target)` over all targets, in nats, and the
+    /// number of terms. The decoder reads the targets shifted right.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn nll(&self, pairs: &[(Vec<u32>, Vec<u32>)]) -> Result<Vec<(f64, usize)>> {
+        let hidden = self.run(pairs, None)?;
+        let head = self.head()?;
+        let each = pairs.iter().zip(&hidden.windows);
+        let nll = |((_, targets), rows): (&(_, Vec<u32>), &Range<usize>)| {
+            let states = hidden.states.slice(s![rows.clone(), ..]);
+            let terms = head.nll(states, targets, &self.cx)?;
+            Ok((terms.iter().sum(), terms.len()))
+        };
+        each.map(nll).collect()
+    }
+
+    /// Encoder, then decoder, for pairs of input and targets; returns the decoder's states.
+    ///
+    /// # Errors
+    /// Those of [`encode`](Self::encode) and [`decode`](Self::decode); an empty list of targets.
+    pub fn run(
+        &self,
+        pairs: &[(Vec<u32>, Vec<u32>)],
+        mut observer: Option<&mut dyn Observer>,
+    ) -> Result<Hidden> {
+        if pairs.iter().any(|(_, targets)| targets.is_empty()) {
+            return Err(Error::range("targets", "at least one token", 0));
+        }
+        let inputs: Vec<&[u32]> = pairs.iter().map(|(input, _)| &input[..]).collect();
+        let shifted: Vec<_> = pairs.iter().map(|(_, targets)| self.spec.shifted(targets)).collect();
+        let first = observer.as_mut().map(|o| &mut **o as &mut dyn Observer);
+        let encoded = self.encode(&inputs, first)?;
+        self.decode(&shifted, &encoded, observer)
+    }
+}

@@ -1,0 +1,173 @@
+#!/usr/bin/env python
+"""Tiny random checkpoints with golden logits, for tests/forward.rs.
+
+    python tools/make_forward_fixtures.py [OUT_DIR] [--of MODEL_DIR]
+
+Writes OUT_DIR/<name>/{config.json, model.safetensors, golden.safetensors}; by default into
+tests/fixtures/forward. With --of, writes only golden.safetensors into OUT_DIR for an existing
+checkpoint. Weights are rounded to bf16 (and stored so); logits are computed in f32 from the rounded
+weights. Needs torch, transformers 5 and safetensors.
+
+With --of, `exact` holds the logits of a pass in f64.
+
+golden.safetensors: `tokens` (w, n) i32 windows and `logits` (w, n, vocab) f32; `prompt` (p) and
+`continuation` (g) i32, greedy; Switch: `encoder` (w, n), `decoder` (w, m), `logits` (w, m, vocab).
+"""
+import argparse
+import json
+import os
+import shutil
+import tempfile
+
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+torch.set_num_threads(1)
+BASE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.25,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None)
+MLA = BASE | dict(num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4,
+                  v_head_dim=10, moe_intermediate_size=12, intermediate_size=40,
+                  n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
+                  first_k_dense_replace=1)
+QWEN = BASE | dict(moe_intermediate_size=12, intermediate_size=40, num_experts_per_tok=3)
+
+
+def rope(kind, theta=1e4, **more):
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta, **more))
+
+
+YARN = dict(factor=4.0, mscale=1.0, mscale_all_dim=0.8, beta_fast=8, beta_slow=1,
+            original_max_position_embeddings=16)
+MODELS = {
+    "mixtral": tf.MixtralConfig(**BASE, intermediate_size=20, num_local_experts=4,
+                                num_experts_per_tok=2),
+    "mixtral-sliding": tf.MixtralConfig(**BASE, intermediate_size=20, num_local_experts=4,
+                                        num_experts_per_tok=2, sliding_window=5,
+                                        tie_word_embeddings=True),
+    "qwen2-moe": tf.Qwen2MoeConfig(**QWEN, num_experts=6, shared_expert_intermediate_size=18,
+                                   decoder_sparse_step=2),
+    "qwen2-moe-sliding": tf.Qwen2MoeConfig(**QWEN, num_experts=6, max_window_layers=1,
+                                           shared_expert_intermediate_size=18, norm_topk_prob=True,
+                                           use_sliding_window=True, sliding_window=4),
+    "qwen3-moe-bias-linear": tf.Qwen3MoeConfig(**QWEN, num_local_experts=6, attention_bias=True,
+                                               head_dim=10, norm_topk_prob=True,
+                                               **rope("linear", factor=2.5)),
+    "qwen3-moe-dynamic": tf.Qwen3MoeConfig(**(QWEN | dict(max_position_embeddings=16)),
+                                           num_local_experts=6, head_dim=8,
+                                           **rope("dynamic", factor=3.0)),
+    "qwen3-moe-llama3": tf.Qwen3MoeConfig(**QWEN, num_local_experts=4, head_dim=8,
+                                          **rope("llama3", factor=8.0, low_freq_factor=1.0,
+                                                 high_freq_factor=4.0,
+                                                 original_max_position_embeddings=32)),
+    "olmoe": tf.OlmoeConfig(**BASE, intermediate_size=12, num_experts=6, num_experts_per_tok=3,
+                            clip_qkv=0.9),
+    "olmoe-bias": tf.OlmoeConfig(**BASE, intermediate_size=12, num_experts=6,
+                                 num_experts_per_tok=3, norm_topk_prob=True, attention_bias=True),
+    "deepseek-v2": tf.DeepseekV2Config(**MLA, q_lora_rank=14, topk_method="group_limited_greedy",
+                                       n_group=4, topk_group=2, routed_scaling_factor=1.7),
+    "deepseek-v2-lite": tf.DeepseekV2Config(**MLA, q_lora_rank=None, attention_bias=True,
+                                            topk_method="greedy", mlp_bias=False,
+                                            **rope("yarn", **YARN)),
+    "deepseek-v3": tf.DeepseekV3Config(**MLA, q_lora_rank=14, n_group=4, topk_group=2,
+                                       routed_scaling_factor=2.5, **rope("yarn", **YARN)),
+    "deepseek-v3-halves": tf.DeepseekV3Config(**MLA, q_lora_rank=None, n_group=1, topk_group=1,
+                                              rope_interleave=False, norm_topk_prob=False),
+    "switch": tf.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=6, d_ff=24, num_layers=4, num_decoder_layers=2,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=1, num_heads=4, num_experts=4,
+        expert_capacity=4, dropout_rate=0.0, initializer_factor=1.0, pad_token_id=0,
+        decoder_start_token_id=0),
+    "switch-untied": tf.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_heads=4, num_experts=4,
+        expert_capacity=64, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0,
+        router_bias=True, tie_word_embeddings=False),
+}
+
+
+def build(config):
+    switch = config.model_type == "switch_transformers"
+    auto = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
+    model = auto.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if not value.is_floating_point() or "inv_freq" in name:
+                continue
+            if name.endswith("bias") or "correction" in name:
+                value.normal_(0, 0.2)
+            elif "norm" in name:
+                value.uniform_(0.5, 1.5)
+            elif switch and value.dim() == 2 and "relative" not in name:
+                value.normal_(0, 1.0 if "shared" in name or "classifier" in name else 0.2)
+            value.copy_(value.bfloat16().float())
+    return model
+
+
+def golden(model, length, seed):
+    config, draw = model.config, torch.Generator().manual_seed(seed)
+    ids = lambda *shape: torch.randint(3, config.vocab_size, shape, generator=draw)
+    with torch.inference_mode():
+        if config.model_type == "switch_transformers":
+            encoder, decoder = ids(2, length), ids(2, length // 2 + 1)
+            decoder[:, 0] = 0
+            one = lambda i: model(input_ids=encoder[i:i + 1], decoder_input_ids=decoder[i:i + 1])
+            logits = torch.cat([one(i).logits for i in range(2)])
+            return dict(encoder=encoder.int(), decoder=decoder.int(), logits=logits.float())
+        tokens = ids(2, length)
+        logits = model(tokens, use_cache=False).logits
+        out = dict(tokens=tokens.int(), logits=logits.float())
+        prompt = ids(1, 9)
+        new = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                             max_new_tokens=12, pad_token_id=0)[0, 9:]
+        return out | dict(prompt=prompt[0].int(), continuation=new.int())
+
+
+def write(path, tensors):
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    here = os.path.dirname(os.path.abspath(__file__))
+    default = os.path.join(here, "..", "tests", "fixtures", "forward")
+    parser.add_argument("out", nargs="?", default=default)
+    parser.add_argument("--of")
+    parser.add_argument("--length", type=int, default=200)
+    args = parser.parse_args()
+    if args.of:
+        config = tf.AutoConfig.from_pretrained(args.of)
+        switch = config.model_type == "switch_transformers"
+        auto = AutoModelForSeq2SeqLM if switch else AutoModelForCausalLM
+        model = auto.from_pretrained(args.of, dtype=torch.float32).eval()
+        os.makedirs(args.out, exist_ok=True)
+        single = golden(model, args.length, 1)
+        # What f32 itself costs: the same pass in f64.
+        for module in model.double().modules():
+            if switch and hasattr(module, "expert_capacity"):
+                module.dtype = torch.float64
+        single["exact"] = golden(model, args.length, 1)["logits"]
+        print(args.of, "f32 off by", (single["exact"] - single["logits"]).abs().max().item())
+        write(os.path.join(args.out, "golden.safetensors"), single)
+        return
+    for number, (name, config) in enumerate(MODELS.items()):
+        torch.manual_seed(number)
+        model = build(config)
+        out = os.path.join(args.out, name)
+        os.makedirs(out, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            model.bfloat16().save_pretrained(temporary)
+            for file in ("config.json", "model.safetensors"):
+                shutil.copy(os.path.join(temporary, file), os.path.join(out, file))
+            auto = AutoModelForSeq2SeqLM if "switch" in name else AutoModelForCausalLM
+            again = auto.from_pretrained(temporary, dtype=torch.float32).eval()
+        # 40 tokens are beyond every sliding window, and beyond the trained length of `dynamic`.
+        write(os.path.join(out, "golden.safetensors"), golden(again, 40, number))
+        size = sum(os.path.getsize(os.path.join(out, f)) for f in os.listdir(out))
+        print(json.dumps({"name": name, "bytes": size}))
+
+
+if __name__ == "__main__":
+    main()
