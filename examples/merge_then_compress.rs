@@ -4,51 +4,66 @@
 //! ```text
 //! cargo run --release --example merge_then_compress                 # the bundled checkpoint
 //! cargo run --release --example merge_then_compress -- MODEL STATS TARGET KEEP [PRESET]
+//! cargo run --release --example merge_then_compress -- MODEL STATS TARGET RECIPE.toml
 //! ```
 
 #![allow(clippy::print_stdout)] // It is a command.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, Report, merge_then_compress};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let (model, stats, target, keep, preset) = match &args[..] {
-        [] => bundled()?,
-        [model, stats, target, keep, rest @ ..] => {
-            let preset = rest.first().map_or("m-smoe", String::as_str).to_owned();
-            (model.into(), stats.into(), PathBuf::from(target), keep.parse()?, preset)
+    match &args[..] {
+        [] => bundled(),
+        [model, stats, target, recipe] if recipe.parse::<usize>().is_err() => {
+            let recipe = Recipe::read(Path::new(recipe))?;
+            let report =
+                merge_then_compress(Path::new(model), Path::new(stats), &recipe, target.as_ref())?;
+            print(&report, Path::new(target));
+            Ok(())
         }
-        _ => return Err("usage: merge_then_compress [MODEL STATS TARGET KEEP [PRESET]]".into()),
-    };
-    for export in [ExportChoice::Stock, ExportChoice::Native] {
-        let recipe = Recipe::preset(&preset, Keep::Experts(keep))?.export(export);
-        let name = if export == ExportChoice::Stock { "stock" } else { "native" };
-        let folder = target.join(name);
-        let report = merge_then_compress(&model, &stats, &recipe, &folder)?;
-        print(&report, &preset, &folder);
+        [model, stats, target, keep, rest @ ..] if rest.len() < 2 => {
+            let preset = rest.first().map_or("m-smoe", String::as_str);
+            both(Path::new(model), Path::new(stats), Path::new(target), keep.parse()?, preset)
+        }
+        _ => Err("usage: merge_then_compress [MODEL STATS TARGET (KEEP [PRESET] | RECIPE)]".into()),
     }
-    Ok(())
 }
 
-type Arguments = (PathBuf, PathBuf, PathBuf, usize, String);
-
 /// The checkpoint that comes with the repository; earlier output of this example is replaced.
-fn bundled() -> std::io::Result<Arguments> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let fixtures = root.join("tests/fixtures");
+fn bundled() -> Result<(), Box<dyn std::error::Error>> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let target = std::env::temp_dir().join("mcsmoe-example");
     if target.exists() {
         std::fs::remove_dir_all(&target)?;
     }
-    std::fs::create_dir_all(&target)?;
-    let stats = fixtures.join("mixtral-8e.stats.safetensors");
-    Ok((fixtures.join("mixtral-8e"), stats, target, 4, "m-smoe".into()))
+    let (model, stats) =
+        (fixtures.join("mixtral-8e"), fixtures.join("mixtral-8e.stats.safetensors"));
+    both(&model, &stats, &target, 4, "m-smoe")
 }
 
-fn print(report: &Report, preset: &str, folder: &Path) {
-    println!("\n{preset} → {}", folder.display());
+/// A stock and a native folder in `target`.
+fn both(
+    model: &Path,
+    stats: &Path,
+    target: &Path,
+    keep: usize,
+    preset: &str,
+) -> Result<(), Box<dyn std::error::Error>> {
+    std::fs::create_dir_all(target)?;
+    for (name, export) in [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)] {
+        let recipe = Recipe::preset(preset, Keep::Experts(keep))?.export(export);
+        let folder = target.join(name);
+        let report = merge_then_compress(model, stats, &recipe, &folder)?;
+        print(&report, &folder);
+    }
+    Ok(())
+}
+
+fn print(report: &Report, folder: &Path) {
+    println!("\n{} → {}", report.stages.join(", "), folder.display());
     println!("{:<12} {:>7}  {:>11}  groups", "layer", "experts", "output err.");
     for layer in &report.layers {
         let error = layer

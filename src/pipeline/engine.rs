@@ -183,6 +183,10 @@ fn narrow(
 ) -> Result<Router> {
     let policy = plan.stock_rule(view.router.rule());
     let source = view.router.select(&(0..view.len()).collect::<Vec<_>>(), policy)?;
+    if grouping.is_identity() {
+        // Nothing was merged: no method may move a row by its rounding.
+        return Ok(source);
+    }
     let narrowed = router.merge_router(&view.with_router(&source), grouping, cx)?;
     if narrowed.experts() != grouping.groups() {
         return Err(Error::shape("narrowed router", grouping.groups(), narrowed.experts()));
