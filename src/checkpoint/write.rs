@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::folder::INDEX;
 use super::open::Checkpoint;
 use super::write_config;
-use super::write_file::{CHUNK, Output, copy_whole, write_whole};
+use super::write_file::{CHUNK, Flush, Output, copy_whole, write_whole};
 use super::write_plan::Plan;
 use super::write_target::Partial;
 use crate::error::{Error, Locate, Result};
@@ -74,6 +74,8 @@ pub struct Writer<'a> {
     pub(super) target: Partial,
     pub(super) open: HashMap<usize, Output>,
     pub(super) digests: BTreeMap<String, (u64, String)>,
+    /// Whole files that are not known to be on the disk.
+    pub(super) flushing: Vec<Flush>,
     /// The first tensor that is not yet in its file.
     next: usize,
     /// Layers of which something was written; after a failure more than are done.
@@ -109,10 +111,21 @@ impl<'a> Writer<'a> {
             let tensors = layer.routing().chain(layer.expert_tensors());
             owner.extend(tensors.map(|tensor| (tensor, *id)));
         }
-        let (open, digests) = (HashMap::new(), BTreeMap::new());
+        let (open, digests, flushing) = (HashMap::new(), BTreeMap::new(), Vec::new());
         let (begun, done) = (BTreeSet::new(), BTreeSet::new());
-        let mut writer =
-            Self { source, request, plan, target, open, digests, next: 0, begun, done, owner };
+        let mut writer = Self {
+            source,
+            request,
+            plan,
+            target,
+            open,
+            digests,
+            flushing,
+            next: 0,
+            begun,
+            done,
+            owner,
+        };
         writer.small("config.json", config.as_bytes())?;
         writer.advance()?;
         Ok(writer)
@@ -206,6 +219,8 @@ impl<'a> Writer<'a> {
         let text = format!("{:#}\n", Value::Object(manifest));
         self.small("mcsmoe.json", text.as_bytes())?;
         let written = self.written();
+        // Only what has reached the disk may get the target's name.
+        self.flushing.drain(..).try_for_each(Flush::wait)?;
         self.target.commit()?;
         Ok(written)
     }

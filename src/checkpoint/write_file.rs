@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use sha2::{Digest, Sha256};
 
@@ -72,10 +73,27 @@ impl Output {
         self.written == self.size && self.hashed == self.size
     }
 
-    /// Flushes it to the disk; its SHA-256 in hexadecimal digits.
-    pub(super) fn close(self) -> Result<String> {
-        self.file.sync_all().map_err(|e| Error::io("flush", e)).in_file(&self.path)?;
-        Ok(self.hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    /// Its SHA-256 in hexadecimal digits; it goes to the disk in the background, so that the next
+    /// layer need not wait for it.
+    pub(super) fn close(self) -> (String, Flush) {
+        let digest = self.hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let Self { file, path, .. } = self;
+        (digest, Flush { path, thread: std::thread::spawn(move || file.sync_all()) })
+    }
+}
+
+/// A file on its way to the disk.
+pub(super) struct Flush {
+    path: PathBuf,
+    thread: JoinHandle<std::io::Result<()>>,
+}
+
+impl Flush {
+    /// Returns once it is there.
+    pub(super) fn wait(self) -> Result<()> {
+        let lost = |_| Err(std::io::Error::other("the flushing thread was lost"));
+        let flushed = self.thread.join().unwrap_or_else(lost);
+        flushed.map_err(|e| Error::io("flush", e)).in_file(&self.path)
     }
 }
 
@@ -83,7 +101,9 @@ impl Output {
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<String> {
     let mut output = Output::create(path, bytes.len() as u64)?;
     output.write(0, bytes)?;
-    output.close()
+    let (digest, flush) = output.close();
+    flush.wait()?;
+    Ok(digest)
 }
 
 /// Copies a file; its size and SHA-256.
@@ -98,7 +118,10 @@ pub(super) fn copy_whole(from: &Path, to: &Path) -> Result<(u64, String)> {
             n => output.write(output.written, &buffer[..n])?,
         }
     }
-    Ok((output.written, output.close()?))
+    let size = output.written;
+    let (digest, flush) = output.close();
+    flush.wait()?;
+    Ok((size, digest))
 }
 
 #[cfg(test)]
@@ -115,7 +138,9 @@ mod tests {
                 output.write(parts[i].0, parts[i].1).unwrap();
             }
             assert!(output.is_complete());
-            output.close().unwrap()
+            let (digest, flush) = output.close();
+            flush.wait().unwrap();
+            digest
         };
         let expected = digest("a", &[0, 1, 2]);
         assert!(expected.starts_with("d682ed4ca4d989c1"), "{expected}");

@@ -161,7 +161,9 @@ impl Writer<'_> {
         if output.is_complete()
             && let Some(output) = self.open.remove(&out.file)
         {
-            self.digests.insert(file.name.clone(), (file.size, output.close()?));
+            let (digest, flush) = output.close();
+            self.flushing.push(flush);
+            self.digests.insert(file.name.clone(), (file.size, digest));
         }
         Ok(())
     }

@@ -119,6 +119,11 @@ impl MoeLayer {
         &self.router
     }
 
+    /// Takes it apart: the experts and the router.
+    pub fn into_parts(self) -> (Vec<Expert>, Router) {
+        (self.experts, self.router)
+    }
+
     /// `Σ_{i ∈ S(x)} g_i(x) E_i(x)` for every row of `X: (t, d_model)`: `(t, d_model)`. Shared
     /// experts are not included.
     ///

@@ -1,6 +1,7 @@
 //! Stages put together.
 
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
@@ -29,6 +30,7 @@ pub struct Pipeline {
     pub(super) constraints: Constraints,
     pub(super) routing_groups: RoutingGroupPolicy,
     pub(super) top_k: Option<usize>,
+    pub(super) measure_error: bool,
     pub(super) cx: Context,
     pub(super) recipe: Option<serde_json::Value>,
 }
@@ -46,6 +48,7 @@ pub struct PipelineBuilder {
     constraints: Constraints,
     routing_groups: RoutingGroupPolicy,
     top_k: Option<usize>,
+    skip_error: bool,
     compute: Option<Arc<dyn Compute>>,
     seed: u64,
     recipe: Option<serde_json::Value>,
@@ -112,6 +115,13 @@ impl PipelineBuilder {
         self
     }
 
+    /// Whether each layer's output error on the samples is measured, which costs a forward pass of
+    /// the layer before and after; `true` unless given. Without samples nothing is measured.
+    pub fn measure_error(mut self, measure: bool) -> Self {
+        self.skip_error = !measure;
+        self
+    }
+
     /// The device; the CPU unless given.
     pub fn compute(mut self, compute: Arc<dyn Compute>) -> Self {
         self.compute = Some(compute);
@@ -148,6 +158,7 @@ impl PipelineBuilder {
             constraints: self.constraints,
             routing_groups: self.routing_groups,
             top_k: self.top_k,
+            measure_error: !self.skip_error,
             cx: Context::on(compute, self.seed),
             recipe: self.recipe,
         })
@@ -171,7 +182,7 @@ impl Pipeline {
 
     /// The statistics that a run needs, over all stages.
     pub fn needs(&self) -> Needs {
-        self.measure_needs() | self.similarity.needs() | self.plan(Needs::NONE).merge_needs()
+        self.measure_needs() | self.similarity.needs() | self.plan(false).merge_needs()
     }
 
     /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
@@ -208,10 +219,9 @@ impl Pipeline {
         };
         let shapes: Vec<LayerShape> = layers.iter().map(shape).collect();
         let samples = stats.iter().all(|s| s.samples.is_some());
-        let optional = if samples { Needs::SAMPLES } else { Needs::NONE };
         let decided = self.decide(&source, &shapes, observer)?;
         let mut merged = Vec::with_capacity(layers.len());
-        let reports = self.merge(&source, &decided, optional, observer, &mut |layer, _| {
+        let reports = self.merge(&source, &decided, samples, observer, &mut |layer| {
             merged.push(layer);
             Ok(())
         })?;
@@ -238,14 +248,14 @@ impl Pipeline {
         self.grouper.needs()
     }
 
-    pub(super) fn plan(&self, optional: Needs) -> Plan<'_> {
+    pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
             alignment: self.alignment.as_ref(),
             routing_groups: self.routing_groups,
             top_k: self.top_k,
-            optional,
+            measure_error: samples && self.measure_error,
         }
     }
 
@@ -253,7 +263,7 @@ impl Pipeline {
     pub(super) fn checked(&self, shapes: &[LayerShape]) -> Result<(Vec<LayerShape>, Target)> {
         self.constraints.check(shapes)?;
         let narrow = self.router.is_some();
-        let plan = self.plan(Needs::NONE);
+        let plan = self.plan(false);
         let mut active: Vec<LayerShape> =
             shapes.iter().filter(|s| !self.is_protected(s.id)).copied().collect();
         if active.is_empty() {
@@ -305,28 +315,42 @@ impl Pipeline {
         Ok(Decided { ids, measured, groupings })
     }
 
-    /// Second pass; `sink` receives every merged layer in order.
+    /// Second pass; `sink` receives every merged layer in order, on a thread of its own, so that
+    /// one layer is written while the next is merged. At most one layer waits for the sink.
     pub(super) fn merge(
         &self,
-        source: &dyn Source,
+        source: &(dyn Source + Sync),
         decided: &Decided,
-        optional: Needs,
+        samples: bool,
         observer: &dyn Observer,
-        sink: &mut dyn FnMut(MergedLayer, &LayerReport) -> Result<()>,
+        sink: &mut (dyn FnMut(MergedLayer) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
-        let plan = self.plan(optional);
+        let plan = self.plan(samples);
         let mut reports = Vec::with_capacity(decided.ids.len());
-        for (at, (measured, grouping)) in
-            decided.measured.iter().zip(&decided.groupings).enumerate()
-        {
-            let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
-            let (layer, report) =
-                engine::merge(source, measured, grouping, &plan, &self.cx).in_layer(id)?;
-            engine::announce(observer, &decided.ids, at, Phase::Write);
-            sink(layer, &report).in_layer(id)?;
-            observer.layer_finished(&report);
-            reports.push(report);
-        }
+        let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
+        std::thread::scope(|scope| {
+            // A rendezvous: the sender waits until the layer before has been written.
+            let (send, receive) = sync_channel::<MergedLayer>(0);
+            let sink = scope.spawn(move || {
+                receive.iter().try_for_each(|layer| {
+                    let id = layer.id;
+                    sink(layer).in_layer(id)
+                })
+            });
+            for (at, (measured, grouping)) in layers {
+                let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
+                let (layer, report) =
+                    engine::merge(source, measured, grouping, &plan, &self.cx).in_layer(id)?;
+                if send.send(layer).is_err() {
+                    // The sink has failed; its error is told below.
+                    break;
+                }
+                observer.layer_finished(&report);
+                reports.push(report);
+            }
+            drop(send);
+            sink.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
         Ok(reports)
     }
 

@@ -2,7 +2,7 @@
 //! then merge layer by layer. Works on anything that yields layers, so that checkpoints and
 //! in-memory layers share one path.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
@@ -87,6 +87,9 @@ fn permuted(layer: &MoeLayer, permutations: &[Permutation], cx: &Context) -> Res
 }
 
 /// Second pass over one layer: align, merge, narrow the router, measure the error.
+///
+/// Experts that stay alone are moved, not copied, so that at most the layer and the merged experts
+/// of the other groups are in memory.
 pub(super) fn merge(
     source: &dyn Source,
     measured: &Measured,
@@ -98,31 +101,37 @@ pub(super) fn merge(
     let layer = source.layer(id)?;
     let stats = source.stats(id, plan.merge_needs())?;
     stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
+    let before = Before::of(&layer, &stats, plan, cx)?;
     let view = LayerView::of(&layer, &stats);
-    let experts = merge_groups(&view, measured, grouping, plan, cx)?;
+    let groups = merge_groups(&view, measured, grouping, plan, cx)?;
     let narrowed = match plan.router {
         None => None,
         Some(router) => Some(narrow(router, &view, grouping, plan, cx)?),
     };
-    let router = layer.router().clone();
+    let (experts, router) = layer.into_parts();
+    let experts = put_alone(groups, experts, grouping)?;
     let merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
-    let report = describe(&layer, &merged, &measured.summary, &stats, cx)?;
+    let report = describe(&before, &merged, &measured.summary, &stats, cx)?;
     source.release(id);
     Ok((merged, report))
 }
 
+/// The merged expert of every group of several; `None` for an expert that stays alone.
 fn merge_groups(
     view: &LayerView<'_>,
     measured: &Measured,
     grouping: &Grouping,
     plan: &Plan<'_>,
     cx: &Context,
-) -> Result<Vec<Expert>> {
+) -> Result<Vec<Option<Expert>>> {
     let all: Vec<ExpertView<'_>> = view.experts("merge")?.iter().map(Expert::view).collect();
     let permutations = line_up(view, measured, grouping, plan, &all, cx)?;
     let inner = cx.per_task();
     par::map(grouping.groups(), |g| {
         let indices = grouping.members(g);
+        if indices.len() == 1 {
+            return Ok(None);
+        }
         let dominant = grouping.dominants()[g];
         let experts: Vec<_> = indices.iter().map(|&i| all[i].reborrow()).collect();
         let permutations: Vec<_> = indices.iter().map(|&i| permutations[i].clone()).collect();
@@ -133,12 +142,23 @@ fn merge_groups(
             experts: &experts,
             permutations: &permutations,
         };
-        if let [only] = members.experts {
-            // Nothing to merge: the expert passes through bit for bit, in its own order.
-            return only.permuted(&Permutation::identity(only.d_ff()), inner.compute());
-        }
-        merge_one(plan.merger, &members, &inner).in_expert(dominant)
+        merge_one(plan.merger, &members, &inner).in_expert(dominant).map(Some)
     })
+}
+
+/// Moves the experts that stay alone, bit for bit and in their own order, to their groups.
+fn put_alone(
+    groups: Vec<Option<Expert>>,
+    experts: Vec<Expert>,
+    grouping: &Grouping,
+) -> Result<Vec<Expert>> {
+    let mut originals: Vec<Option<Expert>> = experts.into_iter().map(Some).collect();
+    let alone = |(g, merged): (usize, Option<Expert>)| {
+        let original = &mut originals[grouping.dominants()[g]];
+        let expert = merged.or_else(|| original.take());
+        expert.ok_or_else(|| Error::range("dominant expert", "one per group", "one of two groups"))
+    };
+    groups.into_iter().enumerate().map(alone).collect()
 }
 
 fn merge_one(merger: &dyn Merger, members: &Members<'_>, cx: &Context) -> Result<Expert> {
@@ -194,8 +214,43 @@ fn narrow(
     Ok(narrowed)
 }
 
+/// What the report needs of the layer as it was.
+struct Before {
+    layer: LayerId,
+    experts: u64,
+    parameters: u64,
+    flops: u64,
+    /// Inputs and outputs on which the merged layer is compared.
+    outputs: Option<(Array2<f32>, Array2<f32>)>,
+}
+
+impl Before {
+    fn of(layer: &MoeLayer, stats: &RoutingStats, plan: &Plan<'_>, cx: &Context) -> Result<Self> {
+        let experts = layer.experts().len();
+        let samples = stats.samples.as_ref().filter(|_| plan.measure_error);
+        let outputs = match samples {
+            None => None,
+            Some(samples) => {
+                let exact = layer.routed_output(samples.inputs.view(), cx.compute())?;
+                Some((samples.inputs.clone(), exact))
+            }
+        };
+        Ok(Self {
+            layer: layer.id(),
+            experts: experts as u64,
+            parameters: parameters(layer.experts()),
+            flops: report::flops_per_token(&layer.experts()[0], layer.router().rule(), experts),
+            outputs,
+        })
+    }
+}
+
+fn parameters(experts: &[Expert]) -> u64 {
+    experts.iter().map(|e| e.parameters() as u64).sum()
+}
+
 fn describe(
-    layer: &MoeLayer,
+    before: &Before,
     merged: &MergedLayer,
     summary: &LayerSummary,
     stats: &RoutingStats,
@@ -203,48 +258,29 @@ fn describe(
 ) -> Result<LayerReport> {
     let usage = stats.usage();
     let (groups, dropped) = report::groups_of(merged, &usage);
-    let parameters = |experts: &[Expert]| experts.iter().map(|e| e.parameters() as u64).sum();
-    let first = &layer.experts()[0];
-    let before = report::flops_per_token(first, layer.router().rule(), layer.experts().len());
-    let after = merged.narrowed.as_ref().unwrap_or(&merged.router);
-    let output_error = match &stats.samples {
+    let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
+    let flops = report::flops_per_token(&merged.experts[0], router.rule(), router.experts());
+    let output_error = match &before.outputs {
         None => None,
-        Some(samples) => Some(output_error(layer, merged, samples.inputs.view(), cx)?),
+        Some((inputs, exact)) => {
+            let mapped = merged.mapped_output(inputs.view(), cx.compute())?;
+            let narrowed = merged.narrowed_output(inputs.view(), cx.compute())?;
+            Some(OutputError {
+                mapped: relative_error(exact, &mapped),
+                narrowed: narrowed.map(|n| relative_error(exact, &n)),
+            })
+        }
     };
     Ok(LayerReport {
-        layer: layer.id(),
-        experts: Change {
-            before: layer.experts().len() as u64,
-            after: merged.experts.len() as u64,
-        },
-        expert_parameters: Change {
-            before: parameters(layer.experts()),
-            after: parameters(&merged.experts),
-        },
-        flops_per_token: Change {
-            before,
-            after: report::flops_per_token(first, after.rule(), after.experts()),
-        },
+        layer: before.layer,
+        experts: Change { before: before.experts, after: merged.experts.len() as u64 },
+        expert_parameters: Change { before: before.parameters, after: parameters(&merged.experts) },
+        flops_per_token: Change { before: before.flops, after: flops },
         usage,
         similarity: report::rounded(summary.similarity.similarities()),
         groups,
         dropped,
         output_error,
-    })
-}
-
-fn output_error(
-    layer: &MoeLayer,
-    merged: &MergedLayer,
-    inputs: ArrayView2<'_, f32>,
-    cx: &Context,
-) -> Result<OutputError> {
-    let exact = layer.routed_output(inputs, cx.compute())?;
-    let mapped = merged.mapped_output(inputs, cx.compute())?;
-    let narrowed = merged.narrowed_output(inputs, cx.compute())?;
-    Ok(OutputError {
-        mapped: relative_error(&exact, &mapped),
-        narrowed: narrowed.map(|n| relative_error(&exact, &n)),
     })
 }
 

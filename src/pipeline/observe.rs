@@ -11,8 +11,6 @@ pub enum Phase {
     Measure,
     /// Second pass: alignment inside groups, merge, router.
     Merge,
-    /// The merged layer is being written.
-    Write,
 }
 
 impl std::fmt::Display for Phase {
@@ -20,7 +18,6 @@ impl std::fmt::Display for Phase {
         f.write_str(match self {
             Self::Measure => "measure",
             Self::Merge => "merge",
-            Self::Write => "write",
         })
     }
 }
@@ -31,7 +28,7 @@ pub trait Observer: Send + Sync {
     /// A phase of layer `done + 1` of `total` begins.
     fn layer_started(&self, _layer: LayerId, _phase: Phase, _done: usize, _total: usize) {}
 
-    /// A layer was merged (and written, where there is a target).
+    /// A layer was merged and handed on to be written, where there is a target.
     fn layer_finished(&self, _layer: &LayerReport) {}
 
     /// The run is over.

@@ -78,8 +78,8 @@ pub(super) struct Plan<'a> {
     pub(super) alignment: Option<&'a Alignment>,
     pub(super) routing_groups: RoutingGroupPolicy,
     pub(super) top_k: Option<usize>,
-    /// Statistics that are read when they are there, to report output errors.
-    pub(super) optional: Needs,
+    /// Whether output errors are measured; needs samples.
+    pub(super) measure_error: bool,
 }
 
 impl Plan<'_> {
@@ -88,7 +88,7 @@ impl Plan<'_> {
         self.merger.needs()
             | self.router.map_or(Needs::NONE, |r| r.needs())
             | in_groups.map_or(Needs::NONE, |a| a.aligner.needs())
-            | self.optional
+            | if self.measure_error { Needs::SAMPLES } else { Needs::NONE }
     }
 
     /// The policy of a narrowed router.

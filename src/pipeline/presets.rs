@@ -99,6 +99,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         constraints: Constraints::default(),
         routing_groups: RoutingGroupPolicy::Keep,
         top_k: None,
+        measure_error: true,
         seed: 0,
         shard_bytes: 5_000_000_000,
     }

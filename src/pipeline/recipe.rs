@@ -49,6 +49,9 @@ pub struct Recipe {
     /// Lower number of experts per token in a stock export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<usize>,
+    /// Whether each layer's output error on the samples is measured and reported.
+    #[serde(default = "yes")]
+    pub measure_error: bool,
     /// Seed of every random choice.
     #[serde(default)]
     pub seed: u64,
@@ -77,6 +80,10 @@ impl From<ExportChoice> for Export {
             ExportChoice::Expanded => Self::Expanded,
         }
     }
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn five_gigabytes() -> u64 {
@@ -176,6 +183,7 @@ impl Recipe {
             .constraints(self.constraints.clone())
             .routing_groups(self.routing_groups)
             .top_k(self.top_k)
+            .measure_error(self.measure_error)
             .seed(self.seed)
             .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
         builder = self.similarity.add_to(builder);

@@ -85,7 +85,6 @@ impl Pipeline {
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
         self.check_stats(stats, &ids)?;
         let samples = ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
-        let optional = if samples { Needs::SAMPLES } else { Needs::NONE };
         let folder = Folder { source, stats };
         let decided = self.decide(&folder, &shapes, observer)?;
         let plan = WritePlan {
@@ -96,8 +95,8 @@ impl Pipeline {
             shard_bytes: output.shard_bytes,
         };
         let mut writer = Writer::create(source, target, &plan)?;
-        let layers = self
-            .merge(&folder, &decided, optional, observer, &mut |layer, _| writer.layer(&layer))?;
+        let layers =
+            self.merge(&folder, &decided, samples, observer, &mut |layer| writer.layer(&layer))?;
         let mut report = self.report(layers);
         report.family = Some(source.family().into());
         report.tokens = stats.tokens();
