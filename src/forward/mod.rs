@@ -26,6 +26,7 @@ mod model;
 mod moe;
 mod norm;
 mod rope;
+mod scratch;
 mod spec;
 mod switch;
 mod t5;
