@@ -55,7 +55,7 @@ pub fn route(
     let router = narrowed.unwrap_or(&layer.router);
     let map = |row: usize| match narrowed {
         Some(_) => Some(row),
-        None => layer.grouping.labels()[row],
+        None => layer.grouping.labels().get(row).copied().flatten(),
     };
     let logits = router.logits(x, cx.compute()).in_layer(layer.id)?;
     let routing = choose(router, &logits, map).in_layer(layer.id)?;
