@@ -102,6 +102,16 @@ fn greedy_continuations_equal_the_references() {
 }
 
 #[test]
+fn generation_ends_with_the_end_token() {
+    let mut folder = Folder::open(&fixture("olmoe"));
+    let free = Causal::open(&folder, Context::cpu(0)).unwrap().generate(&[1, 2], 6).unwrap();
+    folder.config["eos_token_id"] = serde_json::json!([free[2]]);
+    let ended = Causal::open(&folder, Context::cpu(0)).unwrap().generate(&[1, 2], 6).unwrap();
+    let first = free.iter().position(|t| *t == free[2]).unwrap();
+    assert_eq!(ended, free[..=first]);
+}
+
+#[test]
 fn a_cache_gives_the_same_tokens_as_full_passes() {
     for name in ["mixtral-sliding", "deepseek-v2", "qwen2-moe", "olmoe"] {
         let model = causal(name);

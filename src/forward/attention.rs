@@ -8,7 +8,7 @@ use super::attend::{Heads, Mask, Span, attend};
 use super::load::Loader;
 use super::mla::Latent;
 use super::norm::RmsNorm;
-use super::rope::{Pairing, Rotation};
+use super::rotation::{Pairing, Rotation};
 use super::spec::{AttentionSpec, GroupedSpec, QkNorm, Spec};
 use crate::error::{Error, Result};
 use crate::linalg::Compute;

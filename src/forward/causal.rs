@@ -53,6 +53,11 @@ impl<S: TensorSource> Causal<S> {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window, one that is
     /// longer than the model's context, or a token id outside the vocabulary; those of the source.
     pub fn embed(&self, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
+        self.check(windows)?;
+        Ok(gather(&self.table()?, windows))
+    }
+
+    fn check(&self, windows: &[impl AsRef<[u32]>]) -> Result<()> {
         let longest = self.spec.rope.longest_window();
         for window in windows.iter().map(AsRef::as_ref) {
             if window.is_empty() || window.len() > longest {
@@ -61,10 +66,12 @@ impl<S: TensorSource> Causal<S> {
             }
             check_tokens(window, self.spec.vocab)?;
         }
+        Ok(())
+    }
+
+    fn table(&self) -> Result<Array2<f32>> {
         let loader = Loader::new(&self.source, self.source.prefix());
-        let shape = (self.spec.vocab, self.spec.d_model);
-        let table = loader.matrix("embed_tokens.weight", shape)?;
-        Ok(gather(&table, windows))
+        loader.matrix("embed_tokens.weight", (self.spec.vocab, self.spec.d_model))
     }
 
     /// Reads layer `index`.
@@ -148,7 +155,9 @@ impl<S: TensorSource> Causal<S> {
             let expected = format!("at most {longest} tokens (max_position_embeddings)");
             return Err(Error::range("prompt and continuation", expected, tokens.len() + max_new));
         }
-        let mut hidden = self.embed(&[tokens])?.states;
+        self.check(&[tokens])?;
+        let table = self.table()?;
+        let mut hidden = gather(&table, &[tokens]).states;
         let layers: Vec<_> = (0..self.spec.layers).map(|i| self.layer(i)).collect::<Result<_>>()?;
         let head = self.head()?;
         let mut caches = vec![Cache::default(); layers.len()];
@@ -166,7 +175,7 @@ impl<S: TensorSource> Causal<S> {
                 break;
             }
             if new.len() < max_new {
-                hidden = self.embed(&[[token]])?.states;
+                hidden = gather(&table, &[[token]]).states;
             }
         }
         Ok(new)

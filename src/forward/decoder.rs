@@ -10,6 +10,7 @@ use super::feed::{FeedForward, Mlp, Observer};
 use super::load::Loader;
 use super::norm::RmsNorm;
 use super::rope::Rope;
+use super::rotation::Rotation;
 use super::spec::Spec;
 use crate::error::{Error, Locate, Result};
 use crate::model::{LayerId, TensorSource};
@@ -97,7 +98,7 @@ impl DecoderLayer {
             let (first, end) = (batch[0].start, batch[batch.len() - 1].end);
             let local: Vec<_> = batch.iter().map(|w| w.start - first..w.end - first).collect();
             let fresh: Vec<_> = local.iter().map(|w| (w.clone(), 0)).collect();
-            let rotation = self.rope.rotation(&fresh);
+            let rotation = Rotation::new(&self.rope, &fresh);
             let mut rows = hidden.slice_mut(s![first..end, ..]);
             let x = self.attention_norm.forward(rows.view())?;
             rows += &self.attention.forward(x.view(), &local, &rotation, cx).in_layer(self.id)?;
@@ -128,7 +129,7 @@ impl DecoderLayer {
         cx: &Context,
     ) -> Result<()> {
         let rows = 0..hidden.nrows();
-        let rotation = self.rope.rotation(&[(rows.clone(), cache.len())]);
+        let rotation = Rotation::new(&self.rope, &[(rows.clone(), cache.len())]);
         let x = self.attention_norm.forward(hidden.view())?;
         *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
         self.feed.forward(hidden, &[rows], None, cx)

@@ -4,47 +4,63 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
 use super::load::Loader;
 use super::math::{activate, gated, sigmoid};
+use super::scratch::{Pool, Scratch};
 use super::spec::{SharedSpec, Spec};
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
-use crate::model::{Expert, ExpertView};
+use crate::model::{Expert, ExpertView, LinearView};
 use crate::par;
 use crate::stage::Context;
 
 /// Tokens that one task sends through an MLP.
-pub(super) const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 1024;
 
 /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
 ///
 /// The weight is applied to the hidden activations, which are fewer than the outputs where experts
 /// are narrow, and to the bias of the down projection.
-pub(super) fn weighted_expert(
+pub(super) fn weighted_expert<'a>(
     expert: &ExpertView<'_>,
     x: ArrayView2<'_, f32>,
     weights: Option<&[f32]>,
+    pool: &'a Pool,
     compute: &dyn Compute,
-) -> Result<Array2<f32>> {
-    let mut hidden = expert.gate.as_ref().unwrap_or(&expert.up).forward(x, compute)?;
-    let up = expert.gate.is_some().then(|| expert.up.forward(x, compute)).transpose()?;
-    let width = hidden.ncols();
-    let Some(values) = hidden.as_slice_mut() else {
-        return Err(Error::shape("expert block", "rows in memory order", x.dim()));
-    };
-    match up.as_ref().and_then(|up| up.as_slice()) {
-        Some(up) => gated(expert.activation, values, up),
-        None => activate(expert.activation, values),
+) -> Result<Scratch<'a>> {
+    let mut hidden = project(expert.gate.as_ref().unwrap_or(&expert.up), x, pool, compute)?;
+    if expert.gate.is_some() {
+        let mut up = project(&expert.up, x, pool, compute)?;
+        gated(expert.activation, hidden.values(), up.values());
+    } else {
+        activate(expert.activation, hidden.values());
     }
     if let Some(weights) = weights {
-        for (row, w) in values.chunks_exact_mut(width.max(1)).zip(weights) {
+        let width = expert.d_ff().max(1);
+        for (row, w) in hidden.values().chunks_exact_mut(width).zip(weights) {
             row.iter_mut().for_each(|h| *h *= w);
         }
     }
-    let mut out = Array2::zeros((x.nrows(), expert.d_model()));
+    let mut out = pool.take(x.nrows(), expert.d_model());
     compute.gemm(1.0, hidden.view(), expert.down.weight.t(), 0.0, out.view_mut())?;
     if let Some(bias) = expert.down.bias {
-        for (i, mut row) in out.rows_mut().into_iter().enumerate() {
+        for (i, mut row) in out.view_mut().rows_mut().into_iter().enumerate() {
             row.scaled_add(weights.map_or(1.0, |w| w[i]), &bias);
         }
+    }
+    Ok(out)
+}
+
+/// `X Wᵀ + b`.
+fn project<'a>(
+    linear: &LinearView<'_>,
+    x: ArrayView2<'_, f32>,
+    pool: &'a Pool,
+    compute: &dyn Compute,
+) -> Result<Scratch<'a>> {
+    let mut out = pool.take(x.nrows(), linear.weight.nrows());
+    compute.gemm(1.0, x, linear.weight.t(), 0.0, out.view_mut())?;
+    if let Some(bias) = linear.bias {
+        let mut out = out.view_mut();
+        out += &bias;
     }
     Ok(out)
 }
@@ -59,7 +75,7 @@ pub(super) fn add_expert(
 ) -> Result<()> {
     // Blocks are computed a fixed number at a time, so that few outputs are held at once.
     const WAVE: usize = 16;
-    let (t, single) = (x.nrows(), cx.per_task());
+    let (t, single, pool) = (x.nrows(), cx.per_task(), Pool::default());
     if out.dim() != (t, expert.d_model()) {
         return Err(Error::shape("expert output", (t, expert.d_model()), out.dim()));
     }
@@ -68,11 +84,12 @@ pub(super) fn add_expert(
         let blocks = WAVE.min(t.div_ceil(BLOCK) - wave);
         let parts = par::map(blocks, |i| {
             let weights = weights.map(|w| &w[rows(i)]);
-            weighted_expert(expert, x.slice(s![rows(i), ..]), weights, single.compute())
+            let x = x.slice(s![rows(i), ..]);
+            weighted_expert(expert, x, weights, &pool, single.compute())
         })?;
         for (i, part) in parts.iter().enumerate() {
             let mut target = out.slice_mut(s![rows(i), ..]);
-            target += part;
+            target += &part.view();
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::load::Loader;
 use super::norm::RmsNorm;
-use super::rope::Rotation;
+use super::rotation::Rotation;
 use super::spec::LatentSpec;
 use crate::error::Result;
 use crate::linalg::Compute;

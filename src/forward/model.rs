@@ -1,7 +1,7 @@
 //! A model of any native family.
 
 use super::causal::Causal;
-use super::spec::Family;
+use super::family::Family;
 use super::switch::Switch;
 use crate::error::Result;
 use crate::model::TensorSource;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
 
 use super::dense::{BLOCK, weighted_expert};
+use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, MergedLayer, Router, Routing};
 use crate::par;
@@ -54,7 +55,7 @@ pub fn route(
     let router = narrowed.unwrap_or(&layer.router);
     let map = |row: usize| match narrowed {
         Some(_) => Some(row),
-        None => layer.grouping.labels()[row],
+        None => layer.grouping.labels().get(row).copied().flatten(),
     };
     let logits = router.logits(x, cx.compute()).in_layer(layer.id)?;
     let routing = choose(router, &logits, map).in_layer(layer.id)?;
@@ -138,8 +139,8 @@ pub fn routed_sum(
     x: ArrayView2<'_, f32>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
-    /// Values of expert outputs that are held at once.
-    const HELD: usize = 1 << 24;
+    /// Values of expert outputs that are held at once: few enough to stay in a cache.
+    const HELD: usize = 1 << 22;
     if experts.len() != visits.len() {
         return Err(Error::shape("visits per expert", experts.len(), visits.len()));
     }
@@ -148,20 +149,25 @@ pub fn routed_sum(
         .zip(visits)
         .enumerate()
         .flat_map(|(index, (expert, visits))| {
-            visits.chunks(BLOCK).map(move |visits| Job { index, expert, visits })
+            let block = visits.len().div_ceil(visits.len().div_ceil(BLOCK).max(1)).max(1);
+            visits.chunks(block).map(move |visits| Job { index, expert, visits })
         })
         .collect();
     let mut out = Array2::zeros(x.dim());
     let single = cx.per_task();
+    let pool = Pool::default();
+    // Where a wave ends does not change the order of additions, so it may depend on the machine.
+    let least = 2 * rayon::current_num_threads();
     let mut rest = &jobs[..];
     while !rest.is_empty() {
         let mut held = 0;
-        let fits = rest.iter().take_while(|job| {
+        let fits = rest.iter().enumerate().take_while(|(i, job)| {
             held += job.visits.len() * x.ncols();
-            held <= HELD
+            held <= HELD || *i < least
         });
-        let (wave, later) = rest.split_at(fits.count().max(1));
-        let parts = par::map(wave.len(), |i| wave[i].run(x, &single).in_expert(wave[i].index))?;
+        let (wave, later) = rest.split_at(fits.count());
+        let run = |i: usize| wave[i].run(x, &pool, &single).in_expert(wave[i].index);
+        let parts = par::map(wave.len(), run)?;
         scatter(wave, &parts, &mut out);
         rest = later;
     }
@@ -176,19 +182,22 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run(&self, x: ArrayView2<'_, f32>, cx: &Context) -> Result<Array2<f32>> {
-        let tokens: Vec<usize> = self.visits.iter().map(|(t, _)| *t).collect();
-        if let Some(t) = tokens.iter().find(|&&t| t >= x.nrows()) {
+    fn run<'p>(&self, x: ArrayView2<'_, f32>, pool: &'p Pool, cx: &Context) -> Result<Scratch<'p>> {
+        if let Some((t, _)) = self.visits.iter().find(|(t, _)| *t >= x.nrows()) {
             return Err(Error::range("visiting token", format!("below {}", x.nrows()), t));
         }
+        let mut gathered = pool.take(self.visits.len(), x.ncols());
+        for (mut row, (t, _)) in gathered.view_mut().rows_mut().into_iter().zip(self.visits) {
+            row.assign(&x.row(*t));
+        }
         let weights: Vec<f32> = self.visits.iter().map(|(_, w)| *w).collect();
-        let gathered = x.select(Axis(0), &tokens);
-        weighted_expert(&self.expert.view(), gathered.view(), Some(&weights), cx.compute())
+        let expert = self.expert.view();
+        weighted_expert(&expert, gathered.view(), Some(&weights), pool, cx.compute())
     }
 }
 
 /// Adds the outputs of jobs to their tokens: in parallel over tokens, in job order for each.
-fn scatter(jobs: &[Job<'_>], parts: &[Array2<f32>], out: &mut Array2<f32>) {
+fn scatter(jobs: &[Job<'_>], parts: &[Scratch<'_>], out: &mut Array2<f32>) {
     const ROWS: usize = 128;
     let d = out.ncols();
     let Some(values) = out.as_slice_mut() else { return };
@@ -197,10 +206,9 @@ fn scatter(jobs: &[Job<'_>], parts: &[Array2<f32>], out: &mut Array2<f32>) {
         for (job, part) in jobs.iter().zip(parts) {
             let start = job.visits.partition_point(|(t, _)| *t < first);
             let visits = job.visits[start..].iter().take_while(|(t, _)| *t < end);
-            for ((t, _), y) in visits.zip(part.rows().into_iter().skip(start)) {
-                let Some(y) = y.to_slice() else { continue };
+            for (i, (t, _)) in visits.enumerate() {
                 let row = &mut rows[(t - first) * d..(t - first + 1) * d];
-                row.iter_mut().zip(y).for_each(|(o, y)| *o += y);
+                row.iter_mut().zip(part.row(start + i)).for_each(|(o, y)| *o += y);
             }
         }
     });

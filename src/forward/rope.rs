@@ -4,13 +4,9 @@
 //! error is multiplied by the position.
 
 use std::f64::consts::PI;
-use std::ops::Range;
-
-use ndarray::Array2;
 
 use super::keys::Keys;
 use crate::error::{Error, ErrorKind, Result};
-use crate::par;
 
 /// How the frequencies of a longer context follow from the trained ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,15 +60,6 @@ pub struct Rope {
     pub max_positions: usize,
     /// Factor on attention scores that YaRN asks of latent attention (`mscale_all_dim`, squared).
     pub score_factor: f32,
-}
-
-/// Which two dimensions form a rotated pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pairing {
-    /// `(j, j + D/2)`, "rotate half".
-    Halves,
-    /// `(2j, 2j + 1)`.
-    Neighbours,
 }
 
 /// YaRN's temperature `0.1 m ln(s) + 1`.
@@ -227,84 +214,11 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines for rows that hold `spans`, each a piece of a window: its rows, and how
-    /// many tokens of the same window came before.
-    pub(super) fn rotation(&self, spans: &[(Range<usize>, usize)]) -> Rotation {
-        let amplitude = match self.scaling {
+    /// Factor on cosine and sine.
+    pub(super) fn amplitude(&self) -> f32 {
+        match self.scaling {
             Scaling::Yarn { attention_factor, .. } => attention_factor,
             _ => 1.0,
-        };
-        let rows = spans.last().map_or(0, |(rows, _)| rows.end);
-        let half = self.dim / 2;
-        let mut table = Array2::zeros((rows, self.dim));
-        for (span, past) in spans {
-            let frequencies = self.frequencies(span.len() + past);
-            for (i, row) in span.clone().enumerate() {
-                let position = (past + i) as f32;
-                for (j, f) in frequencies.iter().enumerate() {
-                    let (sin, cos) = f64::from(position * f).sin_cos();
-                    table[[row, j]] = cos as f32 * amplitude;
-                    table[[row, half + j]] = sin as f32 * amplitude;
-                }
-            }
-        }
-        Rotation { table, half }
-    }
-}
-
-/// The rotation of every row: `(rows, dim)`, cosines then sines.
-#[derive(Debug, Clone)]
-pub(super) struct Rotation {
-    table: Array2<f32>,
-    half: usize,
-}
-
-impl Rotation {
-    /// Rotates, in every row of `X: (t, heads · width)`, the dimensions from `start` of each head.
-    pub(super) fn apply(
-        &self,
-        x: &mut Array2<f32>,
-        width: usize,
-        start: usize,
-        pairing: Pairing,
-    ) -> Result<()> {
-        const ROWS: usize = 64;
-        let (rows, cols) = x.dim();
-        if rows != self.table.nrows() || start + 2 * self.half > width {
-            return Err(Error::shape("rotary embedding", self.table.dim(), (rows, width)));
-        }
-        let Some(values) = x.as_slice_mut() else { return Ok(()) };
-        par::for_each_chunk(values, ROWS * cols, |chunk, block| {
-            for (i, row) in block.chunks_exact_mut(cols).enumerate() {
-                let angles = self.table.row(chunk * ROWS + i);
-                let Some((cos, sin)) =
-                    angles.to_slice().and_then(|a| a.split_at_checked(self.half))
-                else {
-                    continue;
-                };
-                for head in row.chunks_exact_mut(width) {
-                    turn(&mut head[start..start + 2 * self.half], cos, sin, pairing);
-                }
-            }
-        });
-        Ok(())
-    }
-}
-
-fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: Pairing) {
-    let one = |a: &mut f32, b: &mut f32, cos: f32, sin: f32| {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-    };
-    let angles = cos.iter().zip(sin);
-    match pairing {
-        Pairing::Halves => {
-            let (first, second) = head.split_at_mut(cos.len());
-            let pairs = first.iter_mut().zip(second);
-            pairs.zip(angles).for_each(|((a, b), (&c, &s))| one(a, b, c, s));
-        }
-        Pairing::Neighbours => {
-            let (pairs, _) = head.as_chunks_mut::<2>();
-            pairs.iter_mut().zip(angles).for_each(|([a, b], (&c, &s))| one(a, b, c, s));
         }
     }
 }
@@ -347,19 +261,6 @@ mod tests {
             "original_max_position_embeddings": 64}}));
         let llama = llama.unwrap().frequencies(10);
         assert_eq!((llama[0], llama[3]), (default[0], default[3] / 8.0));
-    }
-
-    #[test]
-    fn both_pairings_turn_by_the_angle() {
-        let rope = Rope::parse(Keys::root(&json!({})), 2, 1e4, 8).unwrap();
-        let rotation = rope.rotation(&[(0..2, 1)]);
-        for pairing in [Pairing::Halves, Pairing::Neighbours] {
-            let mut x = ndarray::array![[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]];
-            rotation.apply(&mut x, 3, 1, pairing).unwrap();
-            let expected =
-                ndarray::array![[9.0, 1f32.cos(), 1f32.sin()], [9.0, -(2f32.sin()), 2f32.cos()]];
-            approx::assert_abs_diff_eq!(x, expected, epsilon = 1e-6);
-        }
     }
 
     #[test]

@@ -6,11 +6,12 @@ use ndarray::{Array2, s};
 use serde_json::Value;
 
 use super::causal::{Hidden, gather};
+use super::family::Family;
 use super::feed::Observer;
 use super::head::{Head, check_tokens};
 use super::keys::Keys;
 use super::load::Loader;
-use super::spec::{Family, activation};
+use super::spec::activation;
 use super::t5::{SwitchBlock, stack_prefix};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Activation, Finite, LayerId, Stack, TensorSource};

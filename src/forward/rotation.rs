@@ -1,0 +1,115 @@
+//! Turning queries and keys by the angles of their positions.
+
+use std::ops::Range;
+
+use ndarray::Array2;
+
+use super::rope::Rope;
+use crate::error::{Error, Result};
+use crate::par;
+
+/// Which two dimensions form a rotated pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// `(j, j + D/2)`, "rotate half".
+    Halves,
+    /// `(2j, 2j + 1)`.
+    Neighbours,
+}
+
+/// The rotation of every row: `(rows, dim)`, cosines then sines.
+#[derive(Debug, Clone)]
+pub(super) struct Rotation {
+    table: Array2<f32>,
+    half: usize,
+}
+
+impl Rotation {
+    /// Cosines and sines for rows that hold `spans`, each a piece of a window: its rows, and how
+    /// many tokens of the same window came before.
+    pub(super) fn new(rope: &Rope, spans: &[(Range<usize>, usize)]) -> Self {
+        let amplitude = rope.amplitude();
+        let rows = spans.last().map_or(0, |(rows, _)| rows.end);
+        let half = rope.dim / 2;
+        let mut table = Array2::zeros((rows, rope.dim));
+        for (span, past) in spans {
+            let frequencies = rope.frequencies(span.len() + past);
+            for (i, row) in span.clone().enumerate() {
+                let position = (past + i) as f32;
+                for (j, f) in frequencies.iter().enumerate() {
+                    let (sin, cos) = f64::from(position * f).sin_cos();
+                    table[[row, j]] = cos as f32 * amplitude;
+                    table[[row, half + j]] = sin as f32 * amplitude;
+                }
+            }
+        }
+        Self { table, half }
+    }
+
+    /// Rotates, in every row of `X: (t, heads · width)`, the dimensions from `start` of each head.
+    pub(super) fn apply(
+        &self,
+        x: &mut Array2<f32>,
+        width: usize,
+        start: usize,
+        pairing: Pairing,
+    ) -> Result<()> {
+        const ROWS: usize = 64;
+        let (rows, cols) = x.dim();
+        if rows != self.table.nrows() || start + 2 * self.half > width {
+            return Err(Error::shape("rotary embedding", self.table.dim(), (rows, width)));
+        }
+        let Some(values) = x.as_slice_mut() else { return Ok(()) };
+        par::for_each_chunk(values, ROWS * cols, |chunk, block| {
+            for (i, row) in block.chunks_exact_mut(cols).enumerate() {
+                let angles = self.table.row(chunk * ROWS + i);
+                let Some((cos, sin)) =
+                    angles.to_slice().and_then(|a| a.split_at_checked(self.half))
+                else {
+                    continue;
+                };
+                for head in row.chunks_exact_mut(width) {
+                    turn(&mut head[start..start + 2 * self.half], cos, sin, pairing);
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: Pairing) {
+    let one = |a: &mut f32, b: &mut f32, cos: f32, sin: f32| {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    };
+    let angles = cos.iter().zip(sin);
+    match pairing {
+        Pairing::Halves => {
+            let (first, second) = head.split_at_mut(cos.len());
+            let pairs = first.iter_mut().zip(second);
+            pairs.zip(angles).for_each(|((a, b), (&c, &s))| one(a, b, c, s));
+        }
+        Pairing::Neighbours => {
+            let (pairs, _) = head.as_chunks_mut::<2>();
+            pairs.iter_mut().zip(angles).for_each(|([a, b], (&c, &s))| one(a, b, c, s));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::keys::Keys;
+    use super::*;
+
+    #[test]
+    fn both_pairings_turn_by_the_angle() {
+        let rope = Rope::parse(Keys::root(&serde_json::json!({})), 2, 1e4, 8).unwrap();
+        let rotation = Rotation::new(&rope, &[(0..2, 1)]);
+        for pairing in [Pairing::Halves, Pairing::Neighbours] {
+            let mut x = ndarray::array![[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]];
+            rotation.apply(&mut x, 3, 1, pairing).unwrap();
+            let expected =
+                ndarray::array![[9.0, 1f32.cos(), 1f32.sin()], [9.0, -(2f32.sin()), 2f32.cos()]];
+            approx::assert_abs_diff_eq!(x, expected, epsilon = 1e-6);
+        }
+    }
+}
