@@ -18,7 +18,7 @@ pub(super) const TOP_K: &[&str] = &["num_experts_per_tok", "moe_k", "moe_topk", 
 pub(super) const MTP: &[&str] =
     &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
 /// Where a wrapper keeps the keys of its language model.
-const NESTED: &str = "text_config";
+pub(super) const NESTED: &str = "text_config";
 
 /// A model's `config.json`.
 #[derive(Debug, Clone)]
@@ -52,6 +52,10 @@ impl Config {
     /// The text, exactly as on disk.
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    pub(super) fn value(&self) -> &Value {
+        &self.value
     }
 
     /// The value of a key of the model, or of the language model inside a wrapper. `null` counts

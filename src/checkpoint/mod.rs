@@ -3,7 +3,8 @@
 //!
 //! [`Checkpoint::open`] reads a Hugging Face folder: `config.json` and either one safetensors file
 //! or shards with an index. Shards are memory-mapped, so opening costs the headers only, and
-//! [`Checkpoint::release`] gives a layer's pages back once it is done with. A [`Writer`] takes
+//! [`Checkpoint::release`] gives a layer's pages back once it is done with. It is a
+//! [`TensorSource`](crate::model::TensorSource): the forward pass runs on it. A [`Writer`] takes
 //! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
 //! seen under the target's name before it is complete.
 
@@ -20,6 +21,7 @@ mod read;
 mod rule;
 mod scan;
 mod scan_layer;
+mod source;
 mod store;
 mod write;
 mod write_check;

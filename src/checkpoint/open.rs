@@ -6,6 +6,7 @@ use super::config::{Config, mismatch};
 use super::native::Native;
 use super::scan::{self, Scan};
 use super::scan_layer::LayerTensors;
+use super::source::TextModel;
 use super::store::Store;
 use super::{read, rule};
 use crate::error::{Error, Locate, Result};
@@ -46,6 +47,7 @@ pub struct Checkpoint {
     pub(super) native: Option<Native>,
     pub(super) tensors: Vec<LayerTensors>,
     pub(super) mtp: Vec<usize>,
+    pub(super) text: TextModel,
     family: String,
     layout: &'static str,
     activation: Activation,
@@ -94,8 +96,20 @@ impl Checkpoint {
             return Err(mismatch("mcsmoe.expert_map", "MoE layers of the model", id))
                 .in_file(&path);
         }
-        let (dir, layout) = (dir.to_owned(), layout.name);
-        Ok(Self { dir, store, config, native, tensors, mtp, family, layout, activation, layers })
+        let text = TextModel::new(&config, native.as_ref(), &store, &tensors);
+        Ok(Self {
+            dir: dir.to_owned(),
+            store,
+            config,
+            native,
+            tensors,
+            mtp,
+            text,
+            family,
+            layout: layout.name,
+            activation,
+            layers,
+        })
     }
 
     /// The folder.

@@ -11,7 +11,7 @@ use crate::model::{Activation, Expert, Linear, Role, Router, RoutingRule, non_fi
 ///
 /// # Errors
 /// [`ErrorKind::NotFinite`] with file, tensor and the index in the whole tensor.
-fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
+pub(super) fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
     let entry = store.entry(piece.tensor);
     let size = entry.dtype.alignment();
     let bytes = piece.rows * piece.cols * size;
