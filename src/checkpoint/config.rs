@@ -1,6 +1,7 @@
 //! `config.json`, kept as text: values are read by key and replaced in place, so that everything
 //! else survives byte for byte.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
@@ -13,7 +14,8 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 pub(super) const EXPERTS: &[&str] =
     &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
 /// The spellings of the number of experts per token.
-pub(super) const TOP_K: &[&str] = &["num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"];
+pub(super) const TOP_K: &[&str] =
+    &["num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "experts_per_token"];
 /// The spellings of the number of multi-token-prediction layers.
 pub(super) const MTP: &[&str] =
     &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
@@ -165,6 +167,18 @@ impl Config {
         Ok(text)
     }
 
+    /// The same without a key, at the top and in the wrapped language model.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Format`] when the text is not an object.
+    pub(super) fn without(&self, key: &str) -> Result<Self> {
+        let mut text = self.text.clone();
+        while let Some(span) = member(&text, key)? {
+            text.replace_range(span, "");
+        }
+        Self::parse(text)
+    }
+
     /// The start, end and replacement of every value of `object`, a slice of the text, to replace.
     fn spans(
         &self,
@@ -187,6 +201,40 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// The span of a member of the object that `text` is, or of the language model in it, with the
+/// comma that goes with it; none where the value is `null`.
+fn member(text: &str, key: &str) -> Result<Option<Range<usize>>> {
+    fn find(text: &str, object: &str, key: &str) -> Result<Option<(usize, usize)>> {
+        let members: Members<&RawValue> =
+            serde_json::from_str(object).map_err(|e| malformed("config.json", e))?;
+        for (name, raw) in members.0 {
+            let value = raw.get();
+            let start = value.as_ptr() as usize - text.as_ptr() as usize;
+            if name == key && value != "null" {
+                return Ok(Some((start, start + value.len())));
+            }
+            if name == NESTED && value.starts_with('{') {
+                let found = find(text, value, key)?;
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+        }
+        Ok(None)
+    }
+    let Some((value, end)) = find(text, text, key)? else { return Ok(None) };
+    // Behind the value's colon stands the key, whose quotes are the only ones in its spelling.
+    let before = text[..value].trim_end().trim_end_matches(':').trim_end();
+    let name = before.strip_suffix('"').and_then(|b| b.rfind('"')).unwrap_or(value);
+    let comma = text[..name].trim_end();
+    if comma.ends_with(',') {
+        return Ok(Some(comma.len() - 1..end));
+    }
+    let after = text[end..].trim_start();
+    let next = after.strip_prefix(',').map_or(end, |rest| text.len() - rest.trim_start().len());
+    Ok(Some(name..next))
 }
 
 /// A key and the JSON text of its new value.
@@ -216,6 +264,28 @@ mod tests {
         let expected = TEXT.replace(": 8", ": 6").replace(":8", ":6");
         assert_eq!(edited, expected);
         assert_eq!(config(TEXT).edited(&[], &edits[2..]).unwrap(), TEXT);
+    }
+
+    #[test]
+    fn members_are_removed_with_one_comma() {
+        let key = "quantization_config";
+        let without = |text: &str| config(text).without(key).unwrap().text().to_owned();
+        for (text, expected) in [
+            (r#"{"quantization_config": {"a": [1]}}"#, "{}"),
+            (r#"{ "quantization_config":1 , "b": 2 }"#, r#"{ "b": 2 }"#),
+            ("{\"b\": 2,\n  \"quantization_config\" : {\"x\": \"}\"}\n}", "{\"b\": 2\n}"),
+            (r#"{"a": 1, "quantization_config": 1, "b": 2}"#, r#"{"a": 1, "b": 2}"#),
+            (r#"{"quantization_config": 1, "quantization_config": 2, "b": 3}"#, r#"{"b": 3}"#),
+            (r#"{"quantization_config": null}"#, r#"{"quantization_config": null}"#),
+            (r#"{"quantization_confi\u0067": 1, "x": ":"}"#, r#"{"x": ":"}"#),
+            (
+                r#"{"text_config": {"a": 1, "quantization_config": {}}, "quantization_config": 1}"#,
+                r#"{"text_config": {"a": 1}}"#,
+            ),
+        ] {
+            assert_eq!(without(text), expected);
+        }
+        assert_eq!(without(TEXT), TEXT);
     }
 
     #[test]

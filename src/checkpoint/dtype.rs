@@ -39,6 +39,9 @@ const KNOWN: &[(&str, usize)] = &[
 pub(super) const FLOATS: &str = "F32, F16, BF16";
 
 impl Dtype {
+    /// What quantised weights are written as.
+    pub(super) const BF16: Self = Self { name: "BF16", bits: 16 };
+
     /// The type of that name.
     pub(super) fn named(name: &str) -> Option<Self> {
         let (name, bits) = KNOWN.iter().find(|(known, _)| *known == name)?;

@@ -26,6 +26,9 @@ pub(super) enum Experts {
     Each { before: &'static str, projections: &'static [(Role, &'static str)] },
     /// `(N, 2f, d)`, gate rows first, and `(N, d, f)`.
     Fused { gate_up: &'static str, down: &'static str },
+    /// `(N, d, 2f)`, gate and up columns in turn, and `(N, f, d)`, with `{name}_bias`; or
+    /// `{name}_blocks` in MXFP4, which are not transposed: `(N, 2f, d)` and `(N, d, f)`.
+    Interleaved { gate_up: &'static str, down: &'static str },
 }
 
 const QWEN: &[(Role, &str)] =
@@ -74,6 +77,16 @@ pub(super) const LAYOUTS: &[Layout] = &[
         correction: &["feed_forward.expert_bias"],
     },
     Layout {
+        name: "gpt_oss",
+        experts: Experts::Interleaved {
+            gate_up: "mlp.experts.gate_up_proj",
+            down: "mlp.experts.down_proj",
+        },
+        router: &["mlp.router.weight"],
+        router_bias: &["mlp.router.bias"],
+        correction: &[],
+    },
+    Layout {
         name: "fused",
         experts: Experts::Fused {
             gate_up: "mlp.experts.gate_up_proj",
@@ -108,7 +121,9 @@ pub(super) enum Part {
     Weight(usize, Role),
     Bias(usize, Role),
     FusedGateUp,
+    FusedGateUpBias,
     FusedDown,
+    FusedDownBias,
 }
 
 impl Layout {
@@ -128,14 +143,30 @@ impl Layout {
             Experts::Fused { gate_up, .. } if rest == *gate_up => Some(Part::FusedGateUp),
             Experts::Fused { down, .. } if rest == *down => Some(Part::FusedDown),
             Experts::Fused { .. } => None,
+            Experts::Interleaved { gate_up, down } => {
+                let kinds = |name: &str| rest.strip_prefix(name);
+                match (kinds(gate_up), kinds(down)) {
+                    (Some("" | "_blocks"), _) => Some(Part::FusedGateUp),
+                    (Some("_bias"), _) => Some(Part::FusedGateUpBias),
+                    (_, Some("" | "_blocks")) => Some(Part::FusedDown),
+                    (_, Some("_bias")) => Some(Part::FusedDownBias),
+                    _ => None,
+                }
+            }
         }
+    }
+
+    /// Whether gate and up take turns, which names alone do not say: such a block has a router of
+    /// its own kind too.
+    pub(super) fn is_interleaved(&self) -> bool {
+        matches!(self.experts, Experts::Interleaved { .. })
     }
 
     /// Whether experts have a gate.
     pub(super) fn is_gated(&self) -> bool {
         match &self.experts {
             Experts::Each { projections, .. } => projections.iter().any(|(r, _)| *r == Role::Gate),
-            Experts::Fused { .. } => true,
+            Experts::Fused { .. } | Experts::Interleaved { .. } => true,
         }
     }
 }
@@ -148,6 +179,9 @@ pub(super) fn supported() -> String {
             format!("{} ({before}N.{{{}}})", layout.name, names.join(","))
         }
         Experts::Fused { gate_up, .. } => format!("{} ({gate_up} [N,2f,d])", layout.name),
+        Experts::Interleaved { gate_up, .. } => {
+            format!("{} ({gate_up} [N,d,2f], interleaved, or MXFP4)", layout.name)
+        }
     };
     LAYOUTS.iter().map(words).collect::<Vec<_>>().join("; ")
 }

@@ -7,16 +7,25 @@
 //! [`TensorSource`](crate::model::TensorSource): the forward pass runs on it. A [`Writer`] takes
 //! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
 //! seen under the target's name before it is complete.
+//!
+//! Quantised models are read as what their weights mean: FP8 (E4M3) with a scale per block, as
+//! DeepSeek and Qwen publish, and the MXFP4 experts of gpt-oss. They are written dequantised: every
+//! quantised tensor as bf16, merged or not, also when nothing is merged; without scales, which
+//! [`Written::dropped`] lists, and without `quantization_config`.
 
 mod config;
+mod dequantise;
 mod dtype;
 mod folder;
+mod fp8;
 mod header;
 mod json;
 mod layout;
 mod mmap;
+mod mxfp4;
 mod native;
 mod open;
+mod quant;
 mod read;
 mod rule;
 mod scan;

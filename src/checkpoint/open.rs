@@ -28,9 +28,9 @@ pub struct LayerInfo {
     pub d_ff: usize,
     /// How the router chooses.
     pub rule: RoutingRule,
-    /// The data type of the experts, by its safetensors name.
+    /// The data type of the experts, by its safetensors name; `MXFP4` for pairs of 4-bit floats.
     pub dtype: String,
-    /// Bytes of all experts on disk, shared ones excluded.
+    /// Bytes of all experts on disk, their scales included, shared ones excluded.
     pub expert_bytes: u64,
     /// Parameters of all experts on disk, shared ones excluded.
     pub expert_parameters: u64,
@@ -77,11 +77,12 @@ impl Checkpoint {
             None => config.string("model_type").in_file(&path)?,
         };
         let family = family.unwrap_or_default().to_owned();
-        let store = Store::open(dir)?;
+        let mut store = Store::open(dir)?;
+        store.find_quantised(&config, &path)?;
         let hidden_layers = config.integer("num_hidden_layers").in_file(&path)?;
         let Scan { layout, layers: tensors, mtp } =
             scan::scan(&store, hidden_layers).in_file(dir)?;
-        let activation = rule::activation(&config, layout.is_gated()).in_file(&path)?;
+        let activation = rule::activation(&config, layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
         let maps = native.as_ref().map(|n| &n.expert_map);
         let info = |layer: &LayerTensors| {
@@ -158,9 +159,9 @@ impl Checkpoint {
         self.layers.binary_search_by_key(&id, |l| l.id).map_err(missing)
     }
 
-    /// Number of parameters of the whole model.
+    /// Number of parameters of the whole model; a quantised one counts as one, its scales as none.
     pub fn total_parameters(&self) -> u64 {
-        self.store.tensors().iter().map(|t| t.parameters() as u64).sum()
+        (0..self.store.tensors().len()).map(|t| self.store.parameters(t) as u64).sum()
     }
 
     /// Bytes of all tensors.
@@ -237,7 +238,8 @@ impl Checkpoint {
     pub fn release(&self, id: LayerId) {
         let Ok(at) = self.position(id) else { return };
         let layer = &self.tensors[at];
-        for tensor in layer.routing().chain(layer.expert_tensors()) {
+        let tensors = layer.routing().chain(layer.expert_tensors());
+        for tensor in tensors.flat_map(|t| self.store.with_scales(t)) {
             self.store.release(tensor, 0..self.store.bytes(tensor).len());
         }
     }
@@ -277,9 +279,7 @@ fn describe(
     merged: Option<&Grouping>,
 ) -> LayerInfo {
     let tensors = layer.expert_tensors();
-    let sum = |f: fn(&super::store::Tensor) -> usize| {
-        tensors.iter().map(|&t| f(&store.tensors()[t]) as u64).sum()
-    };
+    let on_disk = tensors.iter().flat_map(|&t| store.with_scales(t));
     let down = layer.experts.first().and_then(|e| e.last()).map(|p| p.weight);
     LayerInfo {
         id: layer.id,
@@ -287,9 +287,9 @@ fn describe(
         d_model: down.map_or(0, |p| p.rows),
         d_ff: down.map_or(0, |p| p.cols),
         rule,
-        dtype: down.map_or("", |p| store.entry(p.tensor).dtype.name()).to_owned(),
-        expert_bytes: sum(super::store::Tensor::bytes),
-        expert_parameters: sum(super::store::Tensor::parameters),
+        dtype: down.map_or("", |p| store.dtype_name(p.tensor)).to_owned(),
+        expert_bytes: on_disk.map(|t| store.tensors()[t].bytes() as u64).sum(),
+        expert_parameters: tensors.iter().map(|&t| store.parameters(t) as u64).sum(),
         merged: merged.cloned(),
     }
 }

@@ -2,26 +2,26 @@
 
 use ndarray::{Array1, Array2};
 
-use super::scan_layer::{LayerTensors, Piece};
+use super::quant;
+use super::scan_layer::{LayerTensors, Order, Piece, Projection};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Activation, Expert, Linear, Role, Router, RoutingRule, non_finite};
 
-/// The values of a part of a tensor, all finite.
+/// The values of a part of a tensor, dequantised, all finite. The part is contiguous.
 ///
 /// # Errors
 /// [`ErrorKind::NotFinite`] with file, tensor and the index in the whole tensor.
 pub(super) fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
     let entry = store.entry(piece.tensor);
-    let size = entry.dtype.alignment();
-    let bytes = piece.rows * piece.cols * size;
     let read = || {
-        let part = &store.bytes(piece.tensor)[piece.start..piece.start + bytes];
-        let values = entry.dtype.decode(part)?;
+        let count = piece.rows * piece.cols;
+        let values = quant::decode(store, piece.tensor, piece.start, count)?;
         match non_finite(&values) {
             None => Ok(values),
             Some((index, value)) => {
-                let (what, index) = ("tensor".into(), piece.start / size + index);
+                let (what, index) =
+                    ("tensor".into(), store.values(piece.tensor, piece.start) + index);
                 Err(ErrorKind::NotFinite { what, value: f64::from(value), index }.into())
             }
         }
@@ -29,11 +29,34 @@ pub(super) fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
     read().in_tensor(&entry.name).in_file(store.path(piece.tensor))
 }
 
-fn matrix(store: &Store, piece: Piece) -> Result<Array2<f32>> {
-    let values = values(store, piece)?;
+fn matrix((rows, cols): (usize, usize), values: Vec<f32>) -> Result<Array2<f32>> {
     let found = values.len();
-    Array2::from_shape_vec((piece.rows, piece.cols), values)
-        .map_err(|_| Error::shape("matrix", (piece.rows, piece.cols), found))
+    Array2::from_shape_vec((rows, cols), values)
+        .map_err(|_| Error::shape("matrix", (rows, cols), found))
+}
+
+/// Reads pieces of slabs; keeps the last slab, which the next piece may share.
+struct Slabs<'a> {
+    store: &'a Store,
+    last: Option<(Piece, Vec<f32>)>,
+}
+
+impl Slabs<'_> {
+    /// The values of a `(rows, cols)` piece.
+    fn piece(&mut self, piece: Piece, shape: (usize, usize), order: Order) -> Result<Vec<f32>> {
+        if order == Order::PLAIN {
+            return values(self.store, piece);
+        }
+        let slab = order.slab(piece);
+        let read = match self.last.take().filter(|(last, _)| *last == slab) {
+            Some((_, read)) => read,
+            None => values(self.store, slab)?,
+        };
+        let mut out = vec![0.0; shape.0 * shape.1];
+        order.walk(shape, |at, from| out[at] = read[from]);
+        self.last = Some((slab, read));
+        Ok(out)
+    }
 }
 
 /// Expert `i` of a layer. Names file, tensor and expert in errors.
@@ -46,12 +69,16 @@ pub(super) fn expert(
     let Some(projections) = layer.experts.get(i) else {
         return Err(Error::range("expert", format!("below {}", layer.experts.len()), i));
     };
+    let [mut weights, mut biases] = [(); 2].map(|()| Slabs { store, last: None });
     let (mut gate, mut up, mut down) = (None, None, None);
     for projection in projections {
-        let weight = matrix(store, projection.weight).in_expert(i)?;
-        let bias = projection.bias.map(|b| values(store, b)).transpose().in_expert(i)?;
-        let linear = Some(Linear { weight, bias: bias.map(Array1::from) });
-        match projection.role {
+        let Projection { role, weight, bias, order } = *projection;
+        let shape = (weight.rows, weight.cols);
+        let weight = weights.piece(weight, shape, order).and_then(|w| matrix(shape, w));
+        let bias = bias.map(|b| biases.piece(b, (b.cols, 1), order.upright()));
+        let bias = bias.transpose().in_expert(i)?.map(Array1::from);
+        let linear = Some(Linear { weight: weight.in_expert(i)?, bias });
+        match role {
             Role::Gate => gate = linear,
             Role::Up => up = linear,
             Role::Down => down = linear,
@@ -69,7 +96,8 @@ pub(super) fn router(store: &Store, layer: &LayerTensors, rule: RoutingRule) -> 
         [rows, cols] => (rows, cols),
         _ => return Err(Error::shape("router weight", "[N, d]", &entry.shape)),
     };
-    let weight = matrix(store, Piece { tensor: layer.router, start: 0, rows, cols })?;
+    let weight = values(store, Piece { tensor: layer.router, start: 0, rows, cols })?;
+    let weight = matrix((rows, cols), weight)?;
     let vector = |tensor: Option<usize>| {
         let read = |tensor| values(store, Piece { tensor, start: 0, rows: 1, cols: rows });
         tensor.map(read).transpose().map(|v| v.map(Array1::from))

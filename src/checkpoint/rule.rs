@@ -1,6 +1,7 @@
 //! How each family routes, as data: what `config.json` leaves implicit.
 
 use super::config::{Config, mismatch};
+use super::layout::Layout;
 use crate::error::{ErrorKind, Result};
 use crate::model::{Activation, GroupScore, RoutingGroups, RoutingRule, Score};
 
@@ -37,6 +38,8 @@ const fn softmax(families: &'static [&'static str], renormalise: Renormalise) ->
     Policy { families, score: Score::Softmax, renormalise, scale: None, groups: None }
 }
 
+const SOFTMAX_OF_TOP_K: &[&str] =
+    &["granitemoe", "granitemoeshared", "granitemoehybrid", "gpt_oss"];
 const NORM: &str = "norm_topk_prob";
 const SCALE: &str = "routed_scaling_factor";
 const SWITCH: &str = "switch_transformers";
@@ -93,10 +96,7 @@ const POLICIES: &[Policy] = &[
         scale: Some(("route_scale", 1.0)),
         ..sigmoid(&["afmoe"], 1.0, (1, 1))
     },
-    Policy {
-        score: Score::SoftmaxOfTopK,
-        ..softmax(&["granitemoe", "granitemoeshared", "granitemoehybrid"], Renormalise::Never)
-    },
+    Policy { score: Score::SoftmaxOfTopK, ..softmax(SOFTMAX_OF_TOP_K, Renormalise::Never) },
 ];
 
 /// The routing rule of a family. An unknown one routes as its keys suggest: `scoring_func`, else
@@ -160,12 +160,17 @@ fn groups_of(config: &Config, groups: Groups) -> Result<Option<RoutingGroups>> {
     Ok((groups > 1).then_some(RoutingGroups { groups, chosen, score }))
 }
 
-/// The activation of the experts: `hidden_act` or `dense_act_fn`, by default SiLU with a gate and
+/// The activation of the experts: that of gpt-oss in its layout; else `hidden_act` or `dense_act_fn`, by default SiLU with a gate and
 /// ReLU without.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for another function.
-pub(super) fn activation(config: &Config, gated: bool) -> Result<Activation> {
+pub(super) fn activation(config: &Config, layout: &Layout) -> Result<Activation> {
+    if layout.is_interleaved() {
+        let alpha = config.float("swiglu_alpha")?.unwrap_or(1.702) as f32;
+        let limit = config.float("swiglu_limit")?.unwrap_or(7.0) as f32;
+        return Ok(Activation::ClampedSwiglu { alpha, limit });
+    }
     for key in ["hidden_act", "dense_act_fn", "hidden_activation"] {
         match config.string(key)? {
             None => {}
@@ -180,7 +185,7 @@ pub(super) fn activation(config: &Config, gated: bool) -> Result<Activation> {
             }
         }
     }
-    Ok(if gated { Activation::Silu } else { Activation::Relu })
+    Ok(if layout.is_gated() { Activation::Silu } else { Activation::Relu })
 }
 
 #[cfg(test)]

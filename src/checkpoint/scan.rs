@@ -41,8 +41,17 @@ pub(super) fn scan(store: &Store, hidden_layers: Option<usize>) -> Result<Scan> 
             mtp.push(tensor);
             continue;
         }
+        if store.quantised().scaled(tensor).is_some() {
+            continue;
+        }
         let part = site.and_then(|(id, at, rest)| {
-            let read = |l: &'static Layout| Some((id, at, l, l.part(rest)?));
+            let has_router = |l: &Layout| {
+                l.router.iter().any(|r| store.get(&format!("{}{r}", &entry.name[..at])).is_some())
+            };
+            let read = |l: &'static Layout| {
+                let part = l.part(rest)?;
+                (!l.is_interleaved() || has_router(l)).then_some((id, at, l, part))
+            };
             LAYOUTS.iter().find_map(read)
         });
         match (part, site) {

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::dtype::FLOATS;
 use super::json::malformed;
 use super::layout::{Experts, Part};
+use super::mxfp4;
+use super::quant::Scheme;
 use super::scan::{Block, FORMAT, unsupported};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
@@ -27,7 +29,61 @@ pub(super) struct Projection {
     pub(super) role: Role,
     pub(super) weight: Piece,
     pub(super) bias: Option<Piece>,
+    pub(super) order: Order,
 }
+
+/// Where a projection lies among those that share its tensor.
+///
+/// Its pieces then begin where the expert's part of the tensor begins, and that part, the slab, is
+/// `(parts · rows, cols)`, or the transpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Order {
+    /// Its rows are `first`, `first + parts`, ….
+    pub(super) first: usize,
+    pub(super) parts: usize,
+    /// Whether the weight's slab is `(cols, parts · rows)`.
+    pub(super) transposed: bool,
+}
+
+impl Order {
+    /// Alone, row by row.
+    pub(super) const PLAIN: Self = Self { first: 0, parts: 1, transposed: false };
+
+    /// The same without transposition, as biases are.
+    pub(super) fn upright(self) -> Self {
+        Self { transposed: false, ..self }
+    }
+
+    /// The whole slab that `piece` is of.
+    pub(super) fn slab(self, piece: Piece) -> Piece {
+        Piece { rows: 1, cols: piece.rows * piece.cols * self.parts, ..piece }
+    }
+
+    /// Calls `each` with the index of every value of a `(rows, cols)` piece, there and in the slab.
+    pub(super) fn walk(self, (rows, cols): (usize, usize), mut each: impl FnMut(usize, usize)) {
+        let total = rows * self.parts;
+        // In bands of rows, so that either side stays in the cache.
+        for band in (0..rows).step_by(BAND) {
+            let band = band..rows.min(band + BAND);
+            if self.transposed {
+                for col in 0..cols {
+                    for row in band.clone() {
+                        let slab = col * total + self.first + row * self.parts;
+                        each(row * cols + col, slab);
+                    }
+                }
+            } else {
+                for row in band {
+                    let slab = (self.first + row * self.parts) * cols;
+                    (0..cols).for_each(|col| each(row * cols + col, slab + col));
+                }
+            }
+        }
+    }
+}
+
+/// Rows walked at a time.
+const BAND: usize = 64;
 
 /// The tensors of one MoE layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +121,7 @@ pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTe
     let experts = match block.layout.experts {
         Experts::Each { .. } => each(store, block)?,
         Experts::Fused { .. } => fused(store, block, router)?,
+        Experts::Interleaved { .. } => interleaved(store, block)?,
     };
     let layer = LayerTensors {
         id,
@@ -84,7 +141,7 @@ fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
         match part {
             Part::Weight(i, role) => found.entry((i, role)).or_default().0 = Some(tensor),
             Part::Bias(i, role) => found.entry((i, role)).or_default().1 = Some(tensor),
-            Part::FusedGateUp | Part::FusedDown => {}
+            _ => {}
         }
     }
     let gated = block.layout.is_gated();
@@ -104,7 +161,7 @@ fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
             })?;
             let weight = whole(store, weight, 2)?;
             let bias = bias.map(|b| whole(store, b, 1)).transpose()?;
-            Ok(Projection { role, weight, bias })
+            Ok(Projection { role, weight, bias, order: Order::PLAIN })
         };
         roles.clone().map(projection).collect::<Result<Vec<_>>>().in_expert(i)
     };
@@ -155,7 +212,7 @@ fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projecti
         Piece { tensor, start: index * rows * cols * size, rows, cols }
     };
     let expert = |i: usize| {
-        let part = |role, weight| Projection { role, weight, bias: None };
+        let part = |role, weight| Projection { role, weight, bias: None, order: Order::PLAIN };
         vec![
             part(Role::Gate, piece(gate_up, 2 * i, f, d)),
             part(Role::Up, piece(gate_up, 2 * i + 1, f, d)),
@@ -165,11 +222,77 @@ fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projecti
     Ok((0..n).map(expert).collect())
 }
 
+/// The experts of an interleaved layout, transposed or in MXFP4.
+fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
+    let find = |wanted: Part| {
+        let mut found = block.parts.iter().filter(|(part, _)| *part == wanted).map(|(_, t)| *t);
+        match (found.next(), found.next()) {
+            (first, None) => Ok(first),
+            (_, Some(second)) => Err(malformed(FORMAT, "it repeats another tensor"))
+                .in_tensor(&store.entry(second).name),
+        }
+    };
+    let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp)?, find(Part::FusedDown)?) else {
+        return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
+    };
+    let (n, d, f) = dims(store, down)?;
+    let expected = (n, f.saturating_mul(2), d);
+    let found = dims(store, gate_up)?;
+    if found != expected {
+        return Err(Error::shape("fused gate and up projection, [N, 2f, d]", expected, found))
+            .in_tensor(&store.entry(gate_up).name);
+    }
+    let bias = |part: Part, width: usize| {
+        let Some(tensor) = find(part)? else { return Ok(None) };
+        let entry = store.entry(tensor);
+        if entry.shape != [n, width] {
+            return Err(Error::shape("fused bias", [n, width], &entry.shape))
+                .in_tensor(&entry.name);
+        }
+        Ok(Some(tensor))
+    };
+    let gate_up_bias = bias(Part::FusedGateUpBias, 2 * f)?;
+    let down_bias = bias(Part::FusedDownBias, d)?;
+    let part = |tensor: usize, i: usize, rows: usize, cols: usize| {
+        let slab = store.bytes(tensor).len() / n.max(1);
+        Piece { tensor, start: i * slab, rows, cols }
+    };
+    let expert = |i: usize| {
+        let projection = |role, weight, bias: Option<usize>, rows, cols, first, parts| {
+            let transposed = store.quantised().scheme(weight).is_none();
+            let order = Order { first, parts, transposed };
+            let bias = bias.map(|bias| part(bias, i, 1, rows));
+            Projection { role, weight: part(weight, i, rows, cols), bias, order }
+        };
+        vec![
+            projection(Role::Gate, gate_up, gate_up_bias, f, d, 0, 2),
+            projection(Role::Up, gate_up, gate_up_bias, f, d, 1, 2),
+            projection(Role::Down, down, down_bias, d, f, 0, 1),
+        ]
+    };
+    Ok((0..n).map(expert).collect())
+}
+
+/// Experts, outputs and inputs of a tensor of an interleaved layout.
+fn dims(store: &Store, tensor: usize) -> Result<(usize, usize, usize)> {
+    let entry = store.entry(tensor);
+    match (store.quantised().scheme(tensor), &entry.shape[..]) {
+        (Some(Scheme::Mxfp4 { .. }), &[n, outputs, groups, _]) => {
+            Ok((n, outputs, groups * mxfp4::VALUES))
+        }
+        (None, &[n, inputs, outputs]) => Ok((n, outputs, inputs)),
+        (_, shape) => {
+            Err(Error::shape("fused expert tensor", "[N, in, out] or MXFP4 groups", shape))
+                .in_tensor(&entry.name)
+        }
+    }
+}
+
 /// Checks data types, the shapes of all experts against the first's, and the router's width.
 fn check(store: &Store, layer: &LayerTensors) -> Result<()> {
     let float = |tensor: usize| {
         let entry = store.entry(tensor);
-        if entry.dtype.is_float() {
+        if entry.dtype.is_float() || store.quantised().scheme(tensor).is_some() {
             return Ok(());
         }
         let (found, supported) = (entry.dtype.name().into(), FLOATS.into());

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use super::config::Config;
 use super::folder::{self, Files};
 use super::header::{self, Entry};
 use super::json::malformed;
 use super::mmap::Map;
+use super::quant::{Quantised, Scheme};
 use crate::error::{Error, Locate, Result};
 
 #[derive(Debug)]
@@ -28,11 +30,6 @@ impl Tensor {
     pub(super) fn bytes(&self) -> usize {
         self.entry.range.len()
     }
-
-    /// Its number of elements.
-    pub(super) fn parameters(&self) -> usize {
-        self.entry.shape.iter().product()
-    }
 }
 
 /// Mapped files and their tensors, in the order of files and data.
@@ -41,13 +38,19 @@ pub(super) struct Store {
     shards: Vec<Shard>,
     tensors: Vec<Tensor>,
     by_name: HashMap<String, usize>,
+    quantised: Quantised,
 }
 
 impl Store {
     /// Maps the files of `dir` and checks their headers against each other and the index.
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let Files { paths, promised } = folder::files(dir)?;
-        let mut store = Self { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
+        let mut store = Self {
+            shards: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+            quantised: Quantised::default(),
+        };
         for (file, path) in paths.into_iter().enumerate() {
             let (shard, entries) = map(&path).in_file(&path)?;
             store.shards.push(shard);
@@ -101,6 +104,47 @@ impl Store {
     /// A tensor's header entry.
     pub(super) fn entry(&self, tensor: usize) -> &Entry {
         &self.tensors[tensor].entry
+    }
+
+    /// The quantised weights and their scales.
+    pub(super) fn quantised(&self) -> &Quantised {
+        &self.quantised
+    }
+
+    /// Finds the quantised weights of a model with `config`, which was read from `path`.
+    pub(super) fn find_quantised(&mut self, config: &Config, path: &Path) -> Result<()> {
+        self.quantised = Quantised::find(self, config, path)?;
+        Ok(())
+    }
+
+    /// The number of values in some bytes of a tensor.
+    pub(super) fn values(&self, tensor: usize, bytes: usize) -> usize {
+        match self.quantised.scheme(tensor) {
+            Some(Scheme::Mxfp4 { .. }) => bytes * 2,
+            _ => bytes / self.entry(tensor).dtype.alignment(),
+        }
+    }
+
+    /// The name of a tensor's data type.
+    pub(super) fn dtype_name(&self, tensor: usize) -> &'static str {
+        match self.quantised.scheme(tensor) {
+            Some(Scheme::Mxfp4 { .. }) => "MXFP4",
+            _ => self.entry(tensor).dtype.name(),
+        }
+    }
+
+    /// A tensor's number of parameters; scales are none.
+    pub(super) fn parameters(&self, tensor: usize) -> usize {
+        match (self.quantised.scaled(tensor), self.quantised.scheme(tensor)) {
+            (Some(_), _) => 0,
+            (None, Some(_)) => self.values(tensor, self.tensors[tensor].bytes()),
+            (None, None) => self.entry(tensor).shape.iter().product(),
+        }
+    }
+
+    /// A tensor and that of its scales.
+    pub(super) fn with_scales(&self, tensor: usize) -> impl Iterator<Item = usize> {
+        [Some(tensor), self.quantised.scheme(tensor).map(Scheme::scales)].into_iter().flatten()
     }
 
     /// A tensor's bytes.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::folder::INDEX;
 use super::open::Checkpoint;
+use super::scan_layer::LayerTensors;
 use super::write_config;
 use super::write_file::{CHUNK, Flush, Output, copy_whole, write_whole};
 use super::write_plan::Plan;
@@ -99,7 +100,8 @@ impl<'a> Writer<'a> {
     /// anything, or a partial folder of another run; [`Budget`](crate::ErrorKind::Budget) when a
     /// stock export has different numbers of experts; [`OutOfRange`](crate::ErrorKind::OutOfRange)
     /// when top-k or routing groups do not fit; [`Unsupported`](crate::ErrorKind::Unsupported) for
-    /// a native or quantised source or dropped experts in an expanded export;
+    /// a native source, an unknown quantisation method, or dropped experts in an expanded export;
+    /// [`NotFinite`](crate::ErrorKind::NotFinite) for a quantised weight that is no number;
     /// [`Io`](crate::ErrorKind::Io).
     pub fn create(source: &'a Checkpoint, target: &Path, plan: &WritePlan) -> Result<Self> {
         let request = plan.clone();
@@ -163,6 +165,10 @@ impl<'a> Writer<'a> {
     fn copy(&mut self, tensor: usize, original: usize) -> Result<()> {
         let source = self.source;
         let bytes = source.store.bytes(original);
+        let quantised = source.store.quantised().scheme(original).is_some();
+        if quantised && !bytes.is_empty() {
+            return self.dequantise(tensor, original);
+        }
         if bytes.is_empty() && !self.digests.contains_key(&self.file_name(tensor)) {
             return self.put_bytes(tensor, 0, bytes);
         }
@@ -259,13 +265,15 @@ impl<'a> Writer<'a> {
             .values()
             .map(|layer| layer.expert_tensors().iter().map(|&t| outs[t].bytes as u64).sum::<u64>())
             .sum();
-        let copied = self.source.layers().iter().filter(|l| !self.plan.layers.contains_key(&l.id));
+        let others = self.source.tensors.iter().filter(|l| !self.plan.layers.contains_key(&l.id));
+        let copied: BTreeSet<usize> = others.flat_map(LayerTensors::expert_tensors).collect();
+        let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
         let size = |o: &super::write_plan::Out| o.shape.iter().product::<usize>() as u64;
         Written {
             files: self.digests.keys().cloned().collect(),
             bytes: outs.iter().map(|o| o.bytes as u64).sum(),
             parameters: outs.iter().map(size).sum(),
-            expert_bytes: merged + copied.map(|l| l.expert_bytes).sum::<u64>(),
+            expert_bytes: merged + copied.map(|o| o.bytes as u64).sum::<u64>(),
             dropped: self.plan.dropped.clone(),
         }
     }

@@ -25,9 +25,7 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
         let supported = "the original checkpoint";
         return Err(unsupported("source of a merge", "a native folder", supported));
     }
-    if source.config().get("quantization_config").is_some() {
-        return Err(unsupported("source of a merge", "a quantised model", super::dtype::FLOATS));
-    }
+    super::quant::check_method(source.config()).in_file(&source.dir().join("config.json"))?;
     if plan.export == Export::Expanded && (plan.top_k.is_some() || plan.flatten_groups) {
         let reason = "the expanded export leaves the router and its config as they are".into();
         return Err(ErrorKind::Recipe { reason }.into());

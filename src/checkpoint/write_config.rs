@@ -3,6 +3,7 @@
 use super::config::{self, Config, Edit, mismatch};
 use super::native::{NATIVE, Native};
 use super::open::Checkpoint;
+use super::quant;
 use super::write::{Export, WritePlan};
 use super::write_check::drops_mtp;
 use crate::error::Result;
@@ -16,7 +17,8 @@ pub(super) fn config(
     plan: &WritePlan,
     experts: Option<usize>,
 ) -> Result<String> {
-    let config = source.config();
+    // No weight of the target is quantised.
+    let config = &source.config().without(quant::KEY)?;
     let mut everywhere = Vec::new();
     let mut set = |keys: &[&'static str], value: usize| {
         everywhere.extend(keys.iter().map(|key| (*key, value.to_string())));

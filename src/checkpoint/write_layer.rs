@@ -1,15 +1,16 @@
 //! A merged layer's tensors, converted and put in their places.
 
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ndarray::Array1;
 
-use super::scan_layer::Piece;
+use super::scan_layer::{Order, Piece, Projection};
 use super::write::{Export, Writer};
 use super::write_check::target_rule;
 use super::write_file::Output;
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, MergedLayer, Role, Router};
+use crate::model::{Expert, Grouping, LayerId, MergedLayer, Router};
 
 impl Writer<'_> {
     /// Writes the tensors of a merged layer to their places.
@@ -41,20 +42,23 @@ impl Writer<'_> {
             };
             let expert = &merged.experts[group];
             let untouched = self.untouched(id, &grouping, group, expert)?;
-            for (at, projection) in projections.iter().enumerate() {
-                if let Some(original) = untouched {
-                    let from = self.source.tensors[self.source.position(id)?].experts[original][at];
-                    self.put_original(projection.weight, from.weight).in_expert(slot)?;
-                    if let (Some(to), Some(from)) = (projection.bias, from.bias) {
-                        self.put_original(to, from).in_expert(slot)?;
-                    }
-                    continue;
+            match &untouched {
+                Some((original, _)) if !self.is_quantised(id)? => {
+                    self.put_original(id, projections, *original)
                 }
-                self.put_projection(expert, projection.role, projection.weight, projection.bias)
-                    .in_expert(slot)?;
+                Some((_, expert)) => self.put_expert(projections, expert),
+                None => self.put_expert(projections, expert),
             }
+            .in_expert(slot)?;
         }
         Ok(())
+    }
+
+    /// Whether experts of a layer of the source are quantised.
+    fn is_quantised(&self, id: LayerId) -> Result<bool> {
+        let layer = &self.source.tensors[self.source.position(id)?];
+        let quantised = self.source.store.quantised();
+        Ok(layer.expert_tensors().iter().any(|&t| quantised.scheme(t).is_some()))
     }
 
     /// The router to write, as planned.
@@ -74,36 +78,65 @@ impl Writer<'_> {
         Ok(router)
     }
 
-    /// The source's expert when `group` is that expert alone and has its values: its bytes are
-    /// copied then, so that the sign of zeros survives too.
+    /// The source's expert when `group` is that expert alone and has its values: it is what is
+    /// written then, so that the sign of zeros survives too.
     fn untouched(
         &self,
         id: LayerId,
         grouping: &Grouping,
         group: usize,
         expert: &Expert,
-    ) -> Result<Option<usize>> {
+    ) -> Result<Option<(usize, Expert)>> {
         let &[original] = &grouping.members(group)[..] else { return Ok(None) };
-        Ok((self.source.read_expert(id, original)? == *expert).then_some(original))
+        let read = self.source.read_expert(id, original)?;
+        Ok((read == *expert).then_some((original, read)))
     }
 
-    fn put_projection(
-        &mut self,
-        expert: &Expert,
-        role: Role,
-        weight: Piece,
-        bias: Option<Piece>,
-    ) -> Result<()> {
-        let Some(linear) = expert.view().linear(role) else {
-            return Err(Error::shape("expert", format!("a {role} projection"), "none"));
-        };
-        if linear.weight.dim() != (weight.rows, weight.cols) {
+    /// Converts an expert and writes it to its places.
+    fn put_expert(&mut self, to: &[Projection], expert: &Expert) -> Result<()> {
+        let mut slabs = BTreeMap::new();
+        for Projection { role, weight, bias, order } in to.iter().copied() {
+            let Some(linear) = expert.view().linear(role) else {
+                return Err(Error::shape("expert", format!("a {role} projection"), "none"));
+            };
             let expected = (weight.rows, weight.cols);
-            return Err(Error::shape("expert projection", expected, linear.weight.dim()));
+            if linear.weight.dim() != expected {
+                return Err(Error::shape("expert projection", expected, linear.weight.dim()));
+            }
+            let widths = (bias.map(|b| b.cols), linear.bias.map(|b| b.len()));
+            if widths.0 != widths.1 {
+                return Err(Error::shape("bias", widths.0, widths.1));
+            }
+            let values = linear.weight.as_standard_layout();
+            let values = values.as_slice().unwrap_or_default();
+            self.put_ordered(weight, expected, order, values, &mut slabs)?;
+            if let (Some(piece), Some(values)) = (bias, linear.bias) {
+                let (shape, order) = ((piece.cols, 1), order.upright());
+                self.put_ordered(piece, shape, order, &values.to_vec(), &mut slabs)?;
+            }
         }
-        let values = linear.weight.as_standard_layout();
-        self.put(weight, values.as_slice().unwrap_or_default())?;
-        self.put_vector(bias, linear.bias.map(|b| b.to_owned()).as_ref())
+        let whole = |((tensor, start), values): (_, Vec<f32>)| {
+            self.put(Piece { tensor, start, rows: 1, cols: values.len() }, &values)
+        };
+        slabs.into_iter().try_for_each(whole)
+    }
+
+    /// Writes a piece, or puts it into the slab that it shares with others.
+    fn put_ordered(
+        &mut self,
+        piece: Piece,
+        shape: (usize, usize),
+        order: Order,
+        values: &[f32],
+        slabs: &mut BTreeMap<(usize, usize), Vec<f32>>,
+    ) -> Result<()> {
+        if order == Order::PLAIN {
+            return self.put(piece, values);
+        }
+        let slab = slabs.entry((piece.tensor, piece.start));
+        let slab = slab.or_insert_with(|| vec![0.0; order.slab(piece).cols]);
+        order.walk(shape, |from, to| slab[to] = values[from]);
+        Ok(())
     }
 
     fn put_vector(&mut self, piece: Option<Piece>, values: Option<&Array1<f32>>) -> Result<()> {
@@ -135,11 +168,24 @@ impl Writer<'_> {
         self.put_bytes(piece.tensor, piece.start, &bytes)
     }
 
-    fn put_original(&mut self, to: Piece, from: Piece) -> Result<()> {
-        let store = &self.source.store;
-        let length = from.rows * from.cols * store.entry(from.tensor).dtype.alignment();
-        let bytes = &store.bytes(from.tensor)[from.start..from.start + length];
-        self.put_bytes(to.tensor, to.start, bytes)
+    /// Copies the bytes of expert `original` of the source.
+    fn put_original(&mut self, id: LayerId, to: &[Projection], original: usize) -> Result<()> {
+        let source = self.source;
+        let from = &source.tensors[source.position(id)?].experts[original];
+        let mut copied = BTreeSet::new();
+        for (to, from) in to.iter().zip(from) {
+            let pairs = [Some((to.weight, from.weight)), to.bias.zip(from.bias)];
+            for (to, part) in pairs.into_iter().flatten() {
+                if !copied.insert((to.tensor, to.start)) {
+                    continue;
+                }
+                let size = source.store.entry(part.tensor).dtype.alignment();
+                let length = from.order.slab(part).cols * size;
+                let bytes = &source.store.bytes(part.tensor)[part.start..part.start + length];
+                self.put_bytes(to.tensor, to.start, bytes)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde_json::json;
 
+use super::dequantise::{self, Plain};
 use super::dtype::Dtype;
 use super::open::Checkpoint;
 use super::scan_layer::{LayerTensors, Piece, Projection};
@@ -61,14 +62,18 @@ impl Plan {
         }
         let drops_mtp = drops_mtp(plan);
         for (tensor, found) in source.store.tensors().iter().enumerate() {
+            let store = &source.store;
             if drops_mtp && source.mtp.binary_search(&tensor).is_ok() {
                 let reason = "multi-token prediction was trained with the unmerged experts";
                 dropped.push((found.entry.name.clone(), reason.to_owned()));
             } else if let Some((layer, grouping)) = owner.get(&tensor) {
                 draft.layer(source, layer, grouping, plan.export);
+            } else if let Some(weight) = store.quantised().scaled(tensor) {
+                let reason = format!("{} is written dequantised", store.entry(weight).name);
+                dropped.push((found.entry.name.clone(), reason));
             } else {
-                let entry = &found.entry;
-                draft.push(&entry.name, entry.dtype, entry.shape.clone(), Some(tensor));
+                let Plain { name, dtype, shape } = dequantise::plain(store, tensor);
+                draft.push(name, dtype, shape, Some(tensor));
             }
         }
         let (outs, files, layers) = draft.place(plan.shard_bytes);
@@ -115,12 +120,11 @@ impl Draft {
             Export::Expanded => (n, n),
         };
         let mut routing = |tensor: usize, axis: usize| {
-            let entry = source.store.entry(tensor);
-            let mut shape = entry.shape.clone();
+            let Plain { name, dtype, mut shape } = dequantise::plain(&source.store, tensor);
             if let Some(side) = shape.get_mut(axis) {
                 *side = rows;
             }
-            self.push(&entry.name, entry.dtype, shape, None)
+            self.push(name, dtype, shape, None)
         };
         let last = |tensor: usize| source.store.entry(tensor).shape.len() - 1;
         let router = routing(layer.router, 0);
@@ -133,21 +137,23 @@ impl Draft {
             let dominant = group.map_or(slot, |g| grouping.dominants()[g]);
             let like = layer.experts[slot].iter().zip(&layer.experts[dominant]);
             like.map(|(named, typed)| {
-                let mut piece = |named: Piece, typed: Piece| {
-                    let entry = source.store.entry(named.tensor);
-                    let dtype = source.store.entry(typed.tensor).dtype;
+                let mut piece = |named: Piece, typed: Piece, axes: usize| {
+                    let Plain { name, mut shape, .. } =
+                        dequantise::plain(&source.store, named.tensor);
+                    let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
                     let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                        let mut shape = entry.shape.clone();
-                        if shape.len() == 3 {
+                        if shape.len() > axes {
                             shape[0] = slots;
                         }
-                        self.push(&entry.name, dtype, shape, None)
+                        self.push(name, dtype, shape, None)
                     });
-                    Piece { tensor, ..named }
+                    let start = source.store.values(named.tensor, named.start) * dtype.alignment();
+                    Piece { tensor, start, ..named }
                 };
-                let weight = piece(named.weight, typed.weight);
-                let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed));
-                Projection { role: named.role, weight, bias }
+                let weight = piece(named.weight, typed.weight, 2);
+                let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
+                let order = dequantise::order(&source.store, named);
+                Projection { role: named.role, weight, bias, order }
             })
             .collect()
         });

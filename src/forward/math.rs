@@ -38,7 +38,7 @@ pub(super) fn gated(act: Activation, gate: &mut [f32], up: &[f32]) {
     match act {
         Activation::Silu => pairs.for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u),
         Activation::Relu => pairs.for_each(|(g, u)| *g = g.max(0.0) * u),
-        act => pairs.for_each(|(g, u)| *g = act.apply(*g) * u),
+        act => pairs.for_each(|(g, u)| *g = act.gate(*g, *u)),
     }
 }
 

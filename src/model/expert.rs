@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::linalg::{Compute, Term};
 
 /// The non-linearity `act` of an expert.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// `x · σ(x)` (SwiGLU).
@@ -20,6 +20,14 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)` (Switch).
     Relu,
+    /// `x · σ(α x)` with `x` cut off above a limit; a gate of it takes `u + 1` for the up
+    /// projection `u`, which is cut off at both ends (gpt-oss).
+    ClampedSwiglu {
+        /// The slope `α` inside `σ`.
+        alpha: f32,
+        /// Where gate and up are cut off.
+        limit: f32,
+    },
 }
 
 impl Activation {
@@ -33,7 +41,21 @@ impl Activation {
                 0.5 * x * (1.0 + inner.tanh())
             }
             Self::Relu => x.max(0.0),
+            Self::ClampedSwiglu { alpha, limit } => {
+                let x = x.min(limit);
+                x / (1.0 + (-alpha * x).exp())
+            }
         }
+    }
+
+    /// A hidden unit of a gated expert, `act(gate) · up`; with the clamped kind
+    /// `act(gate) · (up + 1)`, `up` within its limits.
+    pub fn gate(self, gate: f32, up: f32) -> f32 {
+        let up = match self {
+            Self::ClampedSwiglu { limit, .. } => up.max(-limit).min(limit) + 1.0,
+            _ => up,
+        };
+        self.apply(gate) * up
     }
 }
 
@@ -122,7 +144,7 @@ impl LinearView<'_> {
 
 /// One expert, finite and of consistent shapes.
 ///
-/// Gated (three matrices): `E(x) = W_down (act(W_gate x) ⊙ (W_up x))`. Two matrices:
+/// Gated (three matrices): `E(x) = W_down (act(W_gate x) ⊙ (W_up x))`, by [`Activation::gate`]. Two matrices:
 /// `E(x) = W_down act(W_up x)`. Each projection may have a bias.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Expert {
@@ -326,7 +348,7 @@ impl<'a> ExpertView<'a> {
             None => up.mapv_into(|z| act.apply(z)),
             Some(gate) => {
                 let mut hidden = gate.forward(x, compute)?;
-                hidden.zip_mut_with(&up, |g, &u| *g = act.apply(*g) * u);
+                hidden.zip_mut_with(&up, |g, &u| *g = act.gate(*g, u));
                 hidden
             }
         })
@@ -356,6 +378,15 @@ mod tests {
     use crate::linalg::Cpu;
     use ndarray::array;
 
+    const GPT_OSS: [(f32, f32, f32); 6] = [
+        (0.5, 0.25, 0.437_985_54),
+        (-2.0, 1.5, -0.160_853_43),
+        (9.0, -8.0, -41.999_718),
+        (-9.0, 3.0, -8.012_714e-6),
+        (3.0, 7.5, 23.855_43),
+        (1.0, -1.0, 0.0),
+    ];
+
     #[test]
     fn erf_and_activations_match_known_values() {
         for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_9), (-1.0, -0.842_700_8), (3.0, 0.999_977_9)] {
@@ -365,6 +396,12 @@ mod tests {
         approx::assert_abs_diff_eq!(Activation::Gelu.apply(1.0), 0.841_344_8, epsilon = 1e-6);
         approx::assert_abs_diff_eq!(Activation::GeluTanh.apply(1.0), 0.841_192, epsilon = 1e-6);
         assert_eq!(Activation::Relu.apply(-2.0), 0.0);
+        // As the gpt-oss block of transformers computes it.
+        let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+        for (gate, up, y) in GPT_OSS {
+            approx::assert_relative_eq!(clamped.gate(gate, up), y, max_relative = 2e-6);
+        }
+        assert_eq!(Activation::Relu.gate(3.0, -2.0), -6.0);
     }
 
     #[test]

@@ -45,6 +45,33 @@ impl Tiny {
         self.tensors.insert(name.into(), Raw(dtype, shape.to_vec(), bytes));
     }
 
+    /// Replaces the layers' matrices by random FP8 codes with f32 scales per block.
+    pub fn in_fp8(&mut self, block: [usize; 2]) {
+        let names: Vec<String> = self.tensors.keys().cloned().collect();
+        for name in names.iter().filter(|name| name.ends_with("_proj.weight")) {
+            let shape = self.tensors[name].1.clone();
+            let blocks = [shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])];
+            self.add(format!("{name}_scale_inv"), Dtype::F32, &blocks);
+            let codes = self.codes(shape.iter().product());
+            let finite = codes.into_iter().map(|code| if code & 0x7f == 0x7f { 0 } else { code });
+            self.tensors.insert(name.clone(), Raw(Dtype::F8_E4M3, shape, finite.collect()));
+        }
+        let quantised = format!(
+            "  \"quantization_config\": {{\"quant_method\": \"fp8\", \"fmt\": \"e4m3\", \
+             \"weight_block_size\": {block:?}}},\n  \"odd\""
+        );
+        self.config = self.config.replace("  \"odd\"", &quantised);
+    }
+
+    /// Random bytes.
+    pub fn codes(&mut self, count: usize) -> Vec<u8> {
+        let mut next = || {
+            self.random = self.random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (self.random >> 16) as u8
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
     /// Writes it as `model.safetensors`.
     pub fn write(&self, dir: &Path) {
         self.write_config(dir);
@@ -225,6 +252,46 @@ pub fn fused() -> Tiny {
     tiny
 }
 
+/// gpt-oss in bf16: gate and up in turn, transposed, with biases everywhere.
+pub fn gpt_oss() -> Tiny {
+    let keys = format!("  \"num_local_experts\": {N},\n{K2}  \"experts_per_token\": 2,\n");
+    let mut tiny = Tiny::new(config("gpt_oss", &keys));
+    for layer in 0..2 {
+        let block = format!("model.layers.{layer}.mlp");
+        tiny.add(format!("{block}.experts.gate_up_proj"), Dtype::BF16, &[N, D, 2 * F]);
+        tiny.add(format!("{block}.experts.gate_up_proj_bias"), Dtype::BF16, &[N, 2 * F]);
+        tiny.add(format!("{block}.experts.down_proj"), Dtype::BF16, &[N, F, D]);
+        tiny.add(format!("{block}.experts.down_proj_bias"), Dtype::BF16, &[N, D]);
+        tiny.add(format!("{block}.router.weight"), Dtype::BF16, &[N, D]);
+        tiny.add(format!("{block}.router.bias"), Dtype::BF16, &[N]);
+    }
+    tiny
+}
+
+/// gpt-oss in MXFP4, of width 32 with 64 hidden units, whose config ends in the quantisation.
+pub fn gpt_oss_mxfp4() -> Tiny {
+    let mut tiny = gpt_oss();
+    tiny.tensors.clear();
+    for layer in 0..2 {
+        let block = format!("model.layers.{layer}.mlp");
+        for (name, rows, groups) in [("gate_up_proj", 128, 1), ("down_proj", 32, 2)] {
+            let name = format!("{block}.experts.{name}");
+            let blocks = tiny.codes(N * rows * groups * 16);
+            let scales = tiny.codes(N * rows * groups).into_iter().map(|code| 120 + code % 8);
+            let raw = Raw(Dtype::U8, vec![N, rows, groups], scales.collect());
+            tiny.tensors.insert(format!("{name}_scales"), raw);
+            let raw = Raw(Dtype::U8, vec![N, rows, groups, 16], blocks);
+            tiny.tensors.insert(format!("{name}_blocks"), raw);
+            tiny.add(format!("{name}_bias"), Dtype::BF16, &[N, rows]);
+        }
+        tiny.add(format!("{block}.router.weight"), Dtype::BF16, &[N, 32]);
+        tiny.add(format!("{block}.router.bias"), Dtype::BF16, &[N]);
+    }
+    let end = "2E3],\n  \"quantization_config\": {\"quant_method\": \"mxfp4\"}";
+    tiny.config = tiny.config.replace("2E3]", end);
+    tiny
+}
+
 /// Granite's names for fused experts.
 pub fn granite() -> Tiny {
     let mut tiny = Tiny::new(config("granitemoe", &format!("  \"num_local_experts\": {N},\n{K2}")));
@@ -279,6 +346,7 @@ pub fn all() -> Vec<(&'static str, Tiny)> {
         ("lfm2", lfm2()),
         ("fused", fused()),
         ("granite", granite()),
+        ("gpt_oss", gpt_oss()),
         ("mixtral", biased()),
         ("switch", switch()),
     ]
