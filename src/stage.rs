@@ -45,6 +45,16 @@ impl Needs {
     /// Diagonal Fisher information of the experts' weights.
     pub const FISHER: Self = Self(1 << 8);
 
+    /// All statistics that a forward pass gives: no weights, and nothing that needs a gradient.
+    pub const OBSERVABLE: Self = Self(
+        Self::LOGIT_GRAM.0
+            | Self::ROUTER_MASS.0
+            | Self::OUTPUT_NORM.0
+            | Self::REAP.0
+            | Self::MEAN_OUTPUT.0
+            | Self::SAMPLES.0,
+    );
+
     const NAMES: [(Self, &'static str); 9] = [
         (Self::EXPERTS, "expert weights"),
         (Self::LOGIT_GRAM, "the router-logit Gram matrix (or router logits)"),

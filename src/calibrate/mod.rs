@@ -1,9 +1,12 @@
-//! Routing statistics: import and export of the interchange format.
+//! Routing statistics: collected from what a forward pass shows ([`Collector`]), and the import and
+//! export of the interchange format.
 //!
 //! The format is one safetensors file for a whole model, described in `docs/STATISTICS.md`. It can
 //! hold hundreds of megabytes of per-token observations per layer, so nothing but its header is
 //! read when it is opened: [`StatsFile::layer`] reads what one layer's stages asked for.
 
+mod collect;
+mod collect_rows;
 mod file;
 mod header;
 mod layer;
@@ -11,5 +14,6 @@ mod parts;
 mod tensor;
 mod writer;
 
+pub use collect::{Batch, Collector};
 pub use file::StatsFile;
-pub use writer::write_stats;
+pub use writer::{StatsWriter, write_stats};

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
 use serde_json::{Map, Value, json};
 
+use super::file::contradiction;
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, LayerId, LinearView, Role, RoutingStats, Samples};
 
@@ -28,36 +29,175 @@ pub fn write_stats(
     layers: &BTreeMap<LayerId, RoutingStats>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let path = path.as_ref();
-    write(path, layers, metadata).in_file(path)
+    let mut writer = StatsWriter::create(path, metadata)?;
+    for (&id, stats) in layers {
+        writer.layer(id, stats)?;
+    }
+    writer.finish()
 }
 
-fn write(
-    path: &Path,
-    layers: &BTreeMap<LayerId, RoutingStats>,
-    metadata: &BTreeMap<String, String>,
-) -> Result<()> {
-    let mut parts = Vec::new();
-    for (&id, stats) in layers {
-        stats.validate(stats.experts(), width(stats)).in_layer(id)?;
-        parts.extend(parts_of(id, stats));
+/// Writes a statistics file a layer at a time: nothing of a layer stays in memory.
+///
+/// The values go to a hidden file beside the target; the header, which lists them, is known last,
+/// so [`StatsWriter::finish`] copies them behind it and renames. Dropped before, it leaves nothing
+/// behind. The bytes are those of [`write_stats`].
+#[derive(Debug)]
+pub struct StatsWriter {
+    path: PathBuf,
+    aside: Aside,
+    values: BufWriter<File>,
+    placed: Vec<Placed>,
+    end: u64,
+    metadata: BTreeMap<String, String>,
+    notes: Vec<Value>,
+    sizes: Vec<usize>,
+}
+
+/// A tensor whose values were written.
+#[derive(Debug)]
+struct Placed {
+    name: String,
+    dtype: &'static str,
+    width: usize,
+    shape: Vec<usize>,
+    at: u64,
+    bytes: u64,
+}
+
+impl StatsWriter {
+    /// Begins a file; `metadata` as in [`write_stats`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn create(path: impl AsRef<Path>, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        let path = path.as_ref();
+        let aside = Aside::of(path);
+        let mut open = File::options();
+        open.read(true).write(true).create(true).truncate(true);
+        let file = open.open(&aside.values).map_err(|e| Error::io("write statistics", e));
+        Ok(Self {
+            path: path.into(),
+            values: BufWriter::with_capacity(1 << 20, file.in_file(path)?),
+            aside,
+            placed: Vec::new(),
+            end: 0,
+            metadata: metadata.clone(),
+            notes: Vec::new(),
+            sizes: Vec::new(),
+        })
     }
-    // Wide types first: every tensor stays aligned to its own width.
-    parts.sort_by_key(|part| std::cmp::Reverse(part.values.width()));
-    let header = header(layers, metadata, &parts);
-    let aside = aside(path);
-    let written = write_aside(&aside, &header, parts)
-        .and_then(|()| fs::rename(&aside, path).map_err(|e| Error::io("rename statistics", e)));
-    if written.is_err() {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&aside);
+
+    /// Writes one layer. [`write_stats`] writes them in ascending order; so should others.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Statistics`](crate::ErrorKind::Statistics) when its parts contradict each other
+    /// or it was written before, [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn layer(&mut self, id: LayerId, stats: &RoutingStats) -> Result<()> {
+        self.write_layer(id, stats).in_layer(id).in_file(&self.path)
     }
-    written
+
+    fn write_layer(&mut self, id: LayerId, stats: &RoutingStats) -> Result<()> {
+        stats.validate(stats.experts(), width(stats))?;
+        let note = note(id, stats);
+        if self.notes.iter().any(|other| other["name"] == note["name"]) {
+            return Err(contradiction("the layer was written before".into()));
+        }
+        self.notes.push(note);
+        self.sizes.push(stats.experts());
+        for Part { name, shape, values } in parts_of(id, stats) {
+            let (dtype, width, at) = (values.dtype(), values.width(), self.end);
+            let bytes = (shape.iter().product::<usize>() * width) as u64;
+            values.write(&mut self.values).map_err(|e| Error::io("write statistics", e))?;
+            self.placed.push(Placed { name, dtype, width, shape, at, bytes });
+            self.end += bytes;
+        }
+        Ok(())
+    }
+
+    /// Puts the header before the values and gives the file its name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
+    pub fn finish(mut self) -> Result<()> {
+        // Wide types first: every tensor stays aligned to its own width.
+        self.placed.sort_by_key(|part| std::cmp::Reverse(part.width));
+        let header = header(self.notes(), &self.placed);
+        let mut join = || -> io::Result<()> {
+            self.values.flush()?;
+            let mut values = self.values.get_ref();
+            let mut out = BufWriter::with_capacity(1 << 20, File::create(&self.aside.whole)?);
+            out.write_all(&header)?;
+            for part in &self.placed {
+                values.seek(SeekFrom::Start(part.at))?;
+                io::copy(&mut values.take(part.bytes), &mut out)?;
+            }
+            out.into_inner()?.sync_all()?;
+            fs::rename(&self.aside.whole, &self.path)
+        };
+        join().map_err(|e| Error::io("write statistics", e)).in_file(&self.path)
+    }
+
+    /// The caller's metadata and what a reader cannot see in the tensors.
+    fn notes(&self) -> BTreeMap<String, String> {
+        let mut notes = self.metadata.clone();
+        notes.insert("layers".into(), Value::Array(self.notes.clone()).to_string());
+        match self.sizes.split_first() {
+            Some((n, rest)) if rest.iter().all(|other| other == n) => {
+                notes.insert("num_experts".into(), n.to_string());
+            }
+            // Layers of different sizes have no common number.
+            _ => {
+                notes.remove("num_experts");
+            }
+        }
+        notes
+    }
+}
+
+/// Hidden names in the target's folder, so that the rename stays within one file system; the files
+/// are removed in the end, whatever happened.
+#[derive(Debug)]
+struct Aside {
+    values: PathBuf,
+    whole: PathBuf,
+}
+
+impl Aside {
+    fn of(path: &Path) -> Self {
+        let hidden = |kind: &str| {
+            let mut name = OsString::from(".");
+            name.push(path.file_name().unwrap_or_default());
+            name.push(format!(".{}.{kind}", std::process::id()));
+            path.with_file_name(name)
+        };
+        Self { values: hidden("values"), whole: hidden("partial") }
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        for path in [&self.values, &self.whole] {
+            // Usually there is nothing to remove; if it fails there is nobody to tell.
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 fn width(stats: &RoutingStats) -> usize {
     let samples = stats.samples.as_ref().map(|s| s.inputs.ncols());
     samples.or(stats.mean_output.as_ref().map(|m| m.ncols())).unwrap_or(0)
+}
+
+/// What the metadata say of a layer.
+fn note(id: LayerId, stats: &RoutingStats) -> Value {
+    let mut note = json!({ "name": id.to_string(), "tokens": stats.tokens });
+    if let Some(samples) = &stats.samples {
+        note["top_k"] = json!(samples.routing.experts.ncols());
+        if samples.tokens() as u64 != stats.tokens {
+            note["samples"] = json!(samples.tokens());
+        }
+    }
+    note
 }
 
 /// A tensor to be written; values are converted on the way out.
@@ -180,18 +320,14 @@ fn expert_parts<'a>(id: LayerId, kind: &str, tensors: &'a [Expert]) -> Vec<Part<
 }
 
 /// The length and the JSON of the header, padded so that the data begins aligned.
-fn header(
-    layers: &BTreeMap<LayerId, RoutingStats>,
-    metadata: &BTreeMap<String, String>,
-    parts: &[Part<'_>],
-) -> Vec<u8> {
+fn header(notes: BTreeMap<String, String>, parts: &[Placed]) -> Vec<u8> {
     let mut entries = Map::new();
-    entries.insert("__metadata__".into(), json!(notes(layers, metadata)));
+    entries.insert("__metadata__".into(), json!(notes));
     let mut start = 0;
     for part in parts {
-        let end = start + part.shape.iter().product::<usize>() * part.values.width();
+        let end = start + part.bytes;
         let entry = json!({
-            "dtype": part.values.dtype(), "shape": part.shape, "data_offsets": [start, end],
+            "dtype": part.dtype, "shape": part.shape, "data_offsets": [start, end],
         });
         entries.insert(part.name.clone(), entry);
         start = end;
@@ -201,53 +337,4 @@ fn header(
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend(json);
     header
-}
-
-/// The caller's metadata and what a reader cannot see in the tensors.
-fn notes(
-    layers: &BTreeMap<LayerId, RoutingStats>,
-    metadata: &BTreeMap<String, String>,
-) -> BTreeMap<String, String> {
-    let note = |(id, stats): (&LayerId, &RoutingStats)| {
-        let mut note = json!({ "name": id.to_string(), "tokens": stats.tokens });
-        if let Some(samples) = &stats.samples {
-            note["top_k"] = json!(samples.routing.experts.ncols());
-            if samples.tokens() as u64 != stats.tokens {
-                note["samples"] = json!(samples.tokens());
-            }
-        }
-        note
-    };
-    let list: Vec<Value> = layers.iter().map(note).collect();
-    let mut notes = metadata.clone();
-    notes.insert("layers".into(), Value::Array(list).to_string());
-    let mut sizes = layers.values().map(RoutingStats::experts);
-    match sizes.next() {
-        Some(n) if sizes.all(|other| other == n) => {
-            notes.insert("num_experts".into(), n.to_string());
-        }
-        // Layers of different sizes have no common number.
-        _ => {
-            notes.remove("num_experts");
-        }
-    }
-    notes
-}
-
-/// A hidden name in the same folder, so that the rename stays within one file system.
-fn aside(path: &Path) -> std::path::PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    path.with_file_name(name)
-}
-
-fn write_aside(path: &Path, header: &[u8], parts: Vec<Part<'_>>) -> Result<()> {
-    let write = || -> io::Result<()> {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-        out.write_all(header)?;
-        parts.into_iter().try_for_each(|part| part.values.write(&mut out))?;
-        out.into_inner()?.sync_all()
-    };
-    write().map_err(|e| Error::io("write statistics", e))
 }

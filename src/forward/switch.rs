@@ -11,6 +11,7 @@ use super::feed::Observer;
 use super::head::{Head, check_tokens};
 use super::keys::Keys;
 use super::load::Loader;
+use super::norm::RmsNorm;
 use super::spec::activation;
 use super::t5::{SwitchBlock, stack_prefix};
 use crate::error::{Error, ErrorKind, Result};
@@ -171,10 +172,18 @@ impl<S: TensorSource> Switch<S> {
     ) -> Result<Hidden> {
         let mut hidden = self.embed(Stack::Encoder, windows)?;
         self.stack(Stack::Encoder, &mut hidden, None, observer)?;
-        let loader = Loader::new(&self.source, stack_prefix(&self.source, Stack::Encoder));
-        let norm = loader.norm("final_layer_norm", self.spec.d_model, self.spec.eps)?;
-        hidden.states = norm.forward(hidden.states.view())?;
+        hidden.states = self.final_norm(Stack::Encoder)?.forward(hidden.states.view())?;
         Ok(hidden)
+    }
+
+    /// The norm behind the last block of a stack. Decoder blocks attend to the encoder's states
+    /// after it.
+    ///
+    /// # Errors
+    /// Those of the source; a shape that does not fit or a value that is not finite.
+    pub fn final_norm(&self, stack: Stack) -> Result<RmsNorm> {
+        let loader = Loader::new(&self.source, stack_prefix(&self.source, stack));
+        loader.norm("final_layer_norm", self.spec.d_model, self.spec.eps)
     }
 
     /// The decoder's states before its final norm; window `i` attends to encoder window `i`.
@@ -217,9 +226,8 @@ impl<S: TensorSource> Switch<S> {
     /// # Errors
     /// Those of the source; a shape that does not fit or a value that is not finite.
     pub fn head(&self) -> Result<Head> {
-        let (d, eps) = (self.spec.d_model, self.spec.eps);
-        let loader = Loader::new(&self.source, stack_prefix(&self.source, Stack::Decoder));
-        let norm = loader.norm("final_layer_norm", d, eps)?;
+        let d = self.spec.d_model;
+        let norm = self.final_norm(Stack::Decoder)?;
         if self.spec.tied {
             return Ok(Head::new(norm, self.table(Stack::Encoder)?, 1.0 / (d as f32).sqrt()));
         }

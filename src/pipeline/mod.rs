@@ -6,20 +6,26 @@
 //! call [`merge_then_compress`]).
 
 mod builder;
+mod calibrate;
 mod choice;
 mod decide;
 mod engine;
 mod observe;
+mod pass;
 mod policy;
 mod presets;
 mod recipe;
 mod report;
 mod run;
+mod states;
+mod tokens;
 
 pub use builder::{Merged, Pipeline, PipelineBuilder};
+pub use calibrate::{calibrate, calibrate_to_file};
 pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
 pub use observe::{Observer, Phase, Silent};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{Change, GroupReport, LayerReport, OutputError, Report, WrittenReport};
 pub use run::{Output, merge_then_compress};
+pub use tokens::{CalibrateOptions, Tokens};

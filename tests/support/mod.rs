@@ -20,8 +20,11 @@ pub struct Folder {
     pub config: Value,
 }
 
+/// Tensors by name.
+pub type Tensors = HashMap<String, ArrayD<f32>>;
+
 /// The tensors of one file, converted to `f32`.
-pub fn tensors(path: &Path) -> HashMap<String, ArrayD<f32>> {
+pub fn tensors(path: &Path) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let convert = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {

@@ -1,0 +1,76 @@
+//! Token ids to calibrate on, and how.
+
+use std::path::PathBuf;
+
+use crate::model::Stack;
+use crate::stage::Context;
+
+/// Token ids of calibration text, in windows that do not see each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tokens {
+    /// Windows for a decoder-only model.
+    Windows(Vec<Vec<u32>>),
+    /// Input and targets of an encoder-decoder model. The decoder reads the targets shifted right
+    /// behind the start token.
+    Pairs(Vec<(Vec<u32>, Vec<u32>)>),
+}
+
+impl From<Vec<Vec<u32>>> for Tokens {
+    fn from(windows: Vec<Vec<u32>>) -> Self {
+        Self::Windows(windows)
+    }
+}
+
+impl From<Vec<(Vec<u32>, Vec<u32>)>> for Tokens {
+    fn from(pairs: Vec<(Vec<u32>, Vec<u32>)>) -> Self {
+        Self::Pairs(pairs)
+    }
+}
+
+impl Tokens {
+    /// Whether there is no window.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Windows(all) => all.is_empty(),
+            Self::Pairs(all) => all.is_empty(),
+        }
+    }
+
+    /// Number of tokens that a stack sees.
+    pub fn of(&self, stack: Stack) -> u64 {
+        let sum = |lengths: &mut dyn Iterator<Item = usize>| lengths.map(|n| n as u64).sum();
+        match (self, stack) {
+            (Self::Windows(all), _) => sum(&mut all.iter().map(Vec::len)),
+            (Self::Pairs(all), Stack::Decoder) => sum(&mut all.iter().map(|(_, t)| t.len())),
+            (Self::Pairs(all), _) => sum(&mut all.iter().map(|(i, _)| i.len())),
+        }
+    }
+
+    /// Tokens of each window, in the stack where it is longer.
+    pub(super) fn rows(&self) -> Vec<usize> {
+        match self {
+            Self::Windows(all) => all.iter().map(Vec::len).collect(),
+            Self::Pairs(all) => all.iter().map(|(i, t)| i.len().max(t.len())).collect(),
+        }
+    }
+}
+
+/// How text is run through a model.
+#[derive(Debug, Clone)]
+pub struct CalibrateOptions {
+    /// Most samples per layer, spread evenly over the tokens.
+    pub samples: usize,
+    /// Bytes of hidden states of one stack that are held in memory; above, a scratch file is used.
+    pub memory: u64,
+    /// The folder of scratch files.
+    pub scratch: PathBuf,
+    /// The device.
+    pub cx: Context,
+}
+
+impl Default for CalibrateOptions {
+    /// 4096 samples, 2 GiB, the system's folder for temporary files, the CPU.
+    fn default() -> Self {
+        Self { samples: 4096, memory: 2 << 30, scratch: std::env::temp_dir(), cx: Context::cpu(0) }
+    }
+}
