@@ -6,13 +6,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mcsmoe::calibrate::StatsFile;
+use mcsmoe::calibrate::{StatsFile, write_stats};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::linalg::Cpu;
-use mcsmoe::model::LayerId;
+use mcsmoe::model::{Expert, LayerId, RoutingStats};
 use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, Report, merge_then_compress};
 use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
+use ndarray::Array2;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -156,6 +157,63 @@ fn refusals_name_the_cause_and_leave_nothing_behind() {
     let itself = merge("m-smoe", Keep::Experts(4), ExportChoice::Native, &source).unwrap_err();
     assert!(matches!(itself.kind(), ErrorKind::Target { .. }), "{itself}");
     assert_eq!(contents(&source), before);
+}
+
+fn with_stats(layers: &BTreeMap<LayerId, RoutingStats>, dir: &Path) -> Result<Report> {
+    let file = dir.join("other.safetensors");
+    write_stats(&file, layers, &BTreeMap::new()).unwrap();
+    let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?.export(ExportChoice::Stock);
+    merge_then_compress(&fixture("mixtral-8e"), &file, &recipe, &dir.join("target"))
+}
+
+#[test]
+fn statistics_of_another_model_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |n: usize| RoutingStats {
+        logit_gram: Some(Array2::eye(n)),
+        ..RoutingStats::from_counts(vec![0; n], 0)
+    };
+    let layers = |n: usize, count: usize| -> BTreeMap<LayerId, RoutingStats> {
+        (0..count).map(|l| (LayerId::causal(l), of(n))).collect()
+    };
+    for (layers, names) in [
+        (layers(8, 3), "no statistics of layers.3"),
+        (layers(7, 4), "layers.0: statistics do not fit the model: 7 experts where"),
+    ] {
+        let error = with_stats(&layers, dir.path()).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Statistics { .. }), "{error}");
+        assert!(error.to_string().contains(names), "{error}");
+        assert!(!dir.path().join("target").exists());
+    }
+    let bare = RoutingStats::from_counts(vec![1; 8], 4);
+    let bare = (0..4).map(|l| (LayerId::causal(l), bare.clone())).collect();
+    let error = with_stats(&bare, dir.path()).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Missing { .. }), "{error}");
+    assert!(error.to_string().contains("router-logit Gram"), "{error}");
+
+    // No expert of any layer was ever used: every group is merged with equal weights.
+    let report = with_stats(&layers(8, 4), dir.path()).unwrap();
+    assert!(report.layers.iter().all(|l| l.usage.iter().all(|&u| u == 0.125)));
+    let merged = Checkpoint::open(dir.path().join("target")).unwrap();
+    let energy = |id| {
+        let layer = merged.read_layer(id).unwrap();
+        let square = |e: &Expert| e.view().up.weight.iter().map(|w| w * w).sum::<f32>();
+        layer.experts().iter().map(square).fold(f32::INFINITY, f32::min)
+    };
+    assert!((0..4).all(|l| energy(LayerId::causal(l)) > 0.0));
+}
+
+#[test]
+fn a_target_that_cannot_be_written_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "not a folder").unwrap();
+    for target in [file.join("target"), dir.path().join("no/such/parent")] {
+        let error = merge("m-smoe", Keep::Experts(4), ExportChoice::Native, &target).unwrap_err();
+        let told = matches!(error.kind(), ErrorKind::Io { .. } | ErrorKind::Target { .. });
+        assert!(told && error.place().file.is_some(), "{error}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
 #[test]

@@ -128,6 +128,21 @@ pub(super) fn copy_whole(from: &Path, to: &Path) -> Result<(u64, String)> {
 mod tests {
     use super::*;
 
+    /// The kernel's own full disk: every write fails with "no space left on device".
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_an_error_that_names_the_file() {
+        let path = Path::new("/dev/full").to_owned();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let (hash, waiting) = (Sha256::new(), BTreeMap::new());
+        let mut output = Output { path, file, size: 8, written: 0, hash, hashed: 0, waiting };
+        let error = output.write(0, b"12345678").unwrap_err();
+        assert!(error.to_string().starts_with("/dev/full: write: "), "{error}");
+        let crate::ErrorKind::Io { source, .. } = error.kind() else { panic!("{error}") };
+        assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        assert!(!output.is_complete());
+    }
+
     #[test]
     fn the_hash_does_not_depend_on_the_order_of_parts() {
         let dir = tempfile::tempdir().unwrap();

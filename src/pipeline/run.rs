@@ -83,7 +83,7 @@ impl Pipeline {
         let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
         let (active, _) = self.checked(&shapes)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        self.check_stats(stats, &ids)?;
+        self.check_stats(source, stats, &ids)?;
         let samples = ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
         let folder = Folder { source, stats };
         let decided = self.decide(&folder, &shapes, observer)?;
@@ -119,12 +119,18 @@ impl Pipeline {
     }
 
     /// Every stage's needs against what the file holds, before any weight is read.
-    fn check_stats(&self, stats: &StatsFile, ids: &[LayerId]) -> Result<()> {
+    fn check_stats(&self, source: &Checkpoint, stats: &StatsFile, ids: &[LayerId]) -> Result<()> {
         for id in ids {
             if !stats.layers().contains(id) {
                 let known: Vec<String> = stats.layers().iter().map(ToString::to_string).collect();
                 let reason = format!("no statistics of {id}; the file has {}", known.join(", "));
                 return Err(ErrorKind::Statistics { reason }.into());
+            }
+            let expected = source.layer(*id)?.experts;
+            let found = stats.experts(id).unwrap_or(expected);
+            if found != expected {
+                let reason = format!("{found} experts where the model has {expected}");
+                return Err(ErrorKind::Statistics { reason }.into()).in_layer(id);
             }
             let given = stats.available(id) | Needs::EXPERTS;
             let missing: Vec<_> = self.needs().without(given).names().collect();
