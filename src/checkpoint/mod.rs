@@ -28,6 +28,7 @@ mod quant;
 mod read;
 mod rule;
 mod scan;
+mod scan_fused;
 mod scan_layer;
 mod store;
 mod write;
