@@ -312,7 +312,8 @@ fn scales_that_do_not_fit_are_refused_with_their_place() {
 
 #[test]
 fn values_that_are_not_finite_are_refused_when_read_and_when_copied() {
-    let cases: [(&str, fn(&mut Tiny), usize); 4] = [
+    type Change = fn(&mut Tiny);
+    let cases: [(&str, Change, usize); 4] = [
         (WEIGHT, |t| set(t, WEIGHT, 7, &[0xff]), 7),
         (SCALE, |t| set(t, SCALE, 4, &f32::INFINITY.to_le_bytes()), 1),
         (

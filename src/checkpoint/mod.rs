@@ -29,6 +29,7 @@ mod quant;
 mod read;
 mod rule;
 mod scan;
+mod scan_fused;
 mod scan_layer;
 mod source;
 mod store;

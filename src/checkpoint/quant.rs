@@ -245,10 +245,11 @@ mod tests {
         let found = read(&store, "layers.0.mlp.experts.down_proj_blocks");
         let expected = read(&store, "down_proj.values");
         let (n, rows, cols) = (3, 5, 64);
-        for at in 0..n * rows * cols {
+        assert_eq!(found.len(), n * rows * cols);
+        for (at, value) in found.iter().enumerate() {
             let (i, row, col) = (at / (rows * cols), at / cols % rows, at % cols);
             let turned = expected[(i * cols + col) * rows + row];
-            assert_eq!(found[at].to_bits(), turned.to_bits(), "{i} {row} {col}");
+            assert_eq!(value.to_bits(), turned.to_bits(), "{i} {row} {col}");
         }
         let tensor = store.get("layers.0.mlp.experts.down_proj_blocks").unwrap();
         assert_eq!(bits(&decode(&store, tensor, 32, 96).unwrap()), bits(&found[64..160]));

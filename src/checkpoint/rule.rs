@@ -160,8 +160,8 @@ fn groups_of(config: &Config, groups: Groups) -> Result<Option<RoutingGroups>> {
     Ok((groups > 1).then_some(RoutingGroups { groups, chosen, score }))
 }
 
-/// The activation of the experts: that of gpt-oss in its layout; else `hidden_act` or `dense_act_fn`, by default SiLU with a gate and
-/// ReLU without.
+/// The activation of the experts: that of gpt-oss in its layout; else `hidden_act` or
+/// `dense_act_fn`, by default SiLU with a gate and ReLU without.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for another function.

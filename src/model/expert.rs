@@ -144,8 +144,8 @@ impl LinearView<'_> {
 
 /// One expert, finite and of consistent shapes.
 ///
-/// Gated (three matrices): `E(x) = W_down (act(W_gate x) ⊙ (W_up x))`, by [`Activation::gate`]. Two matrices:
-/// `E(x) = W_down act(W_up x)`. Each projection may have a bias.
+/// Gated (three matrices): `E(x) = W_down (act(W_gate x) ⊙ (W_up x))`; see [`Activation::gate`].
+/// Two matrices: `E(x) = W_down act(W_up x)`. Each projection may have a bias.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Expert {
     gate: Option<Linear>,

@@ -1,0 +1,117 @@
+//! Experts that share tensors: which part of them is whose.
+
+use super::json::malformed;
+use super::layout::Part;
+use super::mxfp4;
+use super::quant::Scheme;
+use super::scan::{Block, FORMAT, unsupported};
+use super::scan_layer::{Order, Piece, Projection};
+use super::store::Store;
+use crate::error::{Error, Locate, Result};
+use crate::model::Role;
+
+/// The experts of a fused layout: slices of `(N, 2f, d)` and `(N, d, f)`.
+pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projection>>> {
+    let find = |wanted: Part| block.parts.iter().find(|(p, _)| *p == wanted).map(|(_, t)| *t);
+    let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp), find(Part::FusedDown)) else {
+        return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
+    };
+    let (first, second) = (store.entry(gate_up), store.entry(down));
+    let d = store.entry(router).shape.get(1).copied().unwrap_or(0);
+    let &[n, d_out, f] = &second.shape[..] else {
+        return Err(Error::shape("fused down projection", "[N, d, f]", &second.shape))
+            .in_tensor(&second.name);
+    };
+    if d_out != d && f == d {
+        let found = format!("transposed experts: {:?} and {:?}", first.shape, second.shape);
+        return Err(unsupported(&found)).in_tensor(&first.name);
+    }
+    if d_out != d {
+        return Err(Error::shape("fused down projection", [n, d, f], &second.shape))
+            .in_tensor(&second.name);
+    }
+    let expected = [n, f.saturating_mul(2), d];
+    if first.shape != expected {
+        return Err(Error::shape("fused gate and up projection", expected, &first.shape))
+            .in_tensor(&first.name);
+    }
+    let piece = |tensor: usize, index: usize, rows: usize, cols: usize| {
+        let size = store.entry(tensor).dtype.alignment();
+        Piece { tensor, start: index * rows * cols * size, rows, cols }
+    };
+    let expert = |i: usize| {
+        let part = |role, weight| Projection { role, weight, bias: None, order: Order::PLAIN };
+        vec![
+            part(Role::Gate, piece(gate_up, 2 * i, f, d)),
+            part(Role::Up, piece(gate_up, 2 * i + 1, f, d)),
+            part(Role::Down, piece(down, i, d, f)),
+        ]
+    };
+    Ok((0..n).map(expert).collect())
+}
+
+/// The experts of an interleaved layout, transposed or in MXFP4.
+pub(super) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
+    let find = |wanted: Part| {
+        let mut found = block.parts.iter().filter(|(part, _)| *part == wanted).map(|(_, t)| *t);
+        match (found.next(), found.next()) {
+            (first, None) => Ok(first),
+            (_, Some(second)) => Err(malformed(FORMAT, "it repeats another tensor"))
+                .in_tensor(&store.entry(second).name),
+        }
+    };
+    let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp)?, find(Part::FusedDown)?) else {
+        return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
+    };
+    let (n, d, f) = dims(store, down)?;
+    let expected = (n, f.saturating_mul(2), d);
+    let found = dims(store, gate_up)?;
+    if found != expected {
+        return Err(Error::shape("fused gate and up projection, [N, 2f, d]", expected, found))
+            .in_tensor(&store.entry(gate_up).name);
+    }
+    let bias = |part: Part, width: usize| {
+        let Some(tensor) = find(part)? else { return Ok(None) };
+        let entry = store.entry(tensor);
+        if entry.shape != [n, width] {
+            return Err(Error::shape("fused bias", [n, width], &entry.shape))
+                .in_tensor(&entry.name);
+        }
+        Ok(Some(tensor))
+    };
+    let gate_up_bias = bias(Part::FusedGateUpBias, 2 * f)?;
+    let down_bias = bias(Part::FusedDownBias, d)?;
+    let part = |tensor: usize, i: usize, rows: usize, cols: usize| {
+        let slab = store.bytes(tensor).len() / n.max(1);
+        Piece { tensor, start: i * slab, rows, cols }
+    };
+    let expert = |i: usize| {
+        let projection = |role, weight, bias: Option<usize>, rows, cols, first, parts| {
+            let transposed = store.quantised().scheme(weight).is_none();
+            let order = Order { first, parts, transposed };
+            let bias = bias.map(|bias| part(bias, i, 1, rows));
+            Projection { role, weight: part(weight, i, rows, cols), bias, order }
+        };
+        vec![
+            projection(Role::Gate, gate_up, gate_up_bias, f, d, 0, 2),
+            projection(Role::Up, gate_up, gate_up_bias, f, d, 1, 2),
+            projection(Role::Down, down, down_bias, d, f, 0, 1),
+        ]
+    };
+    Ok((0..n).map(expert).collect())
+}
+
+/// Experts, outputs and inputs of a tensor of an interleaved layout.
+fn dims(store: &Store, tensor: usize) -> Result<(usize, usize, usize)> {
+    let entry = store.entry(tensor);
+    match (store.quantised().scheme(tensor), &entry.shape[..]) {
+        (Some(Scheme::Mxfp4 { .. }), &[n, outputs, groups, _]) => {
+            Ok((n, outputs, groups * mxfp4::VALUES))
+        }
+        (None, &[n, inputs, outputs]) => Ok((n, outputs, inputs)),
+        (_, shape) => {
+            Err(Error::shape("fused expert tensor", "[N, in, out] or MXFP4 groups", shape))
+                .in_tensor(&entry.name)
+        }
+    }
+}
