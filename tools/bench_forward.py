@@ -3,9 +3,9 @@
 
     python tools/bench_forward.py [--threads 2] [--rounds 5]
 
-torch runs the transformers class with each of its expert implementations; the fastest counts. Rounds
-alternate between the two, so that a busy machine slows both; the best round of each counts. Needs
-torch and transformers 5. One JSON line per shape.
+torch runs the transformers class with each of its expert implementations; the fastest counts.
+Rounds alternate between the two, so that a busy machine slows both; the best round of each counts.
+Needs torch and transformers 5. One JSON line per shape.
 """
 import argparse
 import json
