@@ -9,6 +9,7 @@ mod header;
 mod layer;
 mod parts;
 mod tensor;
+pub mod text;
 mod writer;
 
 pub use file::StatsFile;
