@@ -4,22 +4,38 @@
 //! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. It runs on
 //! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
 //! call [`merge_then_compress`]).
+//!
+//! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
+//! original, by token and by layer), [`loops`] (repetition in what it writes).
 
 mod builder;
 mod choice;
+mod compare;
 mod decide;
 mod engine;
+mod evaluate;
+mod greedy;
 mod observe;
 mod policy;
 mod presets;
 mod recipe;
 mod report;
 mod run;
+mod subject;
 
 pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
+pub use compare::{Comparison, LayerError, compare};
+pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
+pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{Change, GroupReport, LayerReport, OutputError, Report, WrittenReport};
 pub use run::{Output, merge_then_compress};
+
+/// Indented JSON.
+fn json(format: &'static str, value: &impl serde::Serialize) -> crate::Result<String> {
+    serde_json::to_string_pretty(value)
+        .map_err(|e| crate::ErrorKind::Format { format, reason: e.to_string() }.into())
+}
