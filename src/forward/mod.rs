@@ -31,6 +31,7 @@ mod rotation;
 mod scratch;
 mod spec;
 mod switch;
+mod switch_greedy;
 mod t5;
 
 pub use causal::{Causal, Hidden};
