@@ -74,7 +74,7 @@ fn write_ids(path: &Path, shape: Vec<usize>, ids: &[i64]) {
     std::fs::write(path, safetensors::serialize([("ids", tensor)], None).unwrap()).unwrap();
 }
 
-/// Files of a folder, linked where that is possible.
+/// A copy of the files of a folder.
 fn copied(from: &Path) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
@@ -96,7 +96,7 @@ fn switch() -> (TempDir, PathBuf) {
     let tokenizer = serde_json::json!({ "added_tokens": added });
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let ids: Vec<i64> = (0..256).map(|i| 20 + (7 * i * i + 3 * i) % 44).collect();
-    let text = dir.path().join("ids").with_extension("safetensors-text");
+    let text = dir.path().join("text");
     std::fs::create_dir(&text).unwrap();
     write_ids(&text.join("ids.safetensors"), vec![4, 64], &ids);
     (dir, text)
