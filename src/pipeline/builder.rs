@@ -284,14 +284,7 @@ impl Pipeline {
     ) -> Result<Decided> {
         let (active, target) = self.checked(shapes)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        let mut measured = Vec::with_capacity(ids.len());
-        for at in 0..ids.len() {
-            let id = engine::announce(observer, &ids, at, Phase::Measure);
-            let needs = self.measure_needs();
-            let alignment = self.alignment.as_ref();
-            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
-            measured.push(one.in_layer(id)?);
-        }
+        let measured = self.measure(source, &ids, observer)?;
         let narrow = self.router.is_some();
         let groupings = decide(
             &*self.grouper,
@@ -303,6 +296,24 @@ impl Pipeline {
             &self.cx,
         )?;
         Ok(Decided { ids, measured, groupings })
+    }
+
+    /// First pass over some layers.
+    pub(super) fn measure(
+        &self,
+        source: &dyn Source,
+        ids: &[LayerId],
+        observer: &dyn Observer,
+    ) -> Result<Vec<Measured>> {
+        let mut measured = Vec::with_capacity(ids.len());
+        for at in 0..ids.len() {
+            let id = engine::announce(observer, ids, at, Phase::Measure);
+            let needs = self.measure_needs();
+            let alignment = self.alignment.as_ref();
+            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
+            measured.push(one.in_layer(id)?);
+        }
+        Ok(measured)
     }
 
     /// Second pass; `sink` receives every merged layer in order.

@@ -3,13 +3,18 @@
 //!
 //! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. It runs on
 //! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
-//! call [`merge_then_compress`]).
+//! call [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
+//! [`calibrate()`] runs through the model a layer at a time.
 
 mod builder;
 mod calibrate;
+mod calibration;
 mod choice;
 mod decide;
 mod engine;
+mod fingerprint;
+mod job;
+mod journal;
 mod observe;
 mod pass;
 mod policy;
@@ -22,6 +27,7 @@ mod tokens;
 
 pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
+pub use calibration::Calibration;
 pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
 pub use observe::{Observer, Phase, Silent};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
