@@ -101,6 +101,11 @@ impl StatsFile {
         Ok(Self { index, ..this })
     }
 
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The layers, in order.
     pub fn layers(&self) -> &[LayerId] {
         &self.ids

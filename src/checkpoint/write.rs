@@ -3,16 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
-use serde_json::{Value, json};
-
-use super::folder::INDEX;
 use super::open::Checkpoint;
-use super::scan_layer::LayerTensors;
 use super::write_config;
-use super::write_file::{CHUNK, Flush, Output, copy_whole, write_whole};
+use super::write_file::{CHUNK, Flush, Output, write_whole};
 use super::write_plan::Plan;
 use super::write_target::Partial;
-use crate::error::{Error, Locate, Result};
+use crate::error::{Locate, Result};
 use crate::model::{Grouping, LayerId, MergedLayer};
 
 /// What kind of folder to write.
@@ -81,7 +77,7 @@ pub struct Writer<'a> {
     next: usize,
     /// Layers of which something was written; after a failure more than are done.
     pub(super) begun: BTreeSet<LayerId>,
-    done: BTreeSet<LayerId>,
+    pub(super) done: BTreeSet<LayerId>,
     /// Planned layer of each of its tensors.
     owner: HashMap<usize, LayerId>,
 }
@@ -104,10 +100,28 @@ impl<'a> Writer<'a> {
     /// [`NotFinite`](crate::ErrorKind::NotFinite) for a quantised weight that is no number;
     /// [`Io`](crate::ErrorKind::Io).
     pub fn create(source: &'a Checkpoint, target: &Path, plan: &WritePlan) -> Result<Self> {
-        let request = plan.clone();
+        Self::planned(source, plan, || Partial::create(source.dir(), target))
+    }
+
+    /// [`Writer::create`] in a folder that is there already: one that was just made, or what an
+    /// interrupted run left. Its files are written over, except for the layers that are then
+    /// [adopted](Writer::adopt).
+    ///
+    /// # Errors
+    /// As [`Writer::create`], but for the target.
+    pub fn within(source: &'a Checkpoint, target: Partial, plan: &WritePlan) -> Result<Self> {
+        Self::planned(source, plan, || Ok(target))
+    }
+
+    fn planned(
+        source: &'a Checkpoint,
+        request: &WritePlan,
+        target: impl FnOnce() -> Result<Partial>,
+    ) -> Result<Self> {
+        let request = request.clone();
         let plan = Plan::new(source, &request)?;
         let config = write_config::config(source, &request, plan.experts)?;
-        let target = Partial::create(source.dir(), target)?;
+        let target = target()?;
         let mut owner = HashMap::new();
         for (id, layer) in &plan.layers {
             let tensors = layer.routing().chain(layer.expert_tensors());
@@ -145,12 +159,16 @@ impl<'a> Writer<'a> {
     pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
         self.write_layer(merged).in_layer(merged.id)?;
         self.source.release(merged.id);
-        self.done.insert(merged.id);
+        self.finished(merged.id)
+    }
+
+    pub(super) fn finished(&mut self, id: LayerId) -> Result<()> {
+        self.done.insert(id);
         self.advance()
     }
 
     /// Copies tensors up to the next layer that is still to come.
-    fn advance(&mut self) -> Result<()> {
+    pub(super) fn advance(&mut self) -> Result<()> {
         while let Some(out) = self.plan.outs.get(self.next) {
             match (out.copies, self.owner.get(&self.next)) {
                 (Some(original), _) => self.copy(self.next, original)?,
@@ -180,120 +198,18 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn file_name(&self, tensor: usize) -> String {
+    /// The folder that is being written.
+    pub fn folder(&self) -> &Path {
+        self.target.path()
+    }
+
+    pub(super) fn file_name(&self, tensor: usize) -> String {
         self.plan.files[self.plan.outs[tensor].file].name.clone()
     }
 
-    fn small(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub(super) fn small(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let digest = write_whole(&self.target.path().join(name), bytes)?;
         self.digests.insert(name.to_owned(), (bytes.len() as u64, digest));
         Ok(())
     }
-
-    /// Writes index, tokenizer and manifest, and gives the folder its name. `extra_json`, an
-    /// object, becomes `mcsmoe.json`, with the size and SHA-256 of every other file as `files`.
-    ///
-    /// # Errors
-    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when a planned layer was not written;
-    /// [`Io`](crate::ErrorKind::Io).
-    pub fn finish(mut self, extra_json: &Value) -> Result<Written> {
-        if let Some(id) = self.plan.layers.keys().find(|id| !self.done.contains(id)) {
-            return Err(Error::range("planned layer", "written before the end", "nothing"))
-                .in_layer(id);
-        }
-        self.advance()?;
-        if let Some(file) = self.plan.files.iter().find(|f| !self.digests.contains_key(&f.name)) {
-            // Only after a failed write that the caller went on from.
-            return Err(Error::range("file of the target", "complete", "a part of it"))
-                .in_file(&self.target.path().join(&file.name));
-        }
-        if self.plan.files.len() > 1 {
-            let index = self.index().to_string();
-            self.small(INDEX, index.as_bytes())?;
-        }
-        self.companions()?;
-        let files = self.digests.iter().map(|(name, (bytes, sha256))| {
-            (name.clone(), json!({ "bytes": bytes, "sha256": sha256 }))
-        });
-        let files: serde_json::Map<String, Value> = files.collect();
-        let mut manifest = match extra_json {
-            Value::Object(members) => members.clone(),
-            Value::Null => serde_json::Map::new(),
-            other => [("report".to_owned(), other.clone())].into_iter().collect(),
-        };
-        manifest.insert("files".into(), Value::Object(files));
-        let text = format!("{:#}\n", Value::Object(manifest));
-        self.small("mcsmoe.json", text.as_bytes())?;
-        let written = self.written();
-        // Only what has reached the disk may get the target's name.
-        self.flushing.drain(..).try_for_each(Flush::wait)?;
-        self.target.commit()?;
-        Ok(written)
-    }
-
-    fn index(&self) -> Value {
-        let total: u64 = self.plan.outs.iter().map(|o| o.bytes as u64).sum();
-        let file = |i: usize| (self.plan.outs[i].name.clone(), self.file_name(i).into());
-        let map: serde_json::Map<String, Value> = (0..self.plan.outs.len()).map(file).collect();
-        json!({ "metadata": { "total_size": total }, "weight_map": map })
-    }
-
-    /// Copies what a tokenizer and a text generator need.
-    fn companions(&mut self) -> Result<()> {
-        let dir = self.source.dir();
-        let list = |e| Error::io("list folder", e);
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(list).in_file(dir)? {
-            let entry = entry.map_err(list).in_file(dir)?;
-            // Follows links, which is how hub caches store files.
-            let is_file = entry.path().is_file();
-            names.extend(entry.file_name().into_string().ok().filter(|n| is_file && goes_along(n)));
-        }
-        names.sort_unstable();
-        for name in names {
-            let copied = copy_whole(&dir.join(&name), &self.target.path().join(&name))?;
-            self.digests.insert(name, copied);
-        }
-        Ok(())
-    }
-
-    fn written(&self) -> Written {
-        let outs = &self.plan.outs;
-        let merged: u64 = self
-            .plan
-            .layers
-            .values()
-            .map(|layer| layer.expert_tensors().iter().map(|&t| outs[t].bytes as u64).sum::<u64>())
-            .sum();
-        let others = self.source.tensors.iter().filter(|l| !self.plan.layers.contains_key(&l.id));
-        let copied: BTreeSet<usize> = others.flat_map(LayerTensors::expert_tensors).collect();
-        let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
-        let size = |o: &super::write_plan::Out| o.shape.iter().product::<usize>() as u64;
-        Written {
-            files: self.digests.keys().cloned().collect(),
-            bytes: outs.iter().map(|o| o.bytes as u64).sum(),
-            parameters: outs.iter().map(size).sum(),
-            expert_bytes: merged + copied.map(|o| o.bytes as u64).sum::<u64>(),
-            dropped: self.plan.dropped.clone(),
-        }
-    }
-}
-
-/// Whether a file of the source belongs beside the weights. The README describes another model.
-fn goes_along(name: &str) -> bool {
-    const STARTS: [&str; 9] = [
-        "tokenizer",
-        "special_tokens",
-        "added_tokens",
-        "chat_template",
-        "generation_config",
-        "vocab",
-        "merges",
-        "preprocessor_config",
-        "processor_config",
-    ];
-    let code = name.ends_with(".py")
-        && ["configuration_", "modeling_", "tokenization_"].iter().any(|s| name.starts_with(s));
-    let weights = name.ends_with(".safetensors") || name.ends_with(".bin");
-    !weights && (code || name.ends_with(".model") || STARTS.iter().any(|s| name.starts_with(s)))
 }

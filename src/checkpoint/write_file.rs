@@ -26,10 +26,11 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Creates the file.
+    /// Creates the file, or opens what an interrupted run left of it.
     pub(super) fn create(path: &Path, size: u64) -> Result<Self> {
-        let file = File::options().read(true).write(true).create_new(true).open(path);
-        let file = file.map_err(|e| Error::io("create", e)).in_file(path)?;
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
+        let sized = file.and_then(|file| file.set_len(size).map(|()| file));
+        let file = sized.map_err(|e| Error::io("create", e)).in_file(path)?;
         let (path, waiting) = (path.to_owned(), BTreeMap::new());
         Ok(Self { path, file, size, written: 0, hash: Sha256::new(), hashed: 0, waiting })
     }
@@ -47,6 +48,20 @@ impl Output {
             self.waiting.insert(at, bytes.len() as u64);
         }
         Ok(())
+    }
+
+    /// Takes a part that lies there already.
+    pub(super) fn adopt(&mut self, at: u64, length: u64) -> Result<()> {
+        if length > 0 {
+            self.written += length;
+            self.waiting.insert(at, length);
+        }
+        self.catch_up()
+    }
+
+    /// Makes what was written outlast a power cut.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io("flush", e)).in_file(&self.path)
     }
 
     /// Hashes parts that came early, once those before them are there.
@@ -76,9 +91,8 @@ impl Output {
     /// Its SHA-256 in hexadecimal digits; it goes to the disk in the background, so that the next
     /// layer need not wait for it.
     pub(super) fn close(self) -> (String, Flush) {
-        let digest = self.hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        let Self { file, path, .. } = self;
-        (digest, Flush { path, thread: std::thread::spawn(move || file.sync_all()) })
+        let Self { file, path, hash, .. } = self;
+        (hexadecimal(hash), Flush { path, thread: std::thread::spawn(move || file.sync_all()) })
     }
 }
 
@@ -104,6 +118,27 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<String> {
     let (digest, flush) = output.close();
     flush.wait()?;
     Ok(digest)
+}
+
+/// Adds a part of a file to a hash.
+pub(super) fn hash_part(path: &Path, at: u64, length: u64, hash: &mut Sha256) -> Result<()> {
+    let read = |e| Error::io("read back", e);
+    let mut file = File::open(path).map_err(read).in_file(path)?;
+    file.seek(SeekFrom::Start(at)).map_err(read).in_file(path)?;
+    let mut left = length;
+    let mut buffer = vec![0; CHUNK.min(usize::try_from(length).unwrap_or(CHUNK))];
+    while left > 0 {
+        let take = buffer.len().min(usize::try_from(left).unwrap_or(buffer.len()));
+        file.read_exact(&mut buffer[..take]).map_err(read).in_file(path)?;
+        hash.update(&buffer[..take]);
+        left -= take as u64;
+    }
+    Ok(())
+}
+
+/// A hash in hexadecimal digits.
+pub(super) fn hexadecimal(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Copies a file; its size and SHA-256.

@@ -4,11 +4,12 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use ndarray::Array1;
+use sha2::{Digest, Sha256};
 
 use super::scan_layer::{Order, Piece, Projection};
 use super::write::{Export, Writer};
 use super::write_check::target_rule;
-use super::write_file::Output;
+use super::write_file::{Output, hash_part, hexadecimal};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Expert, Grouping, LayerId, MergedLayer, Router};
 
@@ -191,6 +192,15 @@ impl Writer<'_> {
     /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed
     /// at its last.
     pub(super) fn put_bytes(&mut self, tensor: usize, start: usize, bytes: &[u8]) -> Result<()> {
+        let at = self.plan.outs[tensor].at + start as u64;
+        self.fill(tensor, |output| match bytes.is_empty() {
+            true => Ok(()),
+            false => output.write(at, bytes),
+        })
+    }
+
+    /// Lets `part` add a part to the file of a tensor.
+    fn fill(&mut self, tensor: usize, part: impl FnOnce(&mut Output) -> Result<()>) -> Result<()> {
         let out = &self.plan.outs[tensor];
         let file = &self.plan.files[out.file];
         let output = match self.open.entry(out.file) {
@@ -201,9 +211,7 @@ impl Writer<'_> {
                 new.insert(output)
             }
         };
-        if !bytes.is_empty() {
-            output.write(out.at + start as u64, bytes)?;
-        }
+        part(output)?;
         if output.is_complete()
             && let Some(output) = self.open.remove(&out.file)
         {
@@ -212,6 +220,62 @@ impl Writer<'_> {
             self.digests.insert(file.name.clone(), (file.size, digest));
         }
         Ok(())
+    }
+}
+
+impl Writer<'_> {
+    /// SHA-256 of a layer's tensors as they lie on the disk, in hexadecimal digits.
+    ///
+    /// # Errors
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned,
+    /// [`Io`](crate::ErrorKind::Io) when a part of it is not there.
+    pub fn digest(&self, id: LayerId) -> Result<String> {
+        let mut hash = Sha256::new();
+        for tensor in self.tensors_of(id).in_layer(id)? {
+            let out = &self.plan.outs[tensor];
+            let path = self.target.path().join(&self.plan.files[out.file].name);
+            hash_part(&path, out.at, out.bytes as u64, &mut hash).in_layer(id)?;
+        }
+        Ok(hexadecimal(hash))
+    }
+
+    /// Takes a layer that an interrupted run has written, if its bytes are those that
+    /// [`Writer::digest`] told then; whether it did.
+    ///
+    /// # Errors
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was written
+    /// before; [`Io`](crate::ErrorKind::Io).
+    pub fn adopt(&mut self, id: LayerId, sha256: &str) -> Result<bool> {
+        if self.begun.contains(&id) {
+            return Err(Error::range("layer", "a layer that is not yet written", id)).in_layer(id);
+        }
+        let tensors = self.tensors_of(id).in_layer(id)?;
+        // A part that cannot be read is a layer that has to be written again.
+        if self.digest(id).ok().as_deref() != Some(sha256) {
+            return Ok(false);
+        }
+        self.begun.insert(id);
+        for tensor in tensors {
+            let (at, length) = (self.plan.outs[tensor].at, self.plan.outs[tensor].bytes as u64);
+            self.fill(tensor, |output| output.adopt(at, length)).in_layer(id)?;
+        }
+        self.finished(id)?;
+        Ok(true)
+    }
+
+    fn tensors_of(&self, id: LayerId) -> Result<Vec<usize>> {
+        let Some(layer) = self.plan.layers.get(&id) else {
+            return Err(Error::range("layer", "a planned layer", id));
+        };
+        Ok(layer.routing().chain(layer.expert_tensors()).collect())
+    }
+
+    /// Makes everything that was written outlast a power cut.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io).
+    pub fn sync(&self) -> Result<()> {
+        self.open.values().try_for_each(Output::sync)
     }
 }
 

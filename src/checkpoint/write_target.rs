@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
 
-/// A folder in the making, removed unless committed.
+/// A target folder in the making: `<target>.partial`, removed when dropped unless it is to outlast
+/// a failure.
 #[derive(Debug)]
-pub(super) struct Partial {
+pub struct Partial {
     path: PathBuf,
     target: PathBuf,
     keep: bool,
@@ -23,24 +24,53 @@ fn refuse(reason: impl Into<String>, path: &Path) -> Error {
 
 impl Partial {
     /// Checks that `target` may be written and creates `<target>.partial` beside it.
-    pub(super) fn create(source: &Path, target: &Path) -> Result<Self> {
-        let target = resolve(target)?;
+    ///
+    /// # Errors
+    /// [`ErrorKind::Target`] for a target that is the `source` folder, lies in it or holds
+    /// anything, or a partial folder that another run left; [`ErrorKind::Io`].
+    pub fn create(source: &Path, target: &Path) -> Result<Self> {
+        let (target, path) = Self::places(target)?;
         check(source, &target)?;
+        if path.symlink_metadata().is_ok() {
+            let reason = "left by another run: resume it, or delete it if that run has ended";
+            return Err(refuse(reason, &path));
+        }
+        fs::create_dir(&path).map_err(|e| Error::io("create folder", e)).in_file(&path)?;
+        Ok(Self { path, target, keep: false })
+    }
+
+    /// As [`Partial::create`], but takes the folder that an interrupted run left. It outlasts a
+    /// failure of this run too, so that another can go on.
+    ///
+    /// # Errors
+    /// As [`Partial::create`], but for the partial folder.
+    pub fn resume(source: &Path, target: &Path) -> Result<Self> {
+        let (target, path) = Self::places(target)?;
+        check(source, &target)?;
+        match path.symlink_metadata() {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(refuse("it exists and is not a folder", &path)),
+            Err(_) => {
+                fs::create_dir(&path).map_err(|e| Error::io("create folder", e)).in_file(&path)?;
+            }
+        }
+        Ok(Self { path, target, keep: true })
+    }
+
+    /// The target under its parent's real name, and the folder beside it.
+    fn places(target: &Path) -> Result<(PathBuf, PathBuf)> {
+        let target = resolve(target)?;
         let Some(name) = target.file_name() else {
             return Err(refuse("not the name of a folder", &target));
         };
         let mut name = name.to_owned();
         name.push(".partial");
         let path = target.with_file_name(name);
-        if path.symlink_metadata().is_ok() {
-            return Err(refuse("left by another run: delete it if that run has ended", &path));
-        }
-        fs::create_dir(&path).map_err(|e| Error::io("create folder", e)).in_file(&path)?;
-        Ok(Self { path, target, keep: false })
+        Ok((target, path))
     }
 
     /// The folder to write to.
-    pub(super) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 

@@ -221,7 +221,7 @@ impl Pipeline {
         let samples = stats.iter().all(|s| s.samples.is_some());
         let decided = self.decide(&source, &shapes, observer)?;
         let mut merged = Vec::with_capacity(layers.len());
-        let reports = self.merge(&source, &decided, samples, observer, &mut |layer| {
+        let reports = self.merge(&source, &decided, samples, observer, &mut |layer, _| {
             merged.push(layer);
             Ok(())
         })?;
@@ -294,14 +294,7 @@ impl Pipeline {
     ) -> Result<Decided> {
         let (active, target) = self.checked(shapes)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        let mut measured = Vec::with_capacity(ids.len());
-        for at in 0..ids.len() {
-            let id = engine::announce(observer, &ids, at, Phase::Measure);
-            let needs = self.measure_needs();
-            let alignment = self.alignment.as_ref();
-            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
-            measured.push(one.in_layer(id)?);
-        }
+        let measured = self.measure(source, &ids, observer)?;
         let narrow = self.router.is_some();
         let groupings = decide(
             &*self.grouper,
@@ -315,6 +308,24 @@ impl Pipeline {
         Ok(Decided { ids, measured, groupings })
     }
 
+    /// First pass over some layers.
+    pub(super) fn measure(
+        &self,
+        source: &dyn Source,
+        ids: &[LayerId],
+        observer: &dyn Observer,
+    ) -> Result<Vec<Measured>> {
+        let mut measured = Vec::with_capacity(ids.len());
+        for at in 0..ids.len() {
+            let id = engine::announce(observer, ids, at, Phase::Measure);
+            let needs = self.measure_needs();
+            let alignment = self.alignment.as_ref();
+            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
+            measured.push(one.in_layer(id)?);
+        }
+        Ok(measured)
+    }
+
     /// Second pass; `sink` receives every merged layer in order, on a thread of its own, so that
     /// one layer is written while the next is merged. At most one layer waits for the sink.
     pub(super) fn merge(
@@ -323,25 +334,23 @@ impl Pipeline {
         decided: &Decided,
         samples: bool,
         observer: &dyn Observer,
-        sink: &mut (dyn FnMut(MergedLayer) -> Result<()> + Send),
+        sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
         let plan = self.plan(samples);
         let mut reports = Vec::with_capacity(decided.ids.len());
         let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
         std::thread::scope(|scope| {
             // A rendezvous: the sender waits until the layer before has been written.
-            let (send, receive) = sync_channel::<MergedLayer>(0);
+            let (send, receive) = sync_channel::<(MergedLayer, LayerReport)>(0);
             let sink = scope.spawn(move || {
-                receive.iter().try_for_each(|layer| {
-                    let id = layer.id;
-                    sink(layer).in_layer(id)
-                })
+                let mut layers = receive.iter();
+                layers.try_for_each(|(layer, report)| sink(layer, &report).in_layer(report.layer))
             });
             for (at, (measured, grouping)) in layers {
                 let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
                 let (layer, report) =
                     engine::merge(source, measured, grouping, &plan, &self.cx).in_layer(id)?;
-                if send.send(layer).is_err() {
+                if send.send((layer, report.clone())).is_err() {
                     // The sink has failed; its error is told below.
                     break;
                 }

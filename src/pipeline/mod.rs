@@ -3,19 +3,24 @@
 //!
 //! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. It runs on
 //! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
-//! call [`merge_then_compress`]).
+//! call [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
+//! [`calibrate()`] runs through the model a layer at a time.
 //!
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
 //! original, by token and by layer), [`loops`] (repetition in what it writes).
 
 mod builder;
 mod calibrate;
+mod calibration;
 mod choice;
 mod compare;
 mod decide;
 mod engine;
 mod evaluate;
+mod fingerprint;
 mod greedy;
+mod job;
+mod journal;
 mod observe;
 mod pass;
 mod policy;
@@ -29,6 +34,7 @@ mod tokens;
 
 pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
+pub use calibration::Calibration;
 pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
 pub use compare::{Comparison, LayerError, compare};
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};

@@ -1,12 +1,12 @@
 //! What a run did, as data.
 
 use ndarray::ArrayView2;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Expert, LayerId, MergedLayer, RoutingRule};
 
 /// A count before and after.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Change<T> {
     /// In the source.
     pub before: T,
@@ -22,7 +22,7 @@ impl Change<u64> {
 }
 
 /// One group of a merged layer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GroupReport {
     /// The dominant expert.
     pub dominant: usize,
@@ -34,7 +34,7 @@ pub struct GroupReport {
 
 /// Relative squared output errors `Σ‖y − y'‖² / Σ‖y‖²` of the routed experts on the samples'
 /// inputs; present when the statistics hold samples.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct OutputError {
     /// With the `n`-row router and the expert map (native, expanded).
     pub mapped: f64,
@@ -43,7 +43,7 @@ pub struct OutputError {
 }
 
 /// One layer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Which layer it is.
     pub layer: LayerId,
@@ -66,7 +66,7 @@ pub struct LayerReport {
 }
 
 /// The written folder.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WrittenReport {
     /// `stock`, `native` or `expanded`.
     pub export: String,
@@ -81,7 +81,7 @@ pub struct WrittenReport {
 }
 
 /// A whole run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Version of this crate.
     pub mcsmoe_version: String,

@@ -3,22 +3,27 @@
 use std::path::Path;
 
 use super::builder::Pipeline;
-use super::engine::Source;
+use super::calibration::{Calibration, Given};
+use super::fingerprint::Fingerprint;
+use super::job::Job;
+use super::journal::Journal;
 use super::observe::{Observer, Silent};
-use super::policy::{LayerShape, RoutingGroupPolicy};
+use super::policy::LayerShape;
 use super::recipe::{ExportChoice, Recipe};
-use super::report::{Change, Report, WrittenReport};
-use crate::calibrate::StatsFile;
-use crate::checkpoint::{Checkpoint, Export, LayerInfo, WritePlan, Writer, Written};
+use super::report::Report;
+use crate::calibrate::{Collector, StatsFile};
+use crate::checkpoint::{Checkpoint, LayerInfo, Partial};
 use crate::error::{ErrorKind, Locate, Result};
-use crate::model::{LayerId, MoeLayer, Router, RoutingStats};
+use crate::model::LayerId;
 use crate::stage::Needs;
 
-/// Merges the experts of the checkpoint in `source` as `recipe` says, by the routing statistics in
-/// the file `stats`, and writes a new folder `target`.
+/// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
+/// `target`. `calibration` is a routing statistics file, or token ids that are run through the
+/// model first.
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
-/// beside it and renamed at the end.
+/// beside it, in `<target>.partial`, and renamed at the end. A run that was killed leaves that
+/// folder; [`Output::resume`] goes on from it.
 ///
 /// # Errors
 /// Before any weight is read: an unreadable or unsupported checkpoint, statistics of another model
@@ -38,15 +43,14 @@ use crate::stage::Needs;
 /// ```
 pub fn merge_then_compress(
     source: &Path,
-    stats: &Path,
+    calibration: impl Into<Calibration>,
     recipe: &Recipe,
     target: &Path,
 ) -> Result<Report> {
     let checkpoint = Checkpoint::open(source)?;
-    let stats = StatsFile::open(stats)?;
-    let output = Output { export: recipe.export, shard_bytes: recipe.shard_bytes };
+    let output = Output { shard_bytes: recipe.shard_bytes, ..Output::new(recipe.export) };
     let pipeline = recipe.builder()?.build()?;
-    pipeline.run_checkpoint(&checkpoint, &stats, target, &output, &Silent)
+    pipeline.run_calibrated(&checkpoint, &calibration.into(), target, &output, &Silent)
 }
 
 /// What [`Pipeline::run_checkpoint`] writes.
@@ -56,12 +60,22 @@ pub struct Output {
     pub export: ExportChoice,
     /// Largest size of a file, in bytes.
     pub shard_bytes: u64,
+    /// Goes on from the last layer that an interrupted run has written, if there was one, and
+    /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
+    /// Refused when source, statistics or text, recipe or export are not those of that run.
+    pub resume: bool,
 }
 
 impl Output {
-    /// A folder of one kind, in files of at most 5 GB.
+    /// A folder of one kind, in files of at most 5 GB; a partial folder is in the way.
     pub fn new(export: ExportChoice) -> Self {
-        Self { export, shard_bytes: 5_000_000_000 }
+        Self { export, shard_bytes: 5_000_000_000, resume: false }
+    }
+
+    /// The same, but going on from an interrupted run.
+    #[must_use]
+    pub fn resuming(self) -> Self {
+        Self { resume: true, ..self }
     }
 }
 
@@ -70,7 +84,8 @@ impl Pipeline {
     ///
     /// # Errors
     /// As [`merge_then_compress`]; [`ErrorKind::Recipe`] when the export needs a narrowed router
-    /// and the pipeline has none, or the other way round.
+    /// and the pipeline has none, or the other way round; [`ErrorKind::Target`] when a run cannot
+    /// be resumed.
     pub fn run_checkpoint(
         &self,
         source: &Checkpoint,
@@ -79,32 +94,68 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
+        self.run_given(source, Given::Statistics(stats), target, output, observer)
+    }
+
+    /// [`Pipeline::run_checkpoint`] with any source of statistics. Text runs through the model
+    /// once, before anything is merged; its statistics lie in the partial folder until the run is
+    /// over, so that a resumed run need not repeat that.
+    ///
+    /// # Errors
+    /// As [`Pipeline::run_checkpoint`]; with text also those of [`calibrate`](super::calibrate()).
+    pub fn run_calibrated(
+        &self,
+        source: &Checkpoint,
+        calibration: &Calibration,
+        target: &Path,
+        output: &Output,
+        observer: &dyn Observer,
+    ) -> Result<Report> {
+        match calibration {
+            Calibration::Statistics(path) => {
+                self.run_checkpoint(source, &StatsFile::open(path)?, target, output, observer)
+            }
+            Calibration::Tokens(tokens) => {
+                self.run_given(source, Given::Tokens(tokens), target, output, observer)
+            }
+        }
+    }
+
+    fn run_given(
+        &self,
+        source: &Checkpoint,
+        given: Given<'_>,
+        target: &Path,
+        output: &Output,
+        observer: &dyn Observer,
+    ) -> Result<Report> {
         self.check_export(output.export)?;
         let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
         let (active, _) = self.checked(&shapes)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        self.check_stats(source, stats, &ids)?;
-        let samples = ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
-        let folder = Folder { source, stats };
-        let decided = self.decide(&folder, &shapes, observer)?;
-        let plan = WritePlan {
-            export: output.export.into(),
-            groupings: decided.ids.iter().copied().zip(decided.groupings.clone()).collect(),
-            top_k: self.top_k,
-            flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
-            shard_bytes: output.shard_bytes,
+        match given {
+            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
+            Given::Tokens(_) => drop(Collector::new(self.needs())?),
+        }
+        let print = Fingerprint::of(self, source, given, output)?;
+        if output.resume
+            && let Some(report) = Journal::whole(target, &print)?
+        {
+            return Ok(report);
+        }
+        let begin = if output.resume { Partial::resume } else { Partial::create };
+        let partial = begin(source.dir(), target)?;
+        let mut journal = Journal::open(partial.path(), &print)?;
+        let collected;
+        let stats = match given {
+            Given::Statistics(stats) => stats,
+            Given::Tokens(tokens) => {
+                collected = self.collect(source, tokens, partial.path(), &mut journal)?;
+                &collected
+            }
         };
-        let mut writer = Writer::create(source, target, &plan)?;
-        let layers =
-            self.merge(&folder, &decided, samples, observer, &mut |layer| writer.layer(&layer))?;
-        let mut report = self.report(layers);
-        report.family = Some(source.family().into());
-        report.tokens = stats.tokens();
-        let json = serde_json::to_value(&report).unwrap_or_default();
-        let written = writer.finish(&json)?;
-        report.written = Some(summary(source, &plan, written));
-        observer.finished(&report);
-        Ok(report)
+        let job = Job { source, stats, shapes: &shapes, ids: &ids, output, observer };
+        self.run_job(&job, partial, journal, target)
     }
 
     fn check_export(&self, export: ExportChoice) -> Result<()> {
@@ -150,43 +201,4 @@ impl Pipeline {
 
 fn shape(info: &LayerInfo) -> LayerShape {
     LayerShape { id: info.id, experts: info.experts, rule: info.rule }
-}
-
-fn summary(source: &Checkpoint, plan: &WritePlan, written: Written) -> WrittenReport {
-    let expert_bytes = source.layers().iter().map(|l| l.expert_bytes).sum();
-    WrittenReport {
-        export: match plan.export {
-            Export::Stock => "stock",
-            Export::Native => "native",
-            Export::Expanded => "expanded",
-        }
-        .into(),
-        tensor_bytes: Change { before: source.total_bytes(), after: written.bytes },
-        expert_bytes: Change { before: expert_bytes, after: written.expert_bytes },
-        parameters: Change { before: source.total_parameters(), after: written.parameters },
-        dropped: written.dropped,
-    }
-}
-
-struct Folder<'a> {
-    source: &'a Checkpoint,
-    stats: &'a StatsFile,
-}
-
-impl Source for Folder<'_> {
-    fn router(&self, id: LayerId) -> Result<Router> {
-        self.source.read_router(id)
-    }
-
-    fn layer(&self, id: LayerId) -> Result<MoeLayer> {
-        self.source.read_layer(id)
-    }
-
-    fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats> {
-        self.stats.layer(&id, needs)
-    }
-
-    fn release(&self, id: LayerId) {
-        self.source.release(id);
-    }
 }

@@ -1,0 +1,192 @@
+//! A checked run in its partial folder: collect, decide, merge what is not yet done, seal.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::builder::{Decided, Pipeline};
+use super::calibrate::calibrate_to_file;
+use super::engine::Source;
+use super::fingerprint;
+use super::journal::{Journal, Line};
+use super::observe::Observer;
+use super::policy::{LayerShape, RoutingGroupPolicy};
+use super::report::{Change, LayerReport, Report, WrittenReport};
+use super::run::Output;
+use super::tokens::{CalibrateOptions, Tokens};
+use crate::calibrate::StatsFile;
+use crate::checkpoint::{Checkpoint, Export, Partial, WritePlan, Writer, Written};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Grouping, LayerId, MoeLayer, Router, RoutingStats};
+use crate::stage::Needs;
+
+impl Pipeline {
+    /// Statistics of the text, in the partial folder.
+    pub(super) fn collect(
+        &self,
+        source: &Checkpoint,
+        tokens: &Tokens,
+        folder: &Path,
+        journal: &mut Journal,
+    ) -> Result<StatsFile> {
+        let path = folder.join(STATISTICS);
+        let known = journal.statistics.take();
+        if known.is_none() || fingerprint::of_file(&path).ok() != known {
+            remove_hidden(folder)?;
+            let options = CalibrateOptions {
+                scratch: folder.into(),
+                cx: self.cx.clone(),
+                ..CalibrateOptions::default()
+            };
+            let needs = self.needs() | Needs::SAMPLES;
+            calibrate_to_file(source, tokens, needs, &options, &path)?;
+            journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
+        }
+        StatsFile::open(&path)
+    }
+
+    /// Decides, or takes the decision of the run that is resumed, and merges what is not yet done.
+    pub(super) fn run_job(
+        &self,
+        job: &Job<'_>,
+        partial: Partial,
+        mut journal: Journal,
+        target: &Path,
+    ) -> Result<Report> {
+        let Job { source, stats, observer, .. } = *job;
+        let samples = job.ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
+        let folder = Folder { source, stats };
+        let (groups, fresh) = match journal.groups.take() {
+            Some(groups) => (groups, None),
+            None => {
+                let decided = self.decide(&folder, job.shapes, observer)?;
+                let groups: Vec<_> =
+                    decided.ids.iter().copied().zip(decided.groupings.clone()).collect();
+                journal.write(&Line::Groups(groups.clone()))?;
+                (groups, Some(decided))
+            }
+        };
+        let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
+        let plan = self.write_plan(job.output, groupings);
+        let mut writer = Writer::within(source, partial, &plan)?;
+        let mut reports = BTreeMap::new();
+        for (id, (report, sha256)) in std::mem::take(&mut journal.layers) {
+            if fresh.is_none() && writer.adopt(id, &sha256)? {
+                reports.insert(id, report);
+            }
+        }
+        let decided = match fresh {
+            Some(decided) => decided,
+            None => self.rest(&folder, job, &plan, &reports)?,
+        };
+        let new = self.merge(&folder, &decided, samples, observer, &mut |layer, report| {
+            writer.layer(&layer)?;
+            writer.sync()?;
+            journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
+        })?;
+        reports.extend(new.into_iter().map(|report| (report.layer, report)));
+        let mut report = self.report(reports.into_values().collect());
+        report.family = Some(source.family().into());
+        report.tokens = stats.tokens();
+        let json = serde_json::to_value(&report).unwrap_or_default();
+        let written = writer.seal(&json)?;
+        report.written = Some(summary(source, &plan, written));
+        remove_hidden(writer.folder())?;
+        journal.write(&Line::Whole(Box::new(report.clone())))?;
+        drop(journal);
+        writer.commit()?;
+        Journal::remove(target)?;
+        observer.finished(&report);
+        Ok(report)
+    }
+
+    /// The layers that a resumed run has still to merge, measured again.
+    fn rest(
+        &self,
+        folder: &Folder<'_>,
+        job: &Job<'_>,
+        plan: &WritePlan,
+        done: &BTreeMap<LayerId, LayerReport>,
+    ) -> Result<Decided> {
+        let open = |id: &&LayerId| !done.contains_key(id) && plan.groupings.contains_key(id);
+        let ids: Vec<LayerId> = job.ids.iter().filter(open).copied().collect();
+        let measured = self.measure(folder, &ids, job.observer)?;
+        let groupings = ids.iter().filter_map(|id| plan.groupings.get(id).cloned()).collect();
+        Ok(Decided { ids, measured, groupings })
+    }
+
+    fn write_plan(&self, output: &Output, groupings: BTreeMap<LayerId, Grouping>) -> WritePlan {
+        WritePlan {
+            export: output.export.into(),
+            groupings,
+            top_k: self.top_k,
+            flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
+            shard_bytes: output.shard_bytes,
+        }
+    }
+}
+
+/// Statistics of text, while a run lasts. Hidden, as everything that does not belong to the target.
+const STATISTICS: &str = ".mcsmoe.statistics.safetensors";
+
+/// Removes files that do not belong to the target.
+fn remove_hidden(folder: &Path) -> Result<()> {
+    let io = |e| Error::io("clear partial folder", e);
+    for entry in std::fs::read_dir(folder).map_err(io).in_file(folder)? {
+        let path = entry.map_err(io).in_file(folder)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with('.') {
+            std::fs::remove_file(&path).map_err(io).in_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a run works on.
+#[derive(Clone, Copy)]
+pub(super) struct Job<'a> {
+    pub(super) source: &'a Checkpoint,
+    pub(super) stats: &'a StatsFile,
+    pub(super) shapes: &'a [LayerShape],
+    pub(super) ids: &'a [LayerId],
+    pub(super) output: &'a Output,
+    pub(super) observer: &'a dyn Observer,
+}
+
+fn summary(source: &Checkpoint, plan: &WritePlan, written: Written) -> WrittenReport {
+    let expert_bytes = source.layers().iter().map(|l| l.expert_bytes).sum();
+    WrittenReport {
+        export: match plan.export {
+            Export::Stock => "stock",
+            Export::Native => "native",
+            Export::Expanded => "expanded",
+        }
+        .into(),
+        tensor_bytes: Change { before: source.total_bytes(), after: written.bytes },
+        expert_bytes: Change { before: expert_bytes, after: written.expert_bytes },
+        parameters: Change { before: source.total_parameters(), after: written.parameters },
+        dropped: written.dropped,
+    }
+}
+
+struct Folder<'a> {
+    source: &'a Checkpoint,
+    stats: &'a StatsFile,
+}
+
+impl Source for Folder<'_> {
+    fn router(&self, id: LayerId) -> Result<Router> {
+        self.source.read_router(id)
+    }
+
+    fn layer(&self, id: LayerId) -> Result<MoeLayer> {
+        self.source.read_layer(id)
+    }
+
+    fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats> {
+        self.stats.layer(&id, needs)
+    }
+
+    fn release(&self, id: LayerId) {
+        self.source.release(id);
+    }
+}
