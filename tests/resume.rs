@@ -104,6 +104,25 @@ fn text_gives_the_bytes_that_its_statistics_give() {
 }
 
 #[test]
+fn a_text_file_is_cut_drawn_and_run_through_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, source) = (recipe("reap", ExportChoice::Stock), fixture("mixtral-8e"));
+    let merge = |text: Calibration, name: &str| {
+        let target = dir.path().join(name);
+        let report = merge_then_compress(&source, text, &recipe, &target);
+        report.map(|report| (report.tokens, contents(&target)))
+    };
+    let path = fixture("text/calib");
+    let first = merge(Calibration::text(&path, 64, 700, 1), "first").unwrap();
+    assert_eq!(first.0, 640, "ten whole windows of 64 tokens");
+    assert_eq!(merge(Calibration::text(&path, 64, 700, 1), "again").unwrap(), first);
+    assert_ne!(merge(Calibration::text(&path, 64, 700, 2), "other").unwrap(), first);
+    let error = merge(Calibration::text(path.join("none"), 64, 700, 1), "none").unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+}
+
+#[test]
 fn a_run_resumed_after_any_event_ends_with_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     for kind in [0, 1] {

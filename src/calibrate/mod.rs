@@ -12,6 +12,7 @@ mod header;
 mod layer;
 mod parts;
 mod tensor;
+pub mod text;
 mod writer;
 
 pub use collect::{Batch, Collector};

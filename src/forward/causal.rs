@@ -53,18 +53,22 @@ impl<S: TensorSource> Causal<S> {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window, one that is
     /// longer than the model's context, or a token id outside the vocabulary; those of the source.
     pub fn embed(&self, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
+        windows.iter().try_for_each(|window| self.check(window.as_ref()))?;
+        Ok(gather(&self.table()?, windows))
+    }
+
+    fn check(&self, window: &[u32]) -> Result<()> {
         let longest = self.spec.rope.longest_window();
-        for window in windows.iter().map(AsRef::as_ref) {
-            if window.is_empty() || window.len() > longest {
-                let expected = format!("1 to {longest} tokens (max_position_embeddings)");
-                return Err(Error::range("window", expected, window.len()));
-            }
-            check_tokens(window, self.spec.vocab)?;
+        if window.is_empty() || window.len() > longest {
+            let expected = format!("1 to {longest} tokens (max_position_embeddings)");
+            return Err(Error::range("window", expected, window.len()));
         }
+        check_tokens(window, self.spec.vocab)
+    }
+
+    fn table(&self) -> Result<Array2<f32>> {
         let loader = Loader::new(&self.source, self.source.prefix());
-        let shape = (self.spec.vocab, self.spec.d_model);
-        let table = loader.matrix("embed_tokens.weight", shape)?;
-        Ok(gather(&table, windows))
+        loader.matrix("embed_tokens.weight", (self.spec.vocab, self.spec.d_model))
     }
 
     /// Reads layer `index`.
@@ -143,41 +147,59 @@ impl<S: TensorSource> Causal<S> {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) when prompt and continuation are
     /// together longer than the model's context.
     pub fn generate(&self, tokens: &[u32], max_new: usize) -> Result<Vec<u32>> {
+        Ok(self.generate_each(&[tokens], max_new)?.pop().unwrap_or_default())
+    }
+
+    /// As [`generate`](Self::generate), for each of several prompts; the weights are read once.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_each(
+        &self,
+        prompts: &[impl AsRef<[u32]>],
+        max_new: usize,
+    ) -> Result<Vec<Vec<u32>>> {
         let longest = self.spec.rope.longest_window();
-        if tokens.len() + max_new > longest {
-            let expected = format!("at most {longest} tokens (max_position_embeddings)");
-            return Err(Error::range("prompt and continuation", expected, tokens.len() + max_new));
+        for prompt in prompts.iter().map(AsRef::as_ref) {
+            let length = prompt.len().saturating_add(max_new);
+            if length > longest {
+                let expected = format!("at most {longest} tokens (max_position_embeddings)");
+                return Err(Error::range("prompt and continuation", expected, length));
+            }
+            self.check(prompt)?;
         }
-        let mut hidden = self.embed(&[tokens])?.states;
+        let table = self.table()?;
         let layers: Vec<_> = (0..self.spec.layers).map(|i| self.layer(i)).collect::<Result<_>>()?;
         let head = self.head()?;
+        let greedy = |prompt| self.greedy(prompt, max_new, &table, &layers, &head);
+        prompts.iter().map(AsRef::as_ref).map(greedy).collect()
+    }
+
+    fn greedy(
+        &self,
+        prompt: &[u32],
+        max_new: usize,
+        table: &Array2<f32>,
+        layers: &[DecoderLayer],
+        head: &Head,
+    ) -> Result<Vec<u32>> {
+        let mut hidden = gather(table, &[prompt]).states;
         let mut caches = vec![Cache::default(); layers.len()];
-        let mut new = Vec::with_capacity(max_new);
+        let mut new = Vec::with_capacity(max_new.min(4096));
         while new.len() < max_new {
             for (layer, cache) in layers.iter().zip(&mut caches) {
                 layer.step(&mut hidden, cache, &self.cx)?;
             }
             let last = hidden.slice(s![hidden.nrows() - 1.., ..]);
-            let logits = head.logits(last, self.cx.compute())?;
-            logits.check_finite("logits")?;
-            let token = largest(&logits);
+            let token = head.largest(last, &self.cx)?;
             new.push(token);
             if self.spec.end.contains(&token) {
                 break;
             }
-            if new.len() < max_new {
-                hidden = self.embed(&[[token]])?.states;
-            }
+            hidden = gather(table, &[[token]]).states;
         }
         Ok(new)
     }
-}
-
-fn largest(logits: &Array2<f32>) -> u32 {
-    let better = |best: (u32, f32), (i, &z): (usize, &f32)| {
-        if z > best.1 { (i as u32, z) } else { best }
-    };
-    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0
 }
 
 /// Rows of the embedding table for all windows, stacked.

@@ -7,7 +7,7 @@ use super::math::log_sum_exp;
 use super::norm::RmsNorm;
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
-use crate::model::TensorSource;
+use crate::model::{Finite, TensorSource};
 use crate::par;
 use crate::stage::Context;
 
@@ -62,6 +62,16 @@ impl Head {
         let mut logits = Array2::zeros((hidden.nrows(), self.vocab()));
         compute.gemm(self.scale, x.view(), self.weight.t(), 0.0, logits.view_mut())?;
         Ok(logits)
+    }
+
+    /// The most likely token after the only row of `hidden`; ties go to the smaller id.
+    pub(super) fn largest(&self, hidden: ArrayView2<'_, f32>, cx: &Context) -> Result<u32> {
+        let logits = self.logits(hidden, cx.compute())?;
+        logits.check_finite("logits")?;
+        let better = |best: (u32, f32), (i, &z): (usize, &f32)| {
+            if z > best.1 { (i as u32, z) } else { best }
+        };
+        Ok(logits.iter().enumerate().fold((0, f32::NEG_INFINITY), better).0)
     }
 
     /// `−ln softmax(logits)[target]` of every row, in nats; a block of logits is held at a time.

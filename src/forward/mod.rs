@@ -28,6 +28,7 @@ mod norm;
 mod rope;
 mod spec;
 mod switch;
+mod switch_greedy;
 mod t5;
 
 pub use causal::{Causal, Hidden};

@@ -48,6 +48,8 @@ pub struct SwitchSpec {
     pub tied: bool,
     /// The token that starts the decoder.
     pub start: u32,
+    /// Token ids that end a generation.
+    pub end: Vec<u32>,
 }
 
 impl SwitchSpec {
@@ -91,6 +93,7 @@ impl SwitchSpec {
             max_distance,
             tied: keys.flag("tie_word_embeddings", true)?,
             start: start.or(pad).unwrap_or(0),
+            end: keys.tokens("eos_token_id")?,
         })
     }
 
@@ -109,7 +112,7 @@ impl SwitchSpec {
 pub struct Switch<S> {
     source: S,
     spec: SwitchSpec,
-    cx: Context,
+    pub(super) cx: Context,
 }
 
 impl<S: TensorSource> Switch<S> {
@@ -143,7 +146,7 @@ impl<S: TensorSource> Switch<S> {
     }
 
     /// The embedding of a stack: a common one, unless the model is not tied and stores its own.
-    fn table(&self, stack: Stack) -> Result<Array2<f32>> {
+    pub(super) fn table(&self, stack: Stack) -> Result<Array2<f32>> {
         let (own, common) = (stack_prefix(&self.source, stack), self.source.prefix());
         let own = format!("{own}embed_tokens.weight");
         let common = format!("{common}shared.weight");

@@ -2,7 +2,7 @@
 //! then merge layer by layer. Works on anything that yields layers, so that checkpoints and
 //! in-memory layers share one path.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
@@ -239,13 +239,13 @@ fn output_error(
     let mapped = merged.mapped_output(inputs, cx.compute())?;
     let narrowed = merged.narrowed_output(inputs, cx.compute())?;
     Ok(OutputError {
-        mapped: relative_error(&exact, &mapped),
-        narrowed: narrowed.map(|n| relative_error(&exact, &n)),
+        mapped: relative_error(exact.view(), mapped.view()),
+        narrowed: narrowed.map(|n| relative_error(exact.view(), n.view())),
     })
 }
 
 /// `Σ‖y − y'‖² / Σ‖y‖²`; 0 when both are 0.
-fn relative_error(exact: &Array2<f32>, found: &Array2<f32>) -> f64 {
+pub(super) fn relative_error(exact: ArrayView2<'_, f32>, found: ArrayView2<'_, f32>) -> f64 {
     let square = |x: f32| f64::from(x) * f64::from(x);
     let error: f64 = exact.iter().zip(found).map(|(&a, &b)| square(a - b)).sum();
     let energy: f64 = exact.iter().map(|&a| square(a)).sum();

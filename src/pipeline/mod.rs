@@ -5,14 +5,20 @@
 //! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
 //! call [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
 //! [`calibrate()`] runs through the model a layer at a time.
+//!
+//! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
+//! original, by token and by layer), [`loops`] (repetition in what it writes).
 
 mod builder;
 mod calibrate;
 mod calibration;
 mod choice;
+mod compare;
 mod decide;
 mod engine;
+mod evaluate;
 mod fingerprint;
+mod greedy;
 mod job;
 mod journal;
 mod observe;
@@ -23,15 +29,25 @@ mod recipe;
 mod report;
 mod run;
 mod states;
+mod subject;
 mod tokens;
 
 pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
+pub use compare::{Comparison, LayerError, compare};
+pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
+pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{Change, GroupReport, LayerReport, OutputError, Report, WrittenReport};
 pub use run::{Output, merge_then_compress};
 pub use tokens::{CalibrateOptions, Tokens};
+
+/// Indented JSON.
+fn json(format: &'static str, value: &impl serde::Serialize) -> crate::Result<String> {
+    serde_json::to_string_pretty(value)
+        .map_err(|e| crate::ErrorKind::Format { format, reason: e.to_string() }.into())
+}
