@@ -262,6 +262,7 @@ fn masked_tokens_are_nowhere_and_formulas_hold() {
     let stats = collector.finish().unwrap();
     assert_eq!((stats.tokens, &stats.counts), (3, &vec![2, 1]));
     assert_eq!(stats.router_mass, Some(vec![1.5, 0.25]));
+    assert_eq!(stats.mean_gate(), Some(vec![0.75, 0.25]));
     assert_eq!(stats.output_norm, Some(vec![3.0, 20.0]));
     assert_eq!(stats.reap, Some(vec![1.75, 5.0]));
     assert_eq!(stats.mean_output, Some(array![[2.0, 2.0], [0.0, 20.0]]));

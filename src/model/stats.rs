@@ -90,6 +90,15 @@ impl RoutingStats {
         self.counts.iter().map(share).collect()
     }
 
+    /// `(n)` mean applied weight over each expert's tokens, 0 if none: router mass by count.
+    pub fn mean_gate(&self) -> Option<Vec<f64>> {
+        let mean = |(&mass, &count): (&f64, &u64)| {
+            if count == 0 { 0.0 } else { mass / count as f64 }
+        };
+        let mass = self.router_mass.as_ref()?;
+        Some(mass.iter().zip(&self.counts).map(mean).collect())
+    }
+
     /// The samples, or an error that names who needs them.
     ///
     /// # Errors

@@ -2,8 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use super::subject::{Items, Subject};
 use super::tokens::Tokens;
 use crate::calibrate::StatsFile;
+use crate::calibrate::text::{Select, Text, TextOptions};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::stage::Context;
 
 /// Where the statistics of a run come from: a file, or text that is run through the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +18,38 @@ pub enum Calibration {
     Statistics(PathBuf),
     /// Token ids; at most 4096 tokens of each layer, spread evenly, are samples.
     Tokens(Tokens),
+    /// A text file, or a folder of them, tokenised by the checkpoint's own tokenizer; for
+    /// encoder-decoder models with span corruption. See [`text`](crate::calibrate::text).
+    Text {
+        /// The file or folder.
+        path: PathBuf,
+        /// How it is cut into windows, and which of them are used.
+        options: TextOptions,
+    },
+}
+
+impl Calibration {
+    /// Windows of `window` tokens, drawn from a text file or a folder of them by `seed`, as many as
+    /// fit in `max_tokens`.
+    pub fn text(path: impl Into<PathBuf>, window: usize, max_tokens: usize, seed: u64) -> Self {
+        let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
+        Self::Text { path: path.into(), options }
+    }
+}
+
+/// Reads and cuts a text as the model wants it.
+pub(super) fn read_text(
+    source: &Checkpoint,
+    path: &Path,
+    options: &TextOptions,
+    cx: &Context,
+) -> Result<Tokens> {
+    let subject = Subject::open(source, cx)?;
+    let text = Text::read(path, source.dir(), subject.limits(), options)?;
+    Ok(match subject.items(&text, options.seed)? {
+        Items::Causal(windows) => Tokens::Windows(windows),
+        Items::Pairs(pairs) => Tokens::Pairs(pairs),
+    })
 }
 
 impl From<&Path> for Calibration {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::builder::Pipeline;
-use super::calibration::{Calibration, Given};
+use super::calibration::{Calibration, Given, read_text};
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
@@ -18,8 +18,8 @@ use crate::model::LayerId;
 use crate::stage::Needs;
 
 /// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
-/// `target`. `calibration` is a routing statistics file, or token ids that are run through the
-/// model first.
+/// `target`. `calibration` is a routing statistics file, or text or token ids that are run through
+/// the model first.
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
 /// beside it, in `<target>.partial`, and renamed at the end. A run that was killed leaves that
@@ -33,12 +33,16 @@ use crate::stage::Needs;
 /// # Example
 /// ```no_run
 /// use std::path::Path;
-/// use mcsmoe::pipeline::{Keep, Recipe, merge_then_compress};
+/// use mcsmoe::pipeline::{Calibration, Keep, Recipe, merge_then_compress};
 ///
 /// let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?;
 /// let (source, stats) = (Path::new("mixtral"), Path::new("mixtral.stats.safetensors"));
 /// let report = merge_then_compress(source, stats, &recipe, Path::new("mixtral-4e"))?;
 /// println!("{:.0}% of the expert parameters saved", 100.0 * report.expert_parameters.saved());
+///
+/// // The same from text: windows of 512 tokens, 100,000 tokens in all, drawn by a seed of 7.
+/// let text = Calibration::text("texts", 512, 100_000, 7);
+/// merge_then_compress(source, text, &recipe, Path::new("mixtral-4e-too"))?;
 /// # Ok::<(), mcsmoe::Error>(())
 /// ```
 pub fn merge_then_compress(
@@ -117,6 +121,10 @@ impl Pipeline {
             }
             Calibration::Tokens(tokens) => {
                 self.run_given(source, Given::Tokens(tokens), target, output, observer)
+            }
+            Calibration::Text { path, options } => {
+                let tokens = read_text(source, path, options, &self.cx)?;
+                self.run_given(source, Given::Tokens(&tokens), target, output, observer)
             }
         }
     }
