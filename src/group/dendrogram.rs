@@ -62,8 +62,7 @@ impl<'a> Dendrogram<'a> {
     /// Merges the closest two clusters that fit into `capacity` until none do. Ties: the smaller
     /// `kept`, then the smaller `gone`. `experts` ascend.
     ///
-    /// `O(n³)` time, of which the search for the minimum is all: 0.1 s for 512 experts. `O(n²)`
-    /// memory.
+    /// `O(n³)` time, of which the search for the minimum is all; `O(n²)` memory.
     pub(super) fn new(
         distance: ArrayView2<'a, f64>,
         experts: Vec<usize>,
