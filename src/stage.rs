@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::ArrayView2;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu};
@@ -333,8 +333,7 @@ impl Members<'_> {
     /// # Errors
     /// [`ErrorKind::Missing`] without samples.
     pub fn inputs(&self, stage: &str) -> Result<ndarray::Array2<f32>> {
-        let samples = self.layer.stats.need_samples(stage)?;
-        Ok(samples.inputs.select(Axis(0), &samples.tokens_of(self.indices)))
+        Ok(self.layer.stats.need_samples(stage)?.inputs_of(self.indices))
     }
 }
 
