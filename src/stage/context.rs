@@ -1,0 +1,39 @@
+//! Where a stage runs.
+
+use std::sync::Arc;
+
+use crate::linalg::{Compute, Cpu};
+
+/// Where a stage runs: a device and a seed. No globals, no environment.
+#[derive(Debug, Clone)]
+pub struct Context {
+    compute: Arc<dyn Compute>,
+    seed: u64,
+}
+
+impl Context {
+    /// The CPU, over the caller's rayon pool.
+    pub fn cpu(seed: u64) -> Self {
+        Self::on(Arc::new(Cpu::new()), seed)
+    }
+
+    /// A given device.
+    pub fn on(compute: Arc<dyn Compute>, seed: u64) -> Self {
+        Self { compute, seed }
+    }
+
+    /// The device.
+    pub fn compute(&self) -> &dyn Compute {
+        &*self.compute
+    }
+
+    /// The same context for use inside a task that runs in parallel with others.
+    pub fn per_task(&self) -> Self {
+        Self { compute: self.compute.per_task(), seed: self.seed }
+    }
+
+    /// The seed of every random choice.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+}

@@ -1,0 +1,128 @@
+//! The stages of a merge, as object-safe traits with one required method each, and what they share:
+//! the statistics they need ([`Needs`]), the layer they look at ([`LayerView`]) and where they run
+//! ([`Context`]).
+//!
+//! Every trait is implemented for `&T` and `Box<T>`, so stages compose and can be boxed by the
+//! pipeline's builder. A stage never learns which stage ran before it.
+
+mod context;
+mod needs;
+mod view;
+
+use std::fmt::Debug;
+
+use crate::error::Result;
+use crate::model::{Budget, Expert, Grouping, Permutation, Router, SimilarityMatrix};
+
+pub use context::Context;
+pub use needs::Needs;
+pub use view::{AlignPair, LayerSummary, LayerView, Members};
+
+/// What all stages have.
+pub trait Stage: Debug + Send + Sync {
+    /// The stage's name in recipes and reports, e.g. `router-logits`.
+    fn name(&self) -> &str;
+
+    /// The statistics it reads. Override it when the stage reads more than activation counts; a
+    /// stage that asks for less than it reads fails at run time with [`ErrorKind::Missing`].
+    fn needs(&self) -> Needs {
+        Needs::NONE
+    }
+}
+
+/// How alike are the experts of a layer?
+pub trait Similarity: Stage {
+    /// A symmetric `(n, n)` table.
+    ///
+    /// # Errors
+    /// Those of the metric; see each implementation.
+    fn similarity(&self, layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatrix>;
+}
+
+/// Which experts become one? Sees all layers at once, because the number of experts per layer may
+/// follow from a budget over all of them.
+pub trait Grouper: Stage {
+    /// One grouping per layer, in order, that meets the budget exactly.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Budget`] when the budget cannot be met; else those of the method.
+    fn group(
+        &self,
+        layers: &[LayerSummary],
+        budget: &Budget,
+        cx: &Context,
+    ) -> Result<Vec<Grouping>>;
+}
+
+/// In which order do a target's hidden units line up with a reference's?
+pub trait Aligner: Stage {
+    /// The permutation that makes the target most like the reference.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`] when the experts differ in kind; else those of the method.
+    fn align(&self, pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>;
+}
+
+/// One expert from a group.
+pub trait Merger: Stage {
+    /// The merged expert, in the common order of hidden units.
+    ///
+    /// # Errors
+    /// Those of the method; see each implementation.
+    fn merge(&self, members: &Members<'_>, cx: &Context) -> Result<Expert>;
+}
+
+/// A router with one row per group, for runtimes that know no expert map.
+pub trait RouterMerger: Stage {
+    /// The `m`-row router, its policy included.
+    ///
+    /// # Errors
+    /// Those of the method; [`ErrorKind::OutOfRange`] when top-k exceeds the number of groups.
+    fn merge_router(
+        &self,
+        layer: &LayerView<'_>,
+        grouping: &Grouping,
+        cx: &Context,
+    ) -> Result<Router>;
+}
+
+macro_rules! forward {
+    ($stage:ident, $($method:ident($($arg:ident: $type:ty),*) -> $out:ty);+) => {
+        forward!(@one $stage, &T, $($method($($arg: $type),*) -> $out);+);
+        forward!(@one $stage, Box<T>, $($method($($arg: $type),*) -> $out);+);
+    };
+    (@one $stage:ident, $ptr:ty, $($method:ident($($arg:ident: $type:ty),*) -> $out:ty);+) => {
+        impl<T: $stage + ?Sized> $stage for $ptr {
+            $(fn $method(&self, $($arg: $type),*) -> $out {
+                (**self).$method($($arg),*)
+            })+
+        }
+    };
+}
+
+forward!(Stage, name() -> &str; needs() -> Needs);
+forward!(Similarity,
+    similarity(layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatrix>);
+forward!(Grouper,
+    group(layers: &[LayerSummary], budget: &Budget, cx: &Context) -> Result<Vec<Grouping>>);
+forward!(Aligner, align(pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>);
+forward!(Merger, merge(members: &Members<'_>, cx: &Context) -> Result<Expert>);
+forward!(RouterMerger,
+    merge_router(layer: &LayerView<'_>, grouping: &Grouping, cx: &Context) -> Result<Router>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn thread_safe<T: Send + Sync + ?Sized>() {}
+
+    #[test]
+    fn stages_are_objects_that_cross_threads() {
+        thread_safe::<dyn Similarity>();
+        thread_safe::<dyn Grouper>();
+        thread_safe::<dyn Aligner>();
+        thread_safe::<dyn Merger>();
+        thread_safe::<dyn RouterMerger>();
+        thread_safe::<Context>();
+    }
+}
