@@ -5,6 +5,8 @@
 //! ([`sum_blocks`]). Neither lets rayon decide an order of floating-point additions. The caller's
 //! rayon pool decides the width; there is no global switch.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 use crate::error::Result;
@@ -16,6 +18,32 @@ use crate::error::Result;
 pub fn map<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     let results: Vec<Result<T>> = (0..n).into_par_iter().map(&f).collect();
     results.into_iter().collect()
+}
+
+/// As [`map`], but evaluations begin in the order of their indices, one per thread at a time, so
+/// that what is done early is what comes first. For results that are handed on while others are
+/// still being computed. Begins nothing new once an evaluation has failed.
+///
+/// # Errors
+/// The error of the smallest index that failed.
+pub fn in_turn<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let parts = rayon::broadcast(|_| {
+        let mut done = Vec::new();
+        while !failed.load(Ordering::Relaxed) {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                break;
+            }
+            let result = f(i);
+            failed.fetch_or(result.is_err(), Ordering::Relaxed);
+            done.push((i, result));
+        }
+        done
+    });
+    let mut results: Vec<_> = parts.into_iter().flatten().collect();
+    results.sort_unstable_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// Sums `f(range)` over the blocks `[0, block), [block, 2·block), …` of `0..n`.

@@ -19,5 +19,5 @@ mod weight_matching;
 
 pub use activation_matching::ActivationMatching;
 pub use identity::Identity;
-pub use reference::{Reference, align_groups, align_layer};
+pub use reference::{ALONE, Reference, align_groups, align_layer, align_members, frame_of};
 pub use weight_matching::WeightMatching;

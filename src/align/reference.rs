@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{ExpertView, Grouping, Measure, Permutation, SimilarityMatrix};
+use crate::model::{ExpertView, Grouping, Measure, Permutation, Samples, SimilarityMatrix};
 use crate::par;
 use crate::stage::{AlignPair, Aligner, Context, LayerView, Needs};
 
@@ -27,7 +27,7 @@ pub enum Reference {
 /// one thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
 /// `d_ff²` `f32`, 64 MiB here: the memory is `threads × 64 MiB` or two large gains. Two and not
 /// one, because the assignment runs on one thread and would leave the others idle.
-const LARGE: usize = 4096;
+pub const ALONE: usize = 4096;
 
 /// Lines up every group of a layer: a permutation per expert of the layer, in order.
 ///
@@ -56,18 +56,53 @@ pub fn align_groups(
     let mut frames: Vec<Option<usize>> = vec![None; experts.len()];
     for g in 0..grouping.groups() {
         let members = grouping.members(g);
-        if members.len() == 1 {
-            continue;
+        if members.len() > 1 {
+            let frame = frame_of(reference, grouping, g, similarity)?;
+            members.into_iter().for_each(|i| frames[i] = Some(frame));
         }
-        let frame = match reference {
-            Reference::FirstExpert => 0,
-            Reference::LowestIndex => members[0],
-            Reference::Dominant => grouping.dominants()[g],
-            Reference::Medoid => members[medoid(similarity, &members)?],
-        };
-        members.into_iter().for_each(|i| frames[i] = Some(frame));
     }
-    line_up(aligner, &frames, layer, &experts, LARGE, cx)
+    line_up(aligner, &frames, layer, &experts, ALONE, cx)
+}
+
+/// The expert that group `g` is lined up with; it need not be a member.
+///
+/// # Errors
+/// [`ErrorKind::Missing`] when the medoid is asked for without a similarity table.
+pub fn frame_of(
+    reference: Reference,
+    grouping: &Grouping,
+    g: usize,
+    similarity: Option<&SimilarityMatrix>,
+) -> Result<usize> {
+    let members = grouping.members(g);
+    Ok(match reference {
+        Reference::FirstExpert => 0,
+        Reference::LowestIndex => members[0],
+        Reference::Dominant => grouping.dominants()[g],
+        Reference::Medoid => members[medoid(similarity, &members)?],
+    })
+}
+
+/// Lines up some experts of a layer with one, without the others: a permutation for each of
+/// `indices`. `frame` is the index of the expert that keeps its order, and the expert itself;
+/// `layer` need not hold experts.
+///
+/// Cost and memory: as [`align_groups`] up to `d_ff` = [`ALONE`].
+///
+/// # Errors
+/// [`ErrorKind::Missing`] without samples where they are needed, else those of the aligner, with
+/// the expert.
+pub fn align_members(
+    aligner: &dyn Aligner,
+    frame: (usize, ExpertView<'_>),
+    indices: &[usize],
+    experts: &[ExpertView<'_>],
+    layer: &LayerView<'_>,
+    cx: &Context,
+) -> Result<Vec<Permutation>> {
+    let pairs = Pairs::new(aligner, layer)?;
+    let task = cx.per_task();
+    par::map(indices.len(), |i| pairs.align(frame, (indices[i], experts[i]), &task))
 }
 
 /// Lines up all experts of a layer, before similarities are computed: a permutation per expert.
@@ -96,7 +131,7 @@ pub fn align_layer(
         }
         Reference::Medoid => medoid(Some(&router_response(layer, cx)?), &indices)?,
     };
-    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, LARGE, cx)
+    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, ALONE, cx)
 }
 
 /// Fails when the two experts are not of one kind.
@@ -117,20 +152,10 @@ fn line_up(
     large: usize,
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
-    let samples = match aligner.needs().contains(Needs::SAMPLES) {
-        true => Some(layer.stats.need_samples(aligner.name())?),
-        false => None,
-    };
-    let one = |i: usize, cx: &Context| {
-        let target = experts[i];
-        let Some(frame) = frames[i].filter(|&frame| frame != i) else {
-            return Ok(Permutation::identity(target.d_ff()));
-        };
-        let inputs = samples.map(|s| s.inputs_of(&[frame, i]));
-        let inputs = inputs.as_ref().map(|x| x.view());
-        let pair =
-            AlignPair { reference: experts[frame].reborrow(), target: target.reborrow(), inputs };
-        aligner.align(&pair, cx).in_expert(i)
+    let pairs = Pairs::new(aligner, layer)?;
+    let one = |i: usize, cx: &Context| match frames[i] {
+        Some(frame) => pairs.align((frame, experts[frame]), (i, experts[i]), cx),
+        None => Ok(Permutation::identity(experts[i].d_ff())),
     };
     if experts.first().is_none_or(|e| e.d_ff() <= large) {
         let task = cx.per_task();
@@ -145,6 +170,37 @@ fn line_up(
         two.iter().zip(aligned).for_each(|(&i, p)| found[i] = p);
     }
     Ok(found)
+}
+
+/// Pairs of experts of one layer, with the inputs that an aligner asks for.
+struct Pairs<'a> {
+    aligner: &'a dyn Aligner,
+    samples: Option<&'a Samples>,
+}
+
+impl<'a> Pairs<'a> {
+    fn new(aligner: &'a dyn Aligner, layer: &LayerView<'a>) -> Result<Self> {
+        let samples = match aligner.needs().contains(Needs::SAMPLES) {
+            true => Some(layer.stats.need_samples(aligner.name())?),
+            false => None,
+        };
+        Ok(Self { aligner, samples })
+    }
+
+    fn align(
+        &self,
+        (frame, reference): (usize, ExpertView<'_>),
+        (i, target): (usize, ExpertView<'_>),
+        cx: &Context,
+    ) -> Result<Permutation> {
+        if i == frame {
+            return Ok(Permutation::identity(target.d_ff()));
+        }
+        let inputs = self.samples.map(|s| s.inputs_of(&[frame, i]));
+        let inputs = inputs.as_ref().map(|x| x.view());
+        let (reference, target) = (reference.reborrow(), target.reborrow());
+        self.aligner.align(&AlignPair { reference, target, inputs }, cx).in_expert(i)
+    }
 }
 
 /// Position of the member with the largest sum of similarities to the others.
@@ -208,7 +264,7 @@ mod tests {
             let (aligner, cx) = (WeightMatching::default(), Context::cpu(0));
             line_up(&aligner, &frames, &view, &experts, large, &cx).unwrap()
         };
-        assert_eq!(run(0), run(LARGE));
+        assert_eq!(run(0), run(ALONE));
         assert_eq!(run(0).iter().filter(|p| p.is_identity()).count(), 3);
     }
 }

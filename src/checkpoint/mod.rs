@@ -16,6 +16,7 @@
 mod config;
 mod dequantise;
 mod dtype;
+mod encode;
 mod folder;
 mod fp8;
 mod header;
@@ -43,6 +44,7 @@ mod write_plan;
 mod write_target;
 
 pub use config::Config;
+pub use encode::{Encoded, Encoder};
 pub use open::{Checkpoint, LayerInfo};
 pub use write::{Export, WritePlan, Writer, Written};
 pub use write_target::Partial;

@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 use super::open::Checkpoint;
 use super::write_config;
 use super::write_file::{CHUNK, Flush, Output, write_whole};
+use super::write_layer::Begun;
 use super::write_plan::Plan;
 use super::write_target::Partial;
-use crate::error::{Locate, Result};
-use crate::model::{Grouping, LayerId, MergedLayer};
+use crate::error::Result;
+use crate::model::{Grouping, LayerId};
 
 /// What kind of folder to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +69,8 @@ pub struct Written {
 pub struct Writer<'a> {
     pub(super) source: &'a Checkpoint,
     pub(super) request: WritePlan,
-    pub(super) plan: Plan,
+    pub(super) plan: Arc<Plan>,
+    pub(super) groupings: Arc<BTreeMap<LayerId, Grouping>>,
     pub(super) target: Partial,
     pub(super) open: HashMap<usize, Output>,
     pub(super) digests: BTreeMap<String, (u64, String)>,
@@ -76,7 +79,7 @@ pub struct Writer<'a> {
     /// The first tensor that is not yet in its file.
     next: usize,
     /// Layers of which something was written; after a failure more than are done.
-    pub(super) begun: BTreeSet<LayerId>,
+    pub(super) begun: BTreeMap<LayerId, Begun>,
     pub(super) done: BTreeSet<LayerId>,
     /// Planned layer of each of its tensors.
     owner: HashMap<usize, LayerId>,
@@ -128,11 +131,13 @@ impl<'a> Writer<'a> {
             owner.extend(tensors.map(|tensor| (tensor, *id)));
         }
         let (open, digests, flushing) = (HashMap::new(), BTreeMap::new(), Vec::new());
-        let (begun, done) = (BTreeSet::new(), BTreeSet::new());
+        let (begun, done) = (BTreeMap::new(), BTreeSet::new());
+        let groupings = Arc::new(request.groupings.clone());
         let mut writer = Self {
             source,
             request,
-            plan,
+            plan: Arc::new(plan),
+            groupings,
             target,
             open,
             digests,
@@ -145,21 +150,6 @@ impl<'a> Writer<'a> {
         writer.small("config.json", config.as_bytes())?;
         writer.advance()?;
         Ok(writer)
-    }
-
-    /// Writes a merged layer. Layers may come in any order, each planned one exactly once; in the
-    /// order of [`Checkpoint::layers`] every file is written front to back.
-    ///
-    /// # Errors
-    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was written
-    /// before, or a weight that its data type cannot hold, after which the run cannot be finished;
-    /// [`Shape`](crate::ErrorKind::Shape) when grouping, experts or routers are not those planned;
-    /// [`Missing`](crate::ErrorKind::Missing) without a narrowed router for a stock export;
-    /// [`Io`](crate::ErrorKind::Io).
-    pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
-        self.write_layer(merged).in_layer(merged.id)?;
-        self.source.release(merged.id);
-        self.finished(merged.id)
     }
 
     pub(super) fn finished(&mut self, id: LayerId) -> Result<()> {

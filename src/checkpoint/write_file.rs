@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use sha2::{Digest, Sha256};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Locate, Result};
 
 /// Bytes copied or read back at a time.
 pub(super) const CHUNK: usize = 8 << 20;
+/// Bytes after which a flush is begun in the background.
+const DIRTY: u64 = 64 << 20;
 
 /// A file of known size that is being written.
 pub(super) struct Output {
@@ -23,6 +26,10 @@ pub(super) struct Output {
     hashed: u64,
     /// Start and length of the parts behind the hashed ones.
     waiting: BTreeMap<u64, u64>,
+    /// Bytes written since the last flush was begun.
+    dirty: u64,
+    /// A flush in the background.
+    flush: Option<Flush>,
 }
 
 impl Output {
@@ -31,8 +38,12 @@ impl Output {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path);
         let sized = file.and_then(|file| file.set_len(size).map(|()| file));
         let file = sized.map_err(|e| Error::io("create", e)).in_file(path)?;
-        let (path, waiting) = (path.to_owned(), BTreeMap::new());
-        Ok(Self { path, file, size, written: 0, hash: Sha256::new(), hashed: 0, waiting })
+        Ok(Self::of(path.to_owned(), file, size))
+    }
+
+    fn of(path: PathBuf, file: File, size: u64) -> Self {
+        let (hash, waiting) = (Sha256::new(), BTreeMap::new());
+        Self { path, file, size, written: 0, hash, hashed: 0, waiting, dirty: 0, flush: None }
     }
 
     /// Writes a part at its place; no byte may be written twice.
@@ -40,6 +51,10 @@ impl Output {
         let written = self.file.seek(SeekFrom::Start(at)).and_then(|_| self.file.write_all(bytes));
         written.map_err(|e| Error::io("write", e)).in_file(&self.path)?;
         self.written += bytes.len() as u64;
+        self.dirty += bytes.len() as u64;
+        if self.dirty >= DIRTY {
+            self.flush_behind()?;
+        }
         if at == self.hashed {
             self.hash.update(bytes);
             self.hashed += bytes.len() as u64;
@@ -59,8 +74,24 @@ impl Output {
         self.catch_up()
     }
 
+    /// Sends what was written on its way to the disk while the next parts are computed, so that
+    /// [`Output::sync`] finds little left to wait for.
+    fn flush_behind(&mut self) -> Result<()> {
+        if self.flush.as_ref().is_some_and(|flush| !flush.thread.is_finished()) {
+            return Ok(());
+        }
+        self.flush.take().map_or(Ok(()), Flush::wait)?;
+        let file = self.file.try_clone().map_err(|e| Error::io("flush", e)).in_file(&self.path)?;
+        let thread = std::thread::spawn(move || file.sync_data());
+        self.flush = Some(Flush { path: self.path.clone(), thread });
+        self.dirty = 0;
+        Ok(())
+    }
+
     /// Makes what was written outlast a power cut.
-    pub(super) fn sync(&self) -> Result<()> {
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.flush.take().map_or(Ok(()), Flush::wait)?;
+        self.dirty = 0;
         self.file.sync_data().map_err(|e| Error::io("flush", e)).in_file(&self.path)
     }
 
@@ -120,9 +151,10 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<String> {
     Ok(digest)
 }
 
-/// Adds a part of a file to a hash.
-pub(super) fn hash_part(path: &Path, at: u64, length: u64, hash: &mut Sha256) -> Result<()> {
+/// XXH3 of a part of a file.
+pub(super) fn hash_part(path: &Path, at: u64, length: u64) -> Result<[u8; 16]> {
     let read = |e| Error::io("read back", e);
+    let mut hash = Xxh3::new();
     let mut file = File::open(path).map_err(read).in_file(path)?;
     file.seek(SeekFrom::Start(at)).map_err(read).in_file(path)?;
     let mut left = length;
@@ -133,7 +165,7 @@ pub(super) fn hash_part(path: &Path, at: u64, length: u64, hash: &mut Sha256) ->
         hash.update(&buffer[..take]);
         left -= take as u64;
     }
-    Ok(())
+    Ok(hash.digest128().to_le_bytes())
 }
 
 /// A hash in hexadecimal digits.
@@ -169,8 +201,7 @@ mod tests {
     fn a_full_disk_is_an_error_that_names_the_file() {
         let path = Path::new("/dev/full").to_owned();
         let file = File::options().read(true).write(true).open(&path).unwrap();
-        let (hash, waiting) = (Sha256::new(), BTreeMap::new());
-        let mut output = Output { path, file, size: 8, written: 0, hash, hashed: 0, waiting };
+        let mut output = Output::of(path, file, 8);
         let error = output.write(0, b"12345678").unwrap_err();
         assert!(error.to_string().starts_with("/dev/full: write: "), "{error}");
         let crate::ErrorKind::Io { source, .. } = error.kind() else { panic!("{error}") };

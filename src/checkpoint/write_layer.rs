@@ -1,192 +1,150 @@
-//! A merged layer's tensors, converted and put in their places.
+//! A merged layer's tensors, put in their places whole or expert by expert.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use ndarray::Array1;
 use sha2::{Digest, Sha256};
 
-use super::scan_layer::{Order, Piece, Projection};
+use super::encode::{Encoded, Encoder, Part, Sum, places};
 use super::write::{Export, Writer};
 use super::write_check::target_rule;
 use super::write_file::{Output, hash_part, hexadecimal};
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, MergedLayer, Router};
+use crate::model::{Grouping, LayerId, MergedLayer, Router};
+use crate::par;
+
+/// What is known of a layer while it is written.
+pub(super) struct Begun {
+    routing: Vec<Sum>,
+    /// Sums of each slot's parts; empty until it is there.
+    slots: Vec<Vec<Sum>>,
+}
 
 impl Writer<'_> {
-    /// Writes the tensors of a merged layer to their places.
-    pub(super) fn write_layer(&mut self, merged: &MergedLayer) -> Result<()> {
-        let id = merged.id;
-        let planned = self.request.groupings.get(&id).filter(|_| !self.begun.contains(&id));
-        let Some(grouping) = planned.cloned() else {
-            return Err(Error::range("layer", "a planned layer that is not yet written", id));
-        };
-        if grouping != merged.grouping {
-            return Err(Error::shape("grouping", grouping, &merged.grouping));
+    /// Converts experts for [`Writer::expert`], on any thread.
+    pub fn encoder(&self) -> Encoder {
+        Encoder {
+            plan: Arc::clone(&self.plan),
+            groupings: Arc::clone(&self.groupings),
+            export: self.request.export,
         }
-        let router = self.router_of(merged)?;
-        let Some(out) = self.plan.layers.get(&id).cloned() else {
-            return Err(Error::range("layer", "a planned layer", id));
-        };
-        self.begun.insert(id);
-        let rows = router.weight();
-        let weight = rows.as_standard_layout();
-        self.put(whole(out.router, weight.len()), weight.as_slice().unwrap_or_default())?;
-        let biases = [(out.router_bias, router.bias()), (out.correction, router.correction())];
-        for (tensor, values) in biases {
-            self.put_vector(tensor.map(|t| whole(t, rows.nrows())), values)?;
+    }
+
+    /// Writes a merged layer. Layers may come in any order, each planned one exactly once; in the
+    /// order of [`Checkpoint::layers`](super::Checkpoint::layers) every file is written front to
+    /// back.
+    ///
+    /// # Errors
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was written
+    /// before, or a weight that its data type cannot hold, after which the run cannot be finished;
+    /// [`Shape`](crate::ErrorKind::Shape) when grouping, experts or routers are not those planned;
+    /// [`Missing`](crate::ErrorKind::Missing) without a narrowed router for a stock export;
+    /// [`Io`](crate::ErrorKind::Io).
+    pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
+        /// Experts that are converted at a time.
+        const WAVE: usize = 8;
+        let MergedLayer { id, experts, grouping, router, narrowed } = merged;
+        self.begin(*id, grouping, router, narrowed.as_ref())?;
+        let encoder = self.encoder();
+        for start in (0..experts.len()).step_by(WAVE) {
+            let encode = |i: usize| encoder.expert(*id, start + i, &experts[start + i]);
+            let encoded = par::map(WAVE.min(experts.len() - start), encode).in_layer(*id)?;
+            encoded.into_iter().try_for_each(|encoded| self.expert(encoded))?;
         }
-        for (slot, projections) in out.experts.iter().enumerate() {
-            let group = match self.request.export {
-                Export::Stock | Export::Native => slot,
-                Export::Expanded => grouping.labels()[slot].unwrap_or(slot),
+        self.end(*id)
+    }
+
+    /// Begins a layer: writes its router. [`Writer::expert`] for every group and [`Writer::end`]
+    /// follow.
+    ///
+    /// # Errors
+    /// As [`Writer::layer`].
+    pub fn begin(
+        &mut self,
+        id: LayerId,
+        grouping: &Grouping,
+        router: &Router,
+        narrowed: Option<&Router>,
+    ) -> Result<()> {
+        let mut begin = || {
+            let planned = self.request.groupings.get(&id).filter(|_| !self.begun.contains_key(&id));
+            let Some(planned) = planned else {
+                return Err(Error::range("layer", "a planned layer that is not yet written", id));
             };
-            let expert = &merged.experts[group];
-            let untouched = self.untouched(id, &grouping, group, expert)?;
-            match &untouched {
-                Some((original, _)) if !self.is_quantised(id)? => {
-                    self.put_original(id, projections, *original)
-                }
-                Some((_, expert)) => self.put_expert(projections, expert),
-                None => self.put_expert(projections, expert),
+            if planned != grouping {
+                return Err(Error::shape("grouping", planned, grouping));
             }
-            .in_expert(slot)?;
+            let router = self.router_of(id, router, narrowed)?;
+            let plan = Arc::clone(&self.plan);
+            let Some(out) = plan.layers.get(&id) else {
+                return Err(Error::range("layer", "a planned layer", id));
+            };
+            let parts = self.encoder().router(out, router)?;
+            let routing = parts.iter().map(|part| part.sum).collect();
+            self.begun.insert(id, Begun { routing, slots: vec![Vec::new(); out.experts.len()] });
+            parts.iter().try_for_each(|part| self.put(part))
+        };
+        begin().in_layer(id)
+    }
+
+    /// Writes a converted expert of a layer that was begun.
+    ///
+    /// # Errors
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when its layer was not begun or it is there
+    /// already; [`Io`](crate::ErrorKind::Io).
+    pub fn expert(&mut self, encoded: Encoded) -> Result<()> {
+        let Encoded { layer, slots } = encoded;
+        for (slot, parts) in slots {
+            let begun = self.begun.get_mut(&layer).and_then(|begun| begun.slots.get_mut(slot));
+            let Some(sums) = begun.filter(|sums| sums.is_empty()) else {
+                return Err(Error::range("expert", "one that is not yet written", slot))
+                    .in_layer(layer);
+            };
+            sums.extend(parts.iter().map(|part| part.sum));
+            let mut put = || parts.iter().try_for_each(|part| self.put(part));
+            put().in_expert(slot).in_layer(layer)?;
         }
         Ok(())
     }
 
-    /// Whether experts of a layer of the source are quantised.
-    fn is_quantised(&self, id: LayerId) -> Result<bool> {
-        let layer = &self.source.tensors[self.source.position(id)?];
-        let quantised = self.source.store.quantised();
-        Ok(layer.expert_tensors().iter().any(|&t| quantised.scheme(t).is_some()))
+    /// Ends a layer.
+    ///
+    /// # Errors
+    /// [`Shape`](crate::ErrorKind::Shape) when an expert is missing; [`Io`](crate::ErrorKind::Io).
+    pub fn end(&mut self, id: LayerId) -> Result<()> {
+        let slots = self.begun.get(&id).map_or(&[][..], |begun| &begun.slots);
+        let written = slots.iter().filter(|sums| !sums.is_empty()).count();
+        if written != slots.len() || slots.is_empty() {
+            return Err(Error::shape("experts written", slots.len(), written)).in_layer(id);
+        }
+        self.source.release(id);
+        self.finished(id)
     }
 
     /// The router to write, as planned.
-    fn router_of<'m>(&self, merged: &'m MergedLayer) -> Result<&'m Router> {
+    fn router_of<'m>(
+        &self,
+        id: LayerId,
+        router: &'m Router,
+        narrowed: Option<&'m Router>,
+    ) -> Result<&'m Router> {
         if self.request.export != Export::Stock {
-            return Ok(&merged.router);
+            return Ok(router);
         }
-        let Some(router) = &merged.narrowed else {
+        let Some(router) = narrowed else {
             let (stage, needs) = ("the stock export".into(), "a narrowed router".into());
             let remedy = "narrow it, or choose another export".into();
             return Err(ErrorKind::Missing { stage, needs, remedy }.into());
         };
-        let expected = target_rule(self.source.layer(merged.id)?.rule, &self.request);
+        let expected = target_rule(self.source.layer(id)?.rule, &self.request);
         if *router.rule() != expected {
             return Err(Error::shape("narrowed router's policy", expected, router.rule()));
         }
         Ok(router)
     }
 
-    /// The source's expert when `group` is that expert alone and has its values: it is what is
-    /// written then, so that the sign of zeros survives too.
-    fn untouched(
-        &self,
-        id: LayerId,
-        grouping: &Grouping,
-        group: usize,
-        expert: &Expert,
-    ) -> Result<Option<(usize, Expert)>> {
-        let &[original] = &grouping.members(group)[..] else { return Ok(None) };
-        let read = self.source.read_expert(id, original)?;
-        Ok((read == *expert).then_some((original, read)))
-    }
-
-    /// Converts an expert and writes it to its places.
-    fn put_expert(&mut self, to: &[Projection], expert: &Expert) -> Result<()> {
-        let mut slabs = BTreeMap::new();
-        for Projection { role, weight, bias, order } in to.iter().copied() {
-            let Some(linear) = expert.view().linear(role) else {
-                return Err(Error::shape("expert", format!("a {role} projection"), "none"));
-            };
-            let expected = (weight.rows, weight.cols);
-            if linear.weight.dim() != expected {
-                return Err(Error::shape("expert projection", expected, linear.weight.dim()));
-            }
-            let widths = (bias.map(|b| b.cols), linear.bias.map(|b| b.len()));
-            if widths.0 != widths.1 {
-                return Err(Error::shape("bias", widths.0, widths.1));
-            }
-            let values = linear.weight.as_standard_layout();
-            let values = values.as_slice().unwrap_or_default();
-            self.put_ordered(weight, expected, order, values, &mut slabs)?;
-            if let (Some(piece), Some(values)) = (bias, linear.bias) {
-                let (shape, order) = ((piece.cols, 1), order.upright());
-                self.put_ordered(piece, shape, order, &values.to_vec(), &mut slabs)?;
-            }
-        }
-        let whole = |((tensor, start), values): (_, Vec<f32>)| {
-            self.put(Piece { tensor, start, rows: 1, cols: values.len() }, &values)
-        };
-        slabs.into_iter().try_for_each(whole)
-    }
-
-    /// Writes a piece, or puts it into the slab that it shares with others.
-    fn put_ordered(
-        &mut self,
-        piece: Piece,
-        shape: (usize, usize),
-        order: Order,
-        values: &[f32],
-        slabs: &mut BTreeMap<(usize, usize), Vec<f32>>,
-    ) -> Result<()> {
-        if order == Order::PLAIN {
-            return self.put(piece, values);
-        }
-        let slab = slabs.entry((piece.tensor, piece.start));
-        let slab = slab.or_insert_with(|| vec![0.0; order.slab(piece).cols]);
-        order.walk(shape, |from, to| slab[to] = values[from]);
-        Ok(())
-    }
-
-    fn put_vector(&mut self, piece: Option<Piece>, values: Option<&Array1<f32>>) -> Result<()> {
-        match (piece, values) {
-            (None, None) => Ok(()),
-            (Some(piece), Some(values)) if values.len() == piece.cols => {
-                self.put(piece, &values.to_vec())
-            }
-            (piece, values) => {
-                let (expected, found) = (piece.map(|p| p.cols), values.map(|v| v.len()));
-                Err(Error::shape("bias", expected, found))
-            }
-        }
-    }
-
-    /// Converts values and writes them to their place.
-    fn put(&mut self, piece: Piece, values: &[f32]) -> Result<()> {
-        let out = &self.plan.outs[piece.tensor];
-        let (dtype, expected) = (out.dtype, piece.rows * piece.cols);
-        let convert = || {
-            if values.len() != expected {
-                return Err(Error::shape("tensor to write", expected, values.len()));
-            }
-            let mut bytes = Vec::with_capacity(expected * dtype.alignment());
-            dtype.encode(values, &mut bytes)?;
-            Ok(bytes)
-        };
-        let bytes = convert().in_tensor(&out.name)?;
-        self.put_bytes(piece.tensor, piece.start, &bytes)
-    }
-
-    /// Copies the bytes of expert `original` of the source.
-    fn put_original(&mut self, id: LayerId, to: &[Projection], original: usize) -> Result<()> {
-        let source = self.source;
-        let from = &source.tensors[source.position(id)?].experts[original];
-        let mut copied = BTreeSet::new();
-        for (to, from) in to.iter().zip(from) {
-            let pairs = [Some((to.weight, from.weight)), to.bias.zip(from.bias)];
-            for (to, part) in pairs.into_iter().flatten() {
-                if !copied.insert((to.tensor, to.start)) {
-                    continue;
-                }
-                let size = source.store.entry(part.tensor).dtype.alignment();
-                let length = from.order.slab(part).cols * size;
-                let bytes = &source.store.bytes(part.tensor)[part.start..part.start + length];
-                self.put_bytes(to.tensor, to.start, bytes)?;
-            }
-        }
-        Ok(())
+    fn put(&mut self, part: &Part) -> Result<()> {
+        self.put_bytes(part.tensor, part.start, &part.bytes)
     }
 
     /// Writes bytes to a tensor's place in its file, which is created at its first byte and closed
@@ -224,19 +182,46 @@ impl Writer<'_> {
 }
 
 impl Writer<'_> {
-    /// SHA-256 of a layer's tensors as they lie on the disk, in hexadecimal digits.
+    /// A checksum of a layer, SHA-256 over the XXH3 of each of its parts, router first, in
+    /// hexadecimal digits: of the bytes that were written, or, for a layer of an interrupted run,
+    /// that lie on the disk. It finds torn writes; it is no proof against forgery.
     ///
     /// # Errors
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned,
     /// [`Io`](crate::ErrorKind::Io) when a part of it is not there.
     pub fn digest(&self, id: LayerId) -> Result<String> {
-        let mut hash = Sha256::new();
-        for tensor in self.tensors_of(id).in_layer(id)? {
+        let mut all = Sha256::new();
+        match self.begun.get(&id) {
+            Some(begun) => {
+                begun
+                    .routing
+                    .iter()
+                    .chain(begun.slots.iter().flatten())
+                    .for_each(|s| all.update(s));
+            }
+            None => {
+                for sum in self.sums(id).in_layer(id)? {
+                    all.update(sum);
+                }
+            }
+        }
+        Ok(hexadecimal(all))
+    }
+
+    /// The sums of a layer's parts as they lie on the disk.
+    fn sums(&self, id: LayerId) -> Result<Vec<Sum>> {
+        let Some(layer) = self.plan.layers.get(&id) else {
+            return Err(Error::range("layer", "a planned layer", id));
+        };
+        let whole = |tensor: usize| (tensor, 0, self.plan.outs[tensor].bytes);
+        let experts = layer.experts.iter().flat_map(|slot| places(&self.plan, slot));
+        let places: Vec<_> = layer.routing().map(whole).chain(experts).collect();
+        par::map(places.len(), |i| {
+            let (tensor, start, length) = places[i];
             let out = &self.plan.outs[tensor];
             let path = self.target.path().join(&self.plan.files[out.file].name);
-            hash_part(&path, out.at, out.bytes as u64, &mut hash).in_layer(id)?;
-        }
-        Ok(hexadecimal(hash))
+            hash_part(&path, out.at + start as u64, length as u64)
+        })
     }
 
     /// Takes a layer that an interrupted run has written, if its bytes are those that
@@ -245,16 +230,19 @@ impl Writer<'_> {
     /// # Errors
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was written
     /// before; [`Io`](crate::ErrorKind::Io).
-    pub fn adopt(&mut self, id: LayerId, sha256: &str) -> Result<bool> {
-        if self.begun.contains(&id) {
+    pub fn adopt(&mut self, id: LayerId, digest: &str) -> Result<bool> {
+        if self.begun.contains_key(&id) {
             return Err(Error::range("layer", "a layer that is not yet written", id)).in_layer(id);
         }
-        let tensors = self.tensors_of(id).in_layer(id)?;
+        let Some(layer) = self.plan.layers.get(&id) else {
+            return Err(Error::range("layer", "a planned layer", id)).in_layer(id);
+        };
+        let tensors: Vec<usize> = layer.routing().chain(layer.expert_tensors()).collect();
         // A part that cannot be read is a layer that has to be written again.
-        if self.digest(id).ok().as_deref() != Some(sha256) {
+        if self.digest(id).ok().as_deref() != Some(digest) {
             return Ok(false);
         }
-        self.begun.insert(id);
+        self.begun.insert(id, Begun { routing: Vec::new(), slots: Vec::new() });
         for tensor in tensors {
             let (at, length) = (self.plan.outs[tensor].at, self.plan.outs[tensor].bytes as u64);
             self.fill(tensor, |output| output.adopt(at, length)).in_layer(id)?;
@@ -263,23 +251,11 @@ impl Writer<'_> {
         Ok(true)
     }
 
-    fn tensors_of(&self, id: LayerId) -> Result<Vec<usize>> {
-        let Some(layer) = self.plan.layers.get(&id) else {
-            return Err(Error::range("layer", "a planned layer", id));
-        };
-        Ok(layer.routing().chain(layer.expert_tensors()).collect())
-    }
-
     /// Makes everything that was written outlast a power cut.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io).
-    pub fn sync(&self) -> Result<()> {
-        self.open.values().try_for_each(Output::sync)
+    pub fn sync(&mut self) -> Result<()> {
+        self.open.values_mut().try_for_each(Output::sync)
     }
-}
-
-/// A whole tensor of `len` values.
-fn whole(tensor: usize, len: usize) -> Piece {
-    Piece { tensor, start: 0, rows: 1, cols: len }
 }

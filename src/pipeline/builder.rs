@@ -13,7 +13,9 @@ use super::report::{LayerReport, Report};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::linalg::{Compute, Cpu};
-use crate::model::{Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target};
+use crate::model::{
+    Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
+};
 use crate::stage::{Aligner, Context, Grouper, Merger, Needs, RouterMerger, Similarity, Stage};
 
 /// A merge, ready to run: one stage of each kind, the budget and its constraints.
@@ -417,6 +419,12 @@ impl Source for InMemory<'_> {
 
     fn layer(&self, id: LayerId) -> Result<MoeLayer> {
         Ok(self.layers[self.position(id)?].clone())
+    }
+
+    fn expert(&self, id: LayerId, i: usize) -> Result<Expert> {
+        let experts = self.layers[self.position(id)?].experts();
+        let missing = || Error::range("expert", format!("below {}", experts.len()), i);
+        experts.get(i).cloned().ok_or_else(missing)
     }
 
     fn stats(&self, id: LayerId, _needs: Needs) -> Result<RoutingStats> {

@@ -6,11 +6,11 @@ use ndarray::{Array2, ArrayView2};
 
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
-use super::report::{self, Change, LayerReport, OutputError};
+use super::report::{self, Change, Kind, LayerReport, OutputError};
 use crate::align;
 use crate::error::{Error, Locate, Result};
 use crate::model::{
-    Expert, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation, Router,
+    Expert, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation, Router, RoutingRule,
     RoutingStats, SimilarityMatrix,
 };
 use crate::par;
@@ -24,6 +24,8 @@ pub(super) trait Source {
     fn router(&self, id: LayerId) -> Result<Router>;
     /// The whole layer.
     fn layer(&self, id: LayerId) -> Result<MoeLayer>;
+    /// One expert.
+    fn expert(&self, id: LayerId, i: usize) -> Result<Expert>;
     /// The statistics that `needs` asks for.
     fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats>;
     /// The layer is not needed for now.
@@ -34,7 +36,7 @@ pub(super) trait Source {
 pub(super) struct Measured {
     pub(super) summary: LayerSummary,
     /// Layer-wide alignment, when the plan asks for it.
-    permutations: Option<Vec<Permutation>>,
+    pub(super) permutations: Option<Vec<Permutation>>,
 }
 
 /// First pass over one layer: similarity and, if asked for, layer-wide alignment before it.
@@ -111,7 +113,9 @@ pub(super) fn merge(
     let (experts, router) = layer.into_parts();
     let experts = put_alone(groups, experts, grouping)?;
     let merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
-    let report = describe(&before, &merged, &measured.summary, &stats, cx)?;
+    let error = before.error_of(&merged, cx)?;
+    let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
+    let report = describe(&before, grouping, router, &measured.summary, error);
     source.release(id);
     Ok((merged, report))
 }
@@ -161,7 +165,11 @@ fn put_alone(
     groups.into_iter().enumerate().map(alone).collect()
 }
 
-fn merge_one(merger: &dyn Merger, members: &Members<'_>, cx: &Context) -> Result<Expert> {
+pub(super) fn merge_one(
+    merger: &dyn Merger,
+    members: &Members<'_>,
+    cx: &Context,
+) -> Result<Expert> {
     members.check()?;
     let merged = merger.merge(members, cx)?;
     let like = members.experts[0];
@@ -194,7 +202,7 @@ fn line_up(
     }
 }
 
-fn narrow(
+pub(super) fn narrow(
     router: &dyn RouterMerger,
     view: &LayerView<'_>,
     grouping: &Grouping,
@@ -215,18 +223,16 @@ fn narrow(
 }
 
 /// What the report needs of the layer as it was.
-struct Before {
-    layer: LayerId,
-    experts: u64,
-    parameters: u64,
-    flops: u64,
+pub(super) struct Before {
+    pub(super) experts: usize,
+    pub(super) kind: Kind,
+    pub(super) rule: RoutingRule,
     /// Inputs and outputs on which the merged layer is compared.
-    outputs: Option<(Array2<f32>, Array2<f32>)>,
+    pub(super) outputs: Option<(Array2<f32>, Array2<f32>)>,
 }
 
 impl Before {
     fn of(layer: &MoeLayer, stats: &RoutingStats, plan: &Plan<'_>, cx: &Context) -> Result<Self> {
-        let experts = layer.experts().len();
         let samples = stats.samples.as_ref().filter(|_| plan.measure_error);
         let outputs = match samples {
             None => None,
@@ -235,53 +241,48 @@ impl Before {
                 Some((samples.inputs.clone(), exact))
             }
         };
-        Ok(Self {
-            layer: layer.id(),
-            experts: experts as u64,
-            parameters: parameters(layer.experts()),
-            flops: report::flops_per_token(&layer.experts()[0], layer.router().rule(), experts),
-            outputs,
-        })
+        let (experts, kind) = (layer.experts().len(), Kind::of(&layer.experts()[0]));
+        Ok(Self { experts, kind, rule: *layer.router().rule(), outputs })
+    }
+
+    fn error_of(&self, merged: &MergedLayer, cx: &Context) -> Result<Option<OutputError>> {
+        let Some((inputs, exact)) = &self.outputs else { return Ok(None) };
+        let mapped = merged.mapped_output(inputs.view(), cx.compute())?;
+        let narrowed = merged.narrowed_output(inputs.view(), cx.compute())?;
+        Ok(Some(OutputError {
+            mapped: relative_error(exact.view(), mapped.view()),
+            narrowed: narrowed.map(|n| relative_error(exact.view(), n.view())),
+        }))
     }
 }
 
-fn parameters(experts: &[Expert]) -> u64 {
-    experts.iter().map(|e| e.parameters() as u64).sum()
-}
-
-fn describe(
+/// The report of one layer; `router` is the one that chooses afterwards.
+pub(super) fn describe(
     before: &Before,
-    merged: &MergedLayer,
+    grouping: &Grouping,
+    router: &Router,
     summary: &LayerSummary,
-    stats: &RoutingStats,
-    cx: &Context,
-) -> Result<LayerReport> {
-    let usage = stats.usage();
-    let (groups, dropped) = report::groups_of(merged, &usage);
-    let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
-    let flops = report::flops_per_token(&merged.experts[0], router.rule(), router.experts());
-    let output_error = match &before.outputs {
-        None => None,
-        Some((inputs, exact)) => {
-            let mapped = merged.mapped_output(inputs.view(), cx.compute())?;
-            let narrowed = merged.narrowed_output(inputs.view(), cx.compute())?;
-            Some(OutputError {
-                mapped: relative_error(exact.view(), mapped.view()),
-                narrowed: narrowed.map(|n| relative_error(exact.view(), n.view())),
-            })
-        }
-    };
-    Ok(LayerReport {
-        layer: before.layer,
-        experts: Change { before: before.experts, after: merged.experts.len() as u64 },
-        expert_parameters: Change { before: before.parameters, after: parameters(&merged.experts) },
-        flops_per_token: Change { before: before.flops, after: flops },
+    output_error: Option<OutputError>,
+) -> LayerReport {
+    let usage = summary.stats.usage();
+    let (groups, dropped) = report::groups_of(grouping, &usage);
+    let Before { experts, kind, rule, .. } = before;
+    let count = |n: usize| n as u64;
+    let (n, m) = (count(*experts), count(grouping.groups()));
+    LayerReport {
+        layer: summary.id,
+        experts: Change { before: n, after: m },
+        expert_parameters: Change { before: n * kind.parameters, after: m * kind.parameters },
+        flops_per_token: Change {
+            before: report::flops_per_token(*kind, rule, *experts),
+            after: report::flops_per_token(*kind, router.rule(), router.experts()),
+        },
         usage,
         similarity: report::rounded(summary.similarity.similarities()),
         groups,
         dropped,
         output_error,
-    })
+    }
 }
 
 /// `Σ‖y − y'‖² / Σ‖y‖²`; 0 when both are 0.

@@ -9,14 +9,15 @@ use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
 use super::observe::Observer;
-use super::policy::{LayerShape, RoutingGroupPolicy};
+use super::policy::{AlignWhen, LayerShape, RoutingGroupPolicy};
 use super::report::{Change, LayerReport, Report, WrittenReport};
 use super::run::Output;
 use super::tokens::{CalibrateOptions, Tokens};
+use crate::align;
 use crate::calibrate::StatsFile;
 use crate::checkpoint::{Checkpoint, Export, Partial, WritePlan, Writer, Written};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Grouping, LayerId, MoeLayer, Router, RoutingStats};
+use crate::model::{Expert, Grouping, LayerId, MoeLayer, Router, RoutingStats};
 use crate::stage::Needs;
 
 impl Pipeline {
@@ -69,8 +70,8 @@ impl Pipeline {
         let plan = self.write_plan(job.output, groupings);
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
-        for (id, (report, sha256)) in std::mem::take(&mut journal.layers) {
-            if fresh.is_none() && writer.adopt(id, &sha256)? {
+        for (id, (report, digest)) in std::mem::take(&mut journal.layers) {
+            if fresh.is_none() && writer.adopt(id, &digest)? {
                 reports.insert(id, report);
             }
         }
@@ -78,11 +79,18 @@ impl Pipeline {
             Some(decided) => decided,
             None => self.rest(&folder, job, &plan, &reports)?,
         };
-        let new = self.merge(&folder, &decided, samples, observer, &mut |layer, report| {
-            writer.layer(&layer)?;
-            writer.sync()?;
-            journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
-        })?;
+        let new = if self.streams(samples, job) {
+            let line = &mut |report: &LayerReport, digest| {
+                journal.write(&Line::Layer(Box::new(report.clone()), digest))
+            };
+            self.stream(&folder, &decided, &mut writer, observer, line)?
+        } else {
+            self.merge(&folder, &decided, samples, observer, &mut |layer, report| {
+                writer.layer(&layer)?;
+                writer.sync()?;
+                journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
+            })?
+        };
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
         let mut report = self.report(reports.into_values().collect());
         report.family = Some(source.family().into());
@@ -112,6 +120,16 @@ impl Pipeline {
         let measured = self.measure(folder, &ids, job.observer)?;
         let groupings = ids.iter().filter_map(|id| plan.groupings.get(id).cloned()).collect();
         Ok(Decided { ids, measured, groupings })
+    }
+
+    /// Whether no stage has to see a whole layer at once.
+    fn streams(&self, samples: bool, job: &Job<'_>) -> bool {
+        let plan = self.plan(samples);
+        let in_groups = self.alignment.as_ref().filter(|a| a.when == AlignWhen::InGroups);
+        let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
+        !plan.measure_error
+            && !plan.merge_needs().contains(Needs::EXPERTS)
+            && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
     fn write_plan(&self, output: &Output, groupings: BTreeMap<LayerId, Grouping>) -> WritePlan {
@@ -180,6 +198,10 @@ impl Source for Folder<'_> {
 
     fn layer(&self, id: LayerId) -> Result<MoeLayer> {
         self.source.read_layer(id)
+    }
+
+    fn expert(&self, id: LayerId, i: usize) -> Result<Expert> {
+        self.source.read_expert(id, i)
     }
 
     fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats> {

@@ -88,8 +88,8 @@ impl Journal {
             match line {
                 Line::Statistics(sha256) => journal.statistics = Some(sha256),
                 Line::Groups(groups) => journal.groups = Some(groups),
-                Line::Layer(report, sha256) => {
-                    journal.layers.insert(report.layer, (*report, sha256));
+                Line::Layer(report, digest) => {
+                    journal.layers.insert(report.layer, (*report, digest));
                 }
                 Line::Run(_) | Line::Whole(_) => {}
             }

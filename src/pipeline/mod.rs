@@ -29,6 +29,7 @@ mod recipe;
 mod report;
 mod run;
 mod states;
+mod stream;
 mod subject;
 mod tokens;
 

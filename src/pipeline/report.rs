@@ -3,7 +3,7 @@
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Expert, LayerId, MergedLayer, RoutingRule};
+use crate::model::{Expert, Grouping, LayerId, RoutingRule};
 
 /// A count before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -132,9 +132,23 @@ impl Report {
 }
 
 /// `2 k · (parameters of one expert) + 2 n d_model`: the routed experts and the router.
-pub(super) fn flops_per_token(expert: &Expert, rule: &RoutingRule, router_rows: usize) -> u64 {
-    let experts = 2 * rule.top_k as u64 * expert.parameters() as u64;
-    experts + 2 * router_rows as u64 * expert.view().d_model() as u64
+pub(super) fn flops_per_token(kind: Kind, rule: &RoutingRule, router_rows: usize) -> u64 {
+    let experts = 2 * rule.top_k as u64 * kind.parameters;
+    experts + 2 * router_rows as u64 * kind.d_model
+}
+
+/// What the report needs to know of a layer's experts, which are all of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Kind {
+    pub(super) parameters: u64,
+    pub(super) d_model: u64,
+}
+
+impl Kind {
+    pub(super) fn of(expert: &Expert) -> Self {
+        let d_model = expert.view().d_model() as u64;
+        Self { parameters: expert.parameters() as u64, d_model }
+    }
 }
 
 /// Rounded similarities, row by row: six digits are what a picture or a comparison can use.
@@ -143,9 +157,8 @@ pub(super) fn rounded(similarity: ArrayView2<'_, f64>) -> Vec<Vec<f32>> {
     similarity.rows().into_iter().map(|row| row.iter().map(round).collect()).collect()
 }
 
-/// Groups and dropped experts of a merged layer.
-pub(super) fn groups_of(merged: &MergedLayer, usage: &[f64]) -> (Vec<GroupReport>, Vec<usize>) {
-    let grouping = &merged.grouping;
+/// Groups and dropped experts of a layer.
+pub(super) fn groups_of(grouping: &Grouping, usage: &[f64]) -> (Vec<GroupReport>, Vec<usize>) {
     let group = |g: usize| {
         let members = grouping.members(g);
         let usage = members.iter().map(|&i| usage[i]).sum();
