@@ -1,5 +1,5 @@
-//! Experts and routers in the data types of the target, as bytes with their places. Converting needs
-//! no file, so it runs on the threads that made the experts.
+//! Experts and routers in the data types of the target, as bytes with their places. Converting
+//! needs no file, so it runs on the threads that made the experts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
