@@ -1,69 +1,157 @@
-//! Merges a trained Mixtral checkpoint from 8 to 4 experts per layer, as a stock folder that any
-//! runtime loads and as a native folder with the paper's semantics, and prints what was saved.
+//! From text to a smaller checkpoint: runs text through a trained Mixtral, merges it from 8 to 4
+//! experts per layer by what its routers did, as a stock folder that any runtime loads and as a
+//! native folder with the paper's semantics, and prints what was saved and what it cost.
 //!
 //! ```text
-//! cargo run --release --example merge_then_compress                 # the bundled checkpoint
-//! cargo run --release --example merge_then_compress -- MODEL STATS TARGET KEEP [PRESET]
-//! cargo run --release --example merge_then_compress -- MODEL STATS TARGET RECIPE.toml
+//! cargo run --release --example merge_then_compress       # the bundled checkpoint and text
+//! cargo run --release --example merge_then_compress -- MODEL TEXT TARGET KEEP [PRESET]
+//! cargo run --release --example merge_then_compress -- MODEL TEXT TARGET RECIPE.toml
 //! ```
+//!
+//! TEXT is a `.txt` or `.jsonl` file, token ids in a safetensors file, or a folder of these; or a
+//! statistics file. `--evaluate OTHER_TEXT` at the end prints perplexities, before and after.
 
 #![allow(clippy::print_stdout)] // It is a command.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, Report, merge_then_compress};
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::model::Stack;
+use mcsmoe::pipeline::{
+    CalibrateOptions, Change, EvaluateOptions, ExportChoice, Keep, Recipe, Report, Tokens,
+    calibrate_to_file, evaluate, merge_then_compress,
+};
+use mcsmoe::stage::Needs;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+/// Most calibration tokens; drawn by a fixed seed.
+const TOKENS: usize = 16_384;
+const USAGE: &str = "usage: merge_then_compress \
+    [MODEL (TEXT | STATS) TARGET (KEEP [PRESET] | RECIPE) [--evaluate TEXT]]";
+
+fn main() -> Outcome {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let evaluation = match args.iter().position(|arg| arg == "--evaluate") {
+        None => None,
+        Some(at) if at + 2 == args.len() => {
+            args.pop().map(PathBuf::from).inspect(|_| args.truncate(at))
+        }
+        Some(_) => return Err(USAGE.into()),
+    };
+    let evaluation = evaluation.as_deref();
     match &args[..] {
         [] => bundled(),
-        [model, stats, target, recipe] if recipe.parse::<usize>().is_err() => {
-            let recipe = Recipe::read(Path::new(recipe))?;
-            let report =
-                merge_then_compress(Path::new(model), Path::new(stats), &recipe, target.as_ref())?;
-            print(&report, Path::new(target));
-            Ok(())
+        [model, given, target, recipe] if recipe.parse::<usize>().is_err() => {
+            let runs = [(PathBuf::from(target), Recipe::read(Path::new(recipe))?)];
+            let stats = PathBuf::from(format!("{target}.stats.safetensors"));
+            run(model.as_ref(), given.as_ref(), &stats, &runs, evaluation).map(drop)
         }
-        [model, stats, target, keep, rest @ ..] if rest.len() < 2 => {
+        [model, given, target, keep, rest @ ..] if rest.len() < 2 => {
             let preset = rest.first().map_or("m-smoe", String::as_str);
-            both(Path::new(model), Path::new(stats), Path::new(target), keep.parse()?, preset)
+            let (runs, stats) = both(target.as_ref(), keep.parse()?, preset)?;
+            run(model.as_ref(), given.as_ref(), &stats, &runs, evaluation).map(drop)
         }
-        _ => Err("usage: merge_then_compress [MODEL STATS TARGET (KEEP [PRESET] | RECIPE)]".into()),
+        _ => Err(USAGE.into()),
     }
 }
 
-/// The checkpoint that comes with the repository; earlier output of this example is replaced.
-fn bundled() -> Result<(), Box<dyn std::error::Error>> {
+/// The checkpoint and the text that come with the repository; earlier output of this example is
+/// replaced. No piece of the text that is evaluated on is in the text that is calibrated on.
+fn bundled() -> Outcome {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     let target = std::env::temp_dir().join("mcsmoe-example");
     if target.exists() {
         std::fs::remove_dir_all(&target)?;
     }
-    let (model, stats) =
-        (fixtures.join("mixtral-8e"), fixtures.join("mixtral-8e.stats.safetensors"));
-    both(&model, &stats, &target, 4, "m-smoe")
-}
-
-/// A stock and a native folder in `target`.
-fn both(
-    model: &Path,
-    stats: &Path,
-    target: &Path,
-    keep: usize,
-    preset: &str,
-) -> Result<(), Box<dyn std::error::Error>> {
-    std::fs::create_dir_all(target)?;
-    for (name, export) in [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)] {
-        let recipe = Recipe::preset(preset, Keep::Experts(keep))?.export(export);
-        let folder = target.join(name);
-        let report = merge_then_compress(model, stats, &recipe, &folder)?;
-        print(&report, &folder);
-    }
+    let (model, text) = (fixtures.join("mixtral-8e"), fixtures.join("text"));
+    let (runs, stats) = both(&target, 4, "m-smoe")?;
+    let found = run(&model, &text.join("calib"), &stats, &runs, Some(&text))?;
+    let [original, merged @ ..] = &found[..] else { return Err("nothing was evaluated".into()) };
+    assert!(merged.len() == 2 && merged.iter().all(|p| p > original && *p < 3.0 * original));
     Ok(())
 }
 
+/// A stock and a native folder in `target`, and where their statistics go.
+fn both(target: &Path, keep: usize, preset: &str) -> Outcome<(Vec<(PathBuf, Recipe)>, PathBuf)> {
+    std::fs::create_dir_all(target)?;
+    let folders = [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)];
+    let run = |(name, export)| {
+        let recipe = Recipe::preset(preset, Keep::Experts(keep))?.export(export);
+        Ok((target.join(name), recipe))
+    };
+    let runs: Outcome<Vec<_>> = folders.into_iter().map(run).collect();
+    Ok((runs?, target.join("stats.safetensors")))
+}
+
+/// Writes every folder, and returns the perplexities of the model and of each.
+fn run(
+    model: &Path,
+    given: &Path,
+    stats: &Path,
+    runs: &[(PathBuf, Recipe)],
+    evaluation: Option<&Path>,
+) -> Outcome<Vec<f64>> {
+    // The library takes text too, `Calibration::text`; here two folders share one pass over it.
+    let stats = if is_text(given)? {
+        calibrated(model, given, stats, runs)?;
+        stats
+    } else {
+        given
+    };
+    let mut found = Vec::new();
+    if let Some(text) = evaluation {
+        found.push(perplexity(model, text, "the original")?);
+    }
+    for (folder, recipe) in runs {
+        print(&merge_then_compress(model, stats, recipe, folder)?, folder);
+        if let Some(text) = evaluation {
+            found.push(perplexity(folder, text, "merged")?);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a path is text or token ids; a statistics file holds many tensors, token ids are one.
+fn is_text(path: &Path) -> Outcome<bool> {
+    if path.is_dir() || path.extension().is_none_or(|ending| ending != "safetensors") {
+        return Ok(true);
+    }
+    let bytes = std::fs::read(path)?;
+    Ok(safetensors::SafeTensors::deserialize(&bytes)?.len() == 1)
+}
+
+/// Runs the text through the model and writes the statistics that the recipes need.
+fn calibrated(model: &Path, text: &Path, stats: &Path, runs: &[(PathBuf, Recipe)]) -> Outcome {
+    // Samples: to measure the error of every layer's output on.
+    let mut needs = Needs::SAMPLES;
+    for (_, recipe) in runs {
+        needs = needs | recipe.builder()?.build()?.needs();
+    }
+    let source = Checkpoint::open(model)?;
+    let tokens = Tokens::read(&source, text, None, TOKENS, 7)?;
+    let start = Instant::now();
+    calibrate_to_file(&source, &tokens, needs, &CalibrateOptions::default(), stats)?;
+    let (read, layers) = (tokens.of(Stack::Causal), source.layers().len());
+    let seconds = start.elapsed().as_secs_f64();
+    let text = text.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(text).display();
+    println!("calibrated on {read} tokens of {text}: {layers} layers, {seconds:.1} s");
+    Ok(())
+}
+
+fn perplexity(model: &Path, text: &Path, what: &str) -> Outcome<f64> {
+    let score = evaluate(model, text, &EvaluateOptions::default())?.score;
+    let (perplexity, nats, tokens) = (score.perplexity, score.nll, score.tokens);
+    println!("perplexity, {what}: {perplexity:.2} ({nats:.3} nats per token, {tokens} tokens)");
+    Ok(perplexity)
+}
+
 fn print(report: &Report, folder: &Path) {
-    println!("\n{} → {}", report.stages.join(", "), folder.display());
+    // "similarity router-logits" → "router-logits": the order says what is what.
+    let name = |stage: &String| stage.split(' ').next_back().unwrap_or_default().to_owned();
+    let stages: Vec<String> = report.stages.iter().map(name).collect();
+    println!("\n{}\n{}", folder.display(), stages.join(" → "));
     println!("{:<12} {:>7}  {:>11}  groups", "layer", "experts", "output err.");
     for layer in &report.layers {
         let error = layer
@@ -76,7 +164,7 @@ fn print(report: &Report, folder: &Path) {
     let flops = report.flops_per_token;
     println!("MoE FLOPs per token: {} → {}", flops.before, flops.after);
     if let Some(written) = &report.written {
-        let change = |what: &str, c: mcsmoe::pipeline::Change<u64>| {
+        let change = |what: &str, c: Change<u64>| {
             let saved = 100.0 * c.saved();
             println!("{what}: {} → {} ({saved:.1}% saved)", c.before, c.after);
         };

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 # (MoE block, gate, up, down) and the names of the two numbers of the layer in config.json.
 FAMILIES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size"),
@@ -50,9 +49,9 @@ def config(a):
         experts: a.experts,
         "num_experts_per_tok": a.top_k,
         "num_hidden_layers": a.layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
         "vocab_size": a.vocab,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
@@ -70,13 +69,13 @@ def tensors(a):
     for layer in range(a.layers):
         p = f"model.layers.{layer}"
         yield f"{p}.input_layernorm.weight", (d,)
-        yield f"{p}.self_attn.q_proj.weight", (HEADS * HEAD_DIM, d)
-        yield f"{p}.self_attn.k_proj.weight", (KV_HEADS * HEAD_DIM, d)
-        yield f"{p}.self_attn.v_proj.weight", (KV_HEADS * HEAD_DIM, d)
-        yield f"{p}.self_attn.o_proj.weight", (d, HEADS * HEAD_DIM)
+        yield f"{p}.self_attn.q_proj.weight", (a.heads * a.head_dim, d)
+        yield f"{p}.self_attn.k_proj.weight", (a.kv_heads * a.head_dim, d)
+        yield f"{p}.self_attn.v_proj.weight", (a.kv_heads * a.head_dim, d)
+        yield f"{p}.self_attn.o_proj.weight", (d, a.heads * a.head_dim)
         if a.family == "qwen3_moe":
-            yield f"{p}.self_attn.q_norm.weight", (HEAD_DIM,)
-            yield f"{p}.self_attn.k_norm.weight", (HEAD_DIM,)
+            yield f"{p}.self_attn.q_norm.weight", (a.head_dim,)
+            yield f"{p}.self_attn.k_norm.weight", (a.head_dim,)
         yield f"{p}.post_attention_layernorm.weight", (d,)
         yield router_name(a, layer), (a.experts, d)
         for e in range(a.experts):
@@ -219,6 +218,9 @@ def main():
     parser.add_argument("--experts", type=int, required=True)
     parser.add_argument("--d-model", type=int, required=True)
     parser.add_argument("--d-ff", type=int, required=True)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--family", choices=FAMILIES, default="mixtral")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)

@@ -2,13 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::subject::{Items, Subject};
 use super::tokens::Tokens;
 use crate::calibrate::StatsFile;
-use crate::calibrate::text::{Select, Text, TextOptions};
-use crate::checkpoint::Checkpoint;
-use crate::error::Result;
-use crate::stage::Context;
+use crate::calibrate::text::{Select, TextOptions};
 
 /// Where the statistics of a run come from: a file, or text that is run through the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,21 +31,6 @@ impl Calibration {
         let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
         Self::Text { path: path.into(), options }
     }
-}
-
-/// Reads and cuts a text as the model wants it.
-pub(super) fn read_text(
-    source: &Checkpoint,
-    path: &Path,
-    options: &TextOptions,
-    cx: &Context,
-) -> Result<Tokens> {
-    let subject = Subject::open(source, cx)?;
-    let text = Text::read(path, source.dir(), subject.limits(), options)?;
-    Ok(match subject.items(&text, options.seed)? {
-        Items::Causal(windows) => Tokens::Windows(windows),
-        Items::Pairs(pairs) => Tokens::Pairs(pairs),
-    })
 }
 
 impl From<&Path> for Calibration {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::builder::Pipeline;
-use super::calibration::{Calibration, Given, read_text};
+use super::calibration::{Calibration, Given};
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
@@ -11,6 +11,8 @@ use super::observe::{Observer, Silent};
 use super::policy::LayerShape;
 use super::recipe::{ExportChoice, Recipe};
 use super::report::Report;
+use super::subject::Subject;
+use super::tokens::Tokens;
 use crate::calibrate::{Collector, StatsFile};
 use crate::checkpoint::{Checkpoint, LayerInfo, Partial};
 use crate::error::{ErrorKind, Locate, Result};
@@ -123,7 +125,8 @@ impl Pipeline {
                 self.run_given(source, Given::Tokens(tokens), target, output, observer)
             }
             Calibration::Text { path, options } => {
-                let tokens = read_text(source, path, options, &self.cx)?;
+                let subject = Subject::open(source, &self.cx)?;
+                let tokens = Tokens::cut(&subject, path, options)?;
                 self.run_given(source, Given::Tokens(&tokens), target, output, observer)
             }
         }

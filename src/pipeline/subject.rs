@@ -51,6 +51,15 @@ impl<'a> Subject<'a> {
         }
     }
 
+    /// Tokens of a window where nothing else is asked for.
+    pub(super) fn window(&self) -> usize {
+        self.usual().min(self.limits().longest)
+    }
+
+    fn usual(&self) -> usize {
+        if self.model.switch().is_some() { 256 } else { 512 }
+    }
+
     /// Reads the text that an evaluation asks for.
     pub(super) fn text(
         &self,
@@ -58,8 +67,7 @@ impl<'a> Subject<'a> {
         limits: Limits,
         options: &EvaluateOptions,
     ) -> Result<Text> {
-        let usual: usize = if self.model.switch().is_some() { 256 } else { 512 };
-        let window = options.window.unwrap_or(usual.min(limits.longest));
+        let window = options.window.unwrap_or(self.usual().min(limits.longest));
         let options = TextOptions {
             window,
             select: Select::Windows(options.max_windows),

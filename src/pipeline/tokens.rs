@@ -1,7 +1,11 @@
 //! Token ids to calibrate on, and how.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::subject::{Items, Subject};
+use crate::calibrate::text::{Select, Text, TextOptions};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
 use crate::model::Stack;
 use crate::stage::Context;
 
@@ -28,6 +32,36 @@ impl From<Vec<(Vec<u32>, Vec<u32>)>> for Tokens {
 }
 
 impl Tokens {
+    /// Windows of a text file or a folder of them, drawn by `seed`, as many as fit in
+    /// `max_tokens`; as the model wants them: encoder-decoder models get pairs, by T5's span
+    /// corruption. `window: None` is 512 tokens (256 for pairs), or the model's context if that is
+    /// less. See [`text`](crate::calibrate::text).
+    ///
+    /// # Errors
+    /// Those of [`Text::read`]; [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for a
+    /// family without a native forward pass.
+    pub fn read(
+        source: &Checkpoint,
+        path: &Path,
+        window: Option<usize>,
+        max_tokens: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        let subject = Subject::open(source, &Context::cpu(seed))?;
+        let window = window.unwrap_or_else(|| subject.window());
+        let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
+        Self::cut(&subject, path, &options)
+    }
+
+    /// Reads and cuts a text as the model wants it.
+    pub(super) fn cut(subject: &Subject<'_>, path: &Path, options: &TextOptions) -> Result<Self> {
+        let text = Text::read(path, subject.checkpoint.dir(), subject.limits(), options)?;
+        Ok(match subject.items(&text, options.seed)? {
+            Items::Causal(windows) => Self::Windows(windows),
+            Items::Pairs(pairs) => Self::Pairs(pairs),
+        })
+    }
+
     /// Whether there is no window.
     pub fn is_empty(&self) -> bool {
         match self {

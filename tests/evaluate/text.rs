@@ -4,9 +4,10 @@ use std::path::Path;
 
 use mcsmoe::ErrorKind;
 use mcsmoe::calibrate::text::{Limits, Select, Text, TextOptions};
+use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{
-    Evaluation, ExportChoice, Keep, LoopOptions, Recipe, Task, compare, evaluate, loops,
-    merge_then_compress,
+    Calibration, Evaluation, ExportChoice, Keep, LoopOptions, Recipe, Task, Tokens, compare,
+    evaluate, loops, merge_then_compress,
 };
 use serde_json::Value;
 
@@ -69,6 +70,32 @@ fn native_and_expanded_folders_of_a_merge_are_one_model() {
     // The same experts; members of a group that fire together are added in another order.
     assert!((scores[0] - scores[1]).abs() < 1e-5, "{scores:?}");
     assert!((scores[0] - scores[2]).abs() > 1e-3, "{scores:?}");
+}
+
+#[test]
+fn text_and_its_windows_are_one_calibration() {
+    let (target, text) = (tempfile::tempdir().unwrap(), fixtures().join("text/calib"));
+    let source = Checkpoint::open(bundled()).unwrap();
+    let windows = Tokens::read(&source, &text, Some(128), 1024, 7).unwrap();
+    let Tokens::Windows(all) = &windows else { panic!("{windows:?}") };
+    assert!(all.len() == 8 && all.iter().all(|window| window.len() == 128));
+    // The seed draws; 512 tokens are the usual window.
+    assert_ne!(Tokens::read(&source, &text, Some(128), 1024, 8).unwrap(), windows);
+    let Tokens::Windows(usual) = Tokens::read(&source, &text, None, 1024, 7).unwrap() else {
+        panic!("a decoder reads windows")
+    };
+    assert_eq!(usual.iter().map(Vec::len).collect::<Vec<_>>(), [512, 512]);
+    let longer = Tokens::read(&source, &text, Some(1025), 2048, 7).unwrap_err();
+    assert!(matches!(longer.kind(), ErrorKind::OutOfRange { .. }), "{longer}");
+
+    let recipe = Recipe::preset("reap", Keep::Experts(4)).unwrap();
+    let given = [windows.into(), Calibration::text(&text, 128, 1024, 7)];
+    let reports = given.into_iter().enumerate().map(|(i, calibration)| {
+        let folder = target.path().join(i.to_string());
+        merge_then_compress(&bundled(), calibration, &recipe, &folder).unwrap()
+    });
+    let reports: Vec<_> = reports.collect();
+    assert_eq!((reports[0].tokens, &reports[0]), (1024, &reports[1]));
 }
 
 #[test]
