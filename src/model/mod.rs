@@ -12,6 +12,7 @@ mod router;
 mod similarity;
 mod stats;
 mod tensors;
+mod visits;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
