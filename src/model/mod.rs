@@ -10,6 +10,7 @@ mod layer;
 mod permutation;
 mod router;
 mod similarity;
+mod slope;
 mod stats;
 mod tensors;
 mod visits;
