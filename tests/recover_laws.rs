@@ -6,7 +6,7 @@ use mcsmoe::model::{
     Activation, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score,
 };
-use mcsmoe::recover::{Chain, Distill, LeastSquares};
+use mcsmoe::recover::{Chain, Distill, LeastSquares, Scale};
 use mcsmoe::stage::{Context, Recoverer, Recovery};
 use ndarray::{Array1, Array2, s};
 
@@ -191,6 +191,7 @@ fn recoverers() -> Vec<Box<dyn Recoverer>> {
     let wild = Distill { learning_rate: 1e30, ..distill.clone() };
     let chain = Chain(vec![Box::new(LeastSquares::default()), Box::new(distill.clone())]);
     vec![
+        Box::new(Scale::default()),
         Box::new(LeastSquares::default()),
         Box::new(iterative),
         Box::new(distill),
@@ -316,5 +317,29 @@ fn only_the_router_that_is_used_is_trained() {
         assert_eq!(found.narrowed == start.narrowed, !narrowed);
         let correction = |layer: &MergedLayer| layer.router.correction().cloned();
         assert_eq!(correction(&found), correction(&start));
+    }
+}
+
+#[test]
+fn scale_finds_planted_factors() {
+    let x = Numbers(5).matrix(400, D);
+    for (rule, narrowed) in rules().into_iter().flat_map(|r| [(r, true), (r, false)]) {
+        let truth = layer(1, rule);
+        let targets = output(&truth, &x, narrowed);
+        let task = with(&x, &targets, narrowed, 40);
+        let mut start = truth.clone();
+        for (expert, factor) in start.experts.iter_mut().zip([0.5, 0.8, 1.1, 1.0]) {
+            let activation = expert.view().activation;
+            let (gate, up, mut down) = expert.clone().into_parts();
+            down.weight *= factor;
+            down.bias.iter_mut().for_each(|bias| *bias *= factor);
+            *expert = Expert::new(gate, up, down, activation).unwrap();
+        }
+        let found = Scale { ridge: 1e-9 }.recover(&task, start, &Context::cpu(0)).unwrap();
+        for (a, b) in found.experts.iter().zip(&truth.experts) {
+            let (a, b) = (a.view().down, b.view().down);
+            approx::assert_abs_diff_eq!(a.weight, b.weight, epsilon = 1e-4);
+            approx::assert_abs_diff_eq!(a.bias.unwrap(), b.bias.unwrap(), epsilon = 1e-4);
+        }
     }
 }

@@ -198,7 +198,7 @@ impl Features {
 }
 
 /// Positions in two ascending lists of what they have in common.
-fn common(a: &[usize], b: &[usize]) -> Vec<(usize, usize)> {
+pub(super) fn common(a: &[usize], b: &[usize]) -> Vec<(usize, usize)> {
     let (mut i, mut j, mut found) = (0, 0, Vec::new());
     while i < a.len() && j < b.len() {
         match a[i].cmp(&b[j]) {

@@ -56,15 +56,14 @@ impl Default for LeastSquares {
     }
 }
 
-impl LeastSquares {
-    fn check(&self) -> Result<()> {
-        if self.ridges.is_empty() {
-            return Err(Error::range("ridges of the least-squares fit", "at least one", 0));
-        }
-        match self.ridges.iter().find(|r| !r.is_finite() || **r <= 0.0) {
-            None => Ok(()),
-            Some(bad) => Err(Error::range("ridge of the least-squares fit", "above 0", bad)),
-        }
+/// Refuses what gives no positive definite system.
+pub(super) fn check_ridges(ridges: &[f64]) -> Result<()> {
+    if ridges.is_empty() {
+        return Err(Error::range("ridges of a least-squares fit", "at least one", 0));
+    }
+    match ridges.iter().find(|r| !r.is_finite() || **r <= 0.0) {
+        None => Ok(()),
+        Some(bad) => Err(Error::range("ridge of a least-squares fit", "above 0", bad)),
     }
 }
 
@@ -88,7 +87,7 @@ impl Recoverer for LeastSquares {
 
 impl LeastSquares {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        self.check()?;
+        check_ridges(&self.ridges)?;
         task.check(&merged)?;
         let rows = s![..task.fitted(), ..];
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;

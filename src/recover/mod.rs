@@ -2,6 +2,7 @@
 //!
 //! | recoverer | what it fits | how |
 //! |---|---|---|
+//! | [`Scale`] | one factor per expert | in closed form |
 //! | [`LeastSquares`] | all down projections of the layer together | in closed form |
 //! | [`Distill`] | gate, up and down projections, router rows | by gradient descent |
 //! | [`Chain`] | several of them in a row | – |
@@ -21,8 +22,10 @@ mod least_squares;
 mod normal;
 mod pupil;
 mod routing;
+mod scale;
 mod student;
 
 pub use chain::Chain;
 pub use distill::Distill;
 pub use least_squares::LeastSquares;
+pub use scale::Scale;
