@@ -29,8 +29,10 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 /// is a down pass over the tokens and its transpose (`4 t k d_ff d_model` operations), memory
 /// `12 t k d_ff` bytes or less. Both keep the hidden activations, `4 t k d_ff` bytes.
 ///
-/// Source: our own, the joint form over a layer of the least-squares merge of a group (MergeMoE,
-/// arXiv 2510.14436, as recalled; its down projection is fitted a group at a time).
+/// Source: MergeMoE (Miao et al., arXiv 2510.14436) solves a merged expert's down projection for
+/// the members' combined output, a group at a time and without a ridge. Ours fits all experts of a
+/// layer together, to the layer's own output, and so also makes up for dropped experts and for a
+/// narrowed router.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeastSquares {
