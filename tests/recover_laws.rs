@@ -343,3 +343,24 @@ fn scale_finds_planted_factors() {
         }
     }
 }
+
+#[test]
+fn few_tokens_do_not_spoil_the_layer_for_others() {
+    // 24 tokens, of which 4 judge, for 40 features.
+    let (x, fresh) = (Numbers(5).matrix(24, D), Numbers(6).matrix(2000, D));
+    for (rule, narrowed) in rules().into_iter().flat_map(|r| [(r, true), (r, false)]) {
+        let truth = layer(1, rule);
+        let targets = output(&truth, &x, narrowed);
+        let task = with(&x, &targets, narrowed, 4);
+        let start = perturbed(&truth, 2, 0.3, false);
+        let expected = output(&truth, &fresh, narrowed);
+        let unseen = with(&fresh, &expected, narrowed, 0);
+        let cx = Context::cpu(0);
+        let before = unseen.error(&start, &cx).unwrap();
+        for recoverer in recoverers() {
+            let found = recoverer.recover(&task, start.clone(), &cx).unwrap();
+            let after = unseen.error(&found, &cx).unwrap();
+            assert!(after < 1.2 * before, "{}: {before} to {after}", recoverer.name());
+        }
+    }
+}

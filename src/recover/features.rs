@@ -188,12 +188,12 @@ impl Features {
         self.parts.iter().map(|part| part.hidden.ncols()).sum()
     }
 
-    /// Mean diagonal entry of `Φᵀ Φ`.
-    pub(super) fn mean_square(&self) -> f64 {
+    /// `tr(Φᵀ Φ) / min(t, m · d_ff)`: the mean of the eigenvalues that can differ from 0.
+    pub(super) fn scale(&self) -> f64 {
         let squares =
             |part: &Part| -> f64 { part.hidden.iter().map(|&h| f64::from(h) * f64::from(h)).sum() };
         let total: f64 = self.parts.iter().map(squares).sum();
-        total / self.width().max(1) as f64
+        total / self.width().min(self.tokens).max(1) as f64
     }
 }
 

@@ -17,9 +17,9 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 /// that fire together add up) and `t(x)` the original layer's output. Biases stay. In terms of what
 /// is added, `Δ = W' − W`, these are the normal equations `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`:
 /// `Φ: (t, m · d_ff)` holds the weighted hidden activations, `R: (t, d_model)` what the merged
-/// layer misses, and `λ = ridge · tr(Φᵀ Φ) / (m · d_ff)`. The ridge is the one of
-/// [`LeastSquares::ridges`] with the least error on the rows that judge; experts that no token
-/// visits keep every bit.
+/// layer misses, and `λ = ridge · tr(Φᵀ Φ) / min(t, m · d_ff)`, relative to the mean eigenvalue
+/// also where tokens are fewer than features. The ridge is the one of [`LeastSquares::ridges`] with
+/// the least error on the rows that judge; experts that no token visits keep every bit.
 ///
 /// Up to `dense_limit` features: one Gram matrix in `f64`, of which only the blocks of experts that
 /// fire together are computed (`t k² d_ff²` operations), and a Cholesky factorisation per ridge
@@ -36,8 +36,8 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LeastSquares {
-    /// Pulls towards the current weights to choose from, relative to the mean diagonal of the Gram
-    /// matrix; each above 0.
+    /// Pulls towards the current weights to choose from, relative to the mean eigenvalue of the
+    /// Gram matrix; each above 0.
     pub ridges: Vec<f64>,
     /// The most features, `m · d_ff`, for which a Gram matrix is formed.
     pub dense_limit: usize,
@@ -93,7 +93,7 @@ impl LeastSquares {
         task.check(&merged)?;
         let rows = s![..task.fitted(), ..];
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
-        let scale = features.mean_square();
+        let scale = features.scale();
         if scale <= 0.0 {
             return Ok(merged);
         }

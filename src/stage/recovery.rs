@@ -18,7 +18,8 @@ pub struct Recovery<'a> {
     /// Which router is used: the narrowed one (stock exports), if there is one, or the `n`-row one
     /// with the expert map (native exports).
     pub narrowed: bool,
-    /// How many rows at the end no fit may see: they judge it.
+    /// How many rows at the end no fit may see: they judge it. They should be like the others:
+    /// calibration files in order would leave the last file to judge fits to the first ones.
     pub held_out: usize,
 }
 
