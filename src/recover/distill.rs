@@ -26,6 +26,11 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 /// experts (three products forward, four back: inputs need no gradient). Memory: four times the
 /// layer's experts, twice more for the best state and the start, and a batch.
 ///
+/// The default rate: on small trained models with half of the experts kept by REAP saliency (24,064
+/// tokens, a tenth held out, 20 epochs after least squares), 3e-3 left a held-out error of 0.018
+/// and 0.040 (Mixtral, layers 0 and 1), 0.017 (Qwen3, layer 0) and 0.020 (OLMoE, layer 0), where
+/// 1e-3 left 0.021, 0.048, 0.020 and 0.025: as much as twice the epochs gave.
+///
 /// Source: distillation after merging is the paper's (arXiv 2310.01334, §3.2), there over the whole
 /// model and its labels; layer by layer needs neither.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,7 +50,7 @@ pub struct Distill {
 
 impl Default for Distill {
     fn default() -> Self {
-        Self { epochs: 20, learning_rate: 1e-3, batch: 512, experts: true, router: true }
+        Self { epochs: 20, learning_rate: 3e-3, batch: 512, experts: true, router: true }
     }
 }
 
