@@ -33,7 +33,8 @@
 //! 5. [`align`] lines hidden units up, so that an average means something ([`stage::Aligner`]).
 //! 6. [`merge`] makes one expert of each group ([`stage::Merger`]) and, for runtimes without an
 //!    expert map, a router with one row per group ([`stage::RouterMerger`]).
-//! 7. [`checkpoint`] writes the target; it appears whole or not at all.
+//! 7. [`recover`] refits what was merged to the original layer's output ([`stage::Recoverer`]).
+//! 8. [`checkpoint`] writes the target; it appears whole or not at all.
 //!
 //! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
 //! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
@@ -81,6 +82,7 @@ pub mod model;
 pub mod par;
 pub mod pipeline;
 pub mod prelude;
+pub mod recover;
 pub mod similarity;
 pub mod stage;
 

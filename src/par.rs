@@ -46,6 +46,19 @@ pub fn in_turn<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Resu
     results.into_iter().map(|(_, result)| result).collect()
 }
 
+/// Evaluates `f(i, &mut items[i])` for every item in parallel and returns the results in order.
+///
+/// # Errors
+/// The error of the smallest failing index; the other items were changed all the same.
+pub fn map_mut<T: Send, U: Send>(
+    items: &mut [T],
+    f: impl Fn(usize, &mut T) -> Result<U> + Sync,
+) -> Result<Vec<U>> {
+    let results: Vec<Result<U>> =
+        items.par_iter_mut().enumerate().map(|(i, item)| f(i, item)).collect();
+    results.into_iter().collect()
+}
+
 /// Sums `f(range)` over the blocks `[0, block), [block, 2·block), …` of `0..n`.
 ///
 /// Blocks are evaluated in parallel, a fixed number at a time, and folded in block order with
@@ -97,6 +110,16 @@ mod tests {
         assert_eq!(map(5, |i| Ok(i * i)).unwrap(), [0, 1, 4, 9, 16]);
         let failure = map(100, |i| if i % 7 == 6 { Err(Error::range("i", "", i)) } else { Ok(i) });
         assert!(failure.unwrap_err().to_string().ends_with("found 6"));
+    }
+
+    #[test]
+    fn items_are_changed_in_place_and_answer_in_order() {
+        let mut items = [1, 2, 3];
+        let answers = map_mut(&mut items, |i, x| {
+            *x += 10;
+            Ok(i as i32 + *x)
+        });
+        assert_eq!((answers.unwrap(), items), (vec![11, 13, 15], [11, 12, 13]));
     }
 
     #[test]

@@ -12,5 +12,5 @@ pub use crate::pipeline::{Keep, Pipeline, Recipe, Report, merge_then_compress};
 #[doc(no_inline)]
 pub use crate::stage::{
     AlignPair, Aligner, Context, Grouper, LayerSummary, LayerView, Members, Merger, Needs,
-    RouterMerger, Similarity, Stage,
+    Recoverer, Recovery, RouterMerger, Similarity, Stage,
 };

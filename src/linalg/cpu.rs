@@ -105,7 +105,7 @@ impl Compute for Cpu {
 }
 
 /// `out ← [out +] alpha · a b`; the shapes were checked by the caller.
-fn product<T: ComplexField + Copy + Send + Sync>(
+pub(super) fn product<T: ComplexField + Copy + Send + Sync>(
     mut out: ArrayViewMut2<'_, T>,
     accum: Accum,
     a: ArrayView2<'_, T>,

@@ -10,8 +10,10 @@ mod layer;
 mod permutation;
 mod router;
 mod similarity;
+mod slope;
 mod stats;
 mod tensors;
+mod visits;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};

@@ -7,15 +7,17 @@
 
 mod context;
 mod needs;
+mod recovery;
 mod view;
 
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::model::{Budget, Expert, Grouping, Permutation, Router, SimilarityMatrix};
+use crate::model::{Budget, Expert, Grouping, MergedLayer, Permutation, Router, SimilarityMatrix};
 
 pub use context::Context;
 pub use needs::Needs;
+pub use recovery::Recovery;
 pub use view::{AlignPair, LayerSummary, LayerView, Members};
 
 /// What all stages have.
@@ -86,6 +88,21 @@ pub trait RouterMerger: Stage {
     ) -> Result<Router>;
 }
 
+/// Brings a merged layer back towards the output of the original one.
+pub trait Recoverer: Stage {
+    /// The recovered layer: the same grouping, other weights. Never worse than `merged` on the rows
+    /// that judge ([`Recovery::judging`]): what does not improve is returned as it came.
+    ///
+    /// # Errors
+    /// Those of [`Recovery::check`]; else those of the method.
+    fn recover(
+        &self,
+        task: &Recovery<'_>,
+        merged: MergedLayer,
+        cx: &Context,
+    ) -> Result<MergedLayer>;
+}
+
 macro_rules! forward {
     ($stage:ident, $($method:ident($($arg:ident: $type:ty),*) -> $out:ty);+) => {
         forward!(@one $stage, &T, $($method($($arg: $type),*) -> $out);+);
@@ -109,6 +126,8 @@ forward!(Aligner, align(pair: &AlignPair<'_>, cx: &Context) -> Result<Permutatio
 forward!(Merger, merge(members: &Members<'_>, cx: &Context) -> Result<Expert>);
 forward!(RouterMerger,
     merge_router(layer: &LayerView<'_>, grouping: &Grouping, cx: &Context) -> Result<Router>);
+forward!(Recoverer,
+    recover(task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer>);
 
 #[cfg(test)]
 mod tests {
@@ -123,6 +142,7 @@ mod tests {
         thread_safe::<dyn Aligner>();
         thread_safe::<dyn Merger>();
         thread_safe::<dyn RouterMerger>();
+        thread_safe::<dyn Recoverer>();
         thread_safe::<Context>();
     }
 }

@@ -1,0 +1,77 @@
+//! Which tokens visit which expert of a merged layer.
+
+use ndarray::ArrayView2;
+
+use super::layer::MergedLayer;
+use super::router::{Router, Routing};
+use crate::error::Result;
+use crate::linalg::Compute;
+
+impl MergedLayer {
+    /// The router that chooses and, for each of its rows, the merged expert behind it (`None`:
+    /// dropped): the narrowed router if asked for and there, else the `n`-row one and the map.
+    pub fn choosing(&self, narrowed: bool) -> (&Router, Vec<Option<usize>>) {
+        match self.narrowed.as_ref().filter(|_| narrowed) {
+            Some(router) => (router, (0..self.experts.len()).map(Some).collect()),
+            None => (&self.router, self.grouping.labels().to_vec()),
+        }
+    }
+
+    /// For each merged expert the rows of `X: (t, d_model)` that visit it, ascending, and their
+    /// weights. Weights of members that fire together add up; dropped experts are not chosen.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width.
+    pub fn visits(
+        &self,
+        narrowed: bool,
+        x: ArrayView2<'_, f32>,
+        compute: &dyn Compute,
+    ) -> Result<Vec<Vec<(usize, f32)>>> {
+        let (router, map) = self.choosing(narrowed);
+        let mut logits = router.logits(x, compute)?;
+        for (i, _) in map.iter().enumerate().filter(|(_, expert)| expert.is_none()) {
+            logits.column_mut(i).fill(f32::NEG_INFINITY);
+        }
+        let routing = router.route(logits.view())?;
+        Ok(routing.visits(&map, self.experts.len()))
+    }
+}
+
+impl Routing {
+    /// For each of `m` merged experts the tokens that visit it, ascending, and their weights;
+    /// `map[i]` is the merged expert behind row `i` of the router. Weights of rows that lead to the
+    /// same expert add up.
+    pub fn visits(&self, map: &[Option<usize>], m: usize) -> Vec<Vec<(usize, f32)>> {
+        let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); m];
+        let rows = self.experts.rows().into_iter().zip(self.weights.rows()).enumerate();
+        for (t, (chosen, weights)) in rows {
+            for (&row, &w) in chosen.iter().zip(weights) {
+                let Some(expert) = map.get(row as usize).copied().flatten() else { continue };
+                let Some(visits) = visits.get_mut(expert) else { continue };
+                match visits.last_mut() {
+                    Some((last, sum)) if *last == t => *sum += w,
+                    _ => visits.push((t, w)),
+                }
+            }
+        }
+        visits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn weights_of_rows_behind_one_expert_add_up() {
+        let routing = Routing {
+            experts: array![[0, 2], [1, 2], [3, 0]],
+            weights: array![[0.5, 0.25], [0.5, 0.125], [1.0, 2.0]],
+        };
+        let visits = routing.visits(&[Some(1), Some(0), Some(1), None], 2);
+        assert_eq!(visits[0], [(1, 0.5)]);
+        assert_eq!(visits[1], [(0, 0.75), (1, 0.125), (2, 2.0)]);
+    }
+}

@@ -1,0 +1,34 @@
+//! Recoverers one after the other.
+
+use crate::error::Result;
+use crate::model::MergedLayer;
+use crate::stage::{Context, Needs, Recoverer, Recovery, Stage};
+
+/// Runs recoverers in order, each on what the one before gave.
+///
+/// [`LeastSquares`](super::LeastSquares), [`Distill`](super::Distill) and least squares again is
+/// the usual chain: the closed form is nearly free and a good start, gradients reach gate, up and
+/// router, and the last fit takes what they leave to the down projections.
+#[derive(Debug, Default)]
+pub struct Chain(pub Vec<Box<dyn Recoverer>>);
+
+impl Stage for Chain {
+    fn name(&self) -> &str {
+        "chain"
+    }
+
+    fn needs(&self) -> Needs {
+        self.0.iter().fold(Needs::NONE, |needs, recoverer| needs | recoverer.needs())
+    }
+}
+
+impl Recoverer for Chain {
+    fn recover(
+        &self,
+        task: &Recovery<'_>,
+        merged: MergedLayer,
+        cx: &Context,
+    ) -> Result<MergedLayer> {
+        self.0.iter().try_fold(merged, |layer, recoverer| recoverer.recover(task, layer, cx))
+    }
+}

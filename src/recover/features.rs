@@ -1,0 +1,225 @@
+//! The gate-weighted hidden activations of a merged layer: the features of a linear fit of its
+//! down projections.
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+
+use crate::error::{Locate, Result};
+use crate::linalg::add_cross;
+use crate::model::MergedLayer;
+use crate::par;
+use crate::stage::Context;
+
+/// Tokens that one task works on.
+const BLOCK: usize = 512;
+
+/// One merged expert's tokens.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// Rows of the inputs, ascending.
+    pub(super) tokens: Vec<usize>,
+    /// The applied weight of each.
+    pub(super) weights: Vec<f32>,
+    /// `(visits, d_ff)` hidden activations, times the weight.
+    pub(super) hidden: Array2<f32>,
+}
+
+/// The block-sparse matrix `Φ: (t, m · d_ff)` of weighted hidden activations, an expert a block: a
+/// token has entries only in the blocks of the experts it visits. `4 t k d_ff` bytes.
+#[derive(Debug)]
+pub(super) struct Features {
+    pub(super) parts: Vec<Part>,
+    tokens: usize,
+}
+
+impl Features {
+    /// Runs the layer up to its down projections.
+    pub(super) fn new(
+        merged: &MergedLayer,
+        narrowed: bool,
+        x: ArrayView2<'_, f32>,
+        cx: &Context,
+    ) -> Result<Self> {
+        let visits = merged.visits(narrowed, x, cx.compute())?;
+        let single = cx.per_task();
+        let parts = par::map(visits.len(), |e| {
+            let (tokens, weights): (Vec<_>, Vec<_>) = visits[e].iter().copied().unzip();
+            let expert = merged.experts[e].view();
+            let mut hidden = Array2::zeros((tokens.len(), expert.d_ff()));
+            for (tokens, mut out) in
+                tokens.chunks(BLOCK).zip(hidden.axis_chunks_iter_mut(Axis(0), BLOCK))
+            {
+                let x = x.select(Axis(0), tokens);
+                out.assign(&expert.hidden(x.view(), single.compute()).in_expert(e)?);
+            }
+            hidden.rows_mut().into_iter().zip(&weights).for_each(|(mut row, w)| row *= *w);
+            Ok(Part { tokens, weights, hidden })
+        })?;
+        Ok(Self { parts, tokens: x.nrows() })
+    }
+
+    /// `T − Φ Wᵀ − Σ w b`: what the merged layer misses, `(t, d_model)`.
+    pub(super) fn residual(
+        &self,
+        merged: &MergedLayer,
+        targets: ArrayView2<'_, f32>,
+        cx: &Context,
+    ) -> Result<Array2<f32>> {
+        let down: Vec<_> = merged.experts.iter().map(|e| e.view().down.weight).collect();
+        let mut residual = targets.to_owned();
+        self.subtract(&down, &mut residual, cx)?;
+        for (part, expert) in self.parts.iter().zip(&merged.experts) {
+            let Some(bias) = expert.view().down.bias else { continue };
+            for (&t, &w) in part.tokens.iter().zip(&part.weights) {
+                residual.row_mut(t).scaled_add(-w, &bias);
+            }
+        }
+        Ok(residual)
+    }
+
+    /// `out ← out − Φ Wᵀ` for one `W: (d_model, d_ff)` an expert, in parallel over blocks of
+    /// tokens; within a block in expert order.
+    pub(super) fn subtract(
+        &self,
+        down: &[ArrayView2<'_, f32>],
+        out: &mut Array2<f32>,
+        cx: &Context,
+    ) -> Result<()> {
+        let (single, d) = (cx.per_task(), out.ncols());
+        let blocks = self.tokens.div_ceil(BLOCK);
+        let misses = par::map(blocks, |b| {
+            let (first, end) = (b * BLOCK, ((b + 1) * BLOCK).min(self.tokens));
+            let mut block = out.slice(s![first..end, ..]).to_owned();
+            let mut product = Array2::<f32>::zeros((end - first, d));
+            for (part, down) in self.parts.iter().zip(down) {
+                let from = part.tokens.partition_point(|&t| t < first);
+                let to = part.tokens.partition_point(|&t| t < end);
+                let mut y = product.slice_mut(s![..to - from, ..]);
+                let hidden = part.hidden.slice(s![from..to, ..]);
+                single.compute().gemm(1.0, hidden, down.t(), 0.0, y.view_mut())?;
+                for (&t, y) in part.tokens[from..to].iter().zip(y.rows()) {
+                    block.row_mut(t - first).scaled_add(-1.0, &y);
+                }
+            }
+            Ok(block)
+        })?;
+        for (mut rows, block) in out.axis_chunks_iter_mut(Axis(0), BLOCK).zip(misses) {
+            rows.assign(&block);
+        }
+        Ok(())
+    }
+
+    /// `Vᵀ Φ` for `V: (t, d_model)`: one `(d_model, d_ff)` an expert, in `f32`.
+    pub(super) fn moments(&self, v: &Array2<f32>, cx: &Context) -> Result<Vec<Array2<f32>>> {
+        let single = cx.per_task();
+        par::map(self.parts.len(), |e| {
+            let part = &self.parts[e];
+            let mut sum = Array2::zeros((v.ncols(), part.hidden.ncols()));
+            for (tokens, hidden) in
+                part.tokens.chunks(BLOCK).zip(part.hidden.axis_chunks_iter(Axis(0), BLOCK))
+            {
+                let v = v.select(Axis(0), tokens);
+                single.compute().gemm(1.0, v.t(), hidden, 1.0, sum.view_mut())?;
+            }
+            Ok(sum)
+        })
+    }
+
+    /// `Φᵀ V` in `f64`: `(m · d_ff, d_model)`.
+    pub(super) fn wide_moments(&self, v: &Array2<f32>) -> Result<Array2<f64>> {
+        let blocks = par::map(self.parts.len(), |e| {
+            let part = &self.parts[e];
+            let mut sum = Array2::zeros((part.hidden.ncols(), v.ncols()));
+            for (tokens, hidden) in
+                part.tokens.chunks(BLOCK).zip(part.hidden.axis_chunks_iter(Axis(0), BLOCK))
+            {
+                add_cross(hidden, v.select(Axis(0), tokens).view(), sum.view_mut())?;
+            }
+            Ok(sum)
+        })?;
+        let mut out = Array2::zeros((self.width(), v.ncols()));
+        let mut first = 0;
+        for block in blocks {
+            let end = first + block.nrows();
+            out.slice_mut(s![first..end, ..]).assign(&block);
+            first = end;
+        }
+        Ok(out)
+    }
+
+    /// The lower triangle of `Φᵀ Φ` in `f64`, block by block: only pairs of experts that some token
+    /// visits together have one. `t k (k + 1) d_ff²` operations.
+    pub(super) fn gram(&self) -> Result<Array2<f64>> {
+        let m = self.parts.len();
+        let pairs: Vec<_> = (0..m).flat_map(|i| (0..=i).map(move |j| (i, j))).collect();
+        let blocks = par::map(pairs.len(), |p| self.pair(pairs[p].0, pairs[p].1))?;
+        let mut gram = Array2::zeros((self.width(), self.width()));
+        let f = self.width() / m.max(1);
+        for ((i, j), block) in pairs.into_iter().zip(blocks) {
+            let Some(block) = block else { continue };
+            gram.slice_mut(s![i * f..(i + 1) * f, j * f..(j + 1) * f]).assign(&block);
+        }
+        Ok(gram)
+    }
+
+    /// The block of two experts; `None` when no token visits both.
+    fn pair(&self, i: usize, j: usize) -> Result<Option<Array2<f64>>> {
+        let (left, right) = (&self.parts[i], &self.parts[j]);
+        let common = common(&left.tokens, &right.tokens);
+        if common.is_empty() {
+            return Ok(None);
+        }
+        let mut block = Array2::zeros((left.hidden.ncols(), right.hidden.ncols()));
+        for rows in common.chunks(BLOCK) {
+            let (a, b): (Vec<_>, Vec<_>) = rows.iter().copied().unzip();
+            let a = left.hidden.select(Axis(0), &a);
+            let b = right.hidden.select(Axis(0), &b);
+            add_cross(a.view(), b.view(), block.view_mut())?;
+        }
+        Ok(Some(block))
+    }
+
+    /// Number of tokens.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// `m · d_ff`.
+    pub(super) fn width(&self) -> usize {
+        self.parts.iter().map(|part| part.hidden.ncols()).sum()
+    }
+
+    /// `tr(Φᵀ Φ) / min(t, m · d_ff)`: the mean of the eigenvalues that can differ from 0.
+    pub(super) fn scale(&self) -> f64 {
+        let squares =
+            |part: &Part| -> f64 { part.hidden.iter().map(|&h| f64::from(h) * f64::from(h)).sum() };
+        let total: f64 = self.parts.iter().map(squares).sum();
+        total / self.width().min(self.tokens).max(1) as f64
+    }
+}
+
+/// Positions in two ascending lists of what they have in common.
+pub(super) fn common(a: &[usize], b: &[usize]) -> Vec<(usize, usize)> {
+    let (mut i, mut j, mut found) = (0, 0, Vec::new());
+    while i < a.len() && j < b.len() {
+        match a[i].cmp(&b[j]) {
+            std::cmp::Ordering::Less => i += 1,
+            std::cmp::Ordering::Greater => j += 1,
+            std::cmp::Ordering::Equal => {
+                found.push((i, j));
+                (i, j) = (i + 1, j + 1);
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_entries_of_ascending_lists() {
+        assert_eq!(common(&[1, 3, 4, 9], &[0, 3, 9]), [(1, 1), (3, 2)]);
+        assert!(common(&[1], &[]).is_empty());
+    }
+}

@@ -1,0 +1,157 @@
+//! All down projections of a layer, refitted together in closed form.
+
+use ndarray::{Array2, s};
+use serde::{Deserialize, Serialize};
+
+use super::features::Features;
+use super::normal::{ConjugateGradients, Deltas, cholesky};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Expert, Linear, MergedLayer};
+use crate::stage::{Context, Recoverer, Recovery, Stage};
+
+/// Refits the down projections of all merged experts of a layer together:
+///
+/// `W' = argmin Σ_x ‖Σ_e w_e(x) (W'_e h_e(x) + b_e) − t(x)‖² + λ Σ_e ‖W'_e − W_e‖²`,
+///
+/// with `h_e(x): (d_ff)` the hidden activations, `w_e(x)` the applied weight (members of a group
+/// that fire together add up) and `t(x)` the original layer's output. Biases stay. In terms of what
+/// is added, `Δ = W' − W`, these are the normal equations `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`:
+/// `Φ: (t, m · d_ff)` holds the weighted hidden activations, `R: (t, d_model)` what the merged
+/// layer misses, and `λ = ridge · tr(Φᵀ Φ) / min(t, m · d_ff)`, relative to the mean eigenvalue
+/// also where tokens are fewer than features. The ridge is the one of [`LeastSquares::ridges`] with
+/// the least error on the rows that judge; experts that no token visits keep every bit.
+///
+/// Up to `dense_limit` features: one Gram matrix in `f64`, of which only the blocks of experts that
+/// fire together are computed (`t k² d_ff²` operations), and a Cholesky factorisation per ridge
+/// (`(m d_ff)³/3`), in parallel; memory `8 (m d_ff)²` bytes for the Gram matrix and twice that for
+/// every ridge solved at a time. Beyond: conjugate gradients without a Gram matrix, from the
+/// largest ridge down, each warm from the one before, until the judging error rises; an iteration
+/// is a down pass over the tokens and its transpose (`4 t k d_ff d_model` operations), memory
+/// `12 t k d_ff` bytes or less. Both keep the hidden activations, `4 t k d_ff` bytes.
+///
+/// Source: MergeMoE (Miao et al., arXiv 2510.14436) solves a merged expert's down projection for
+/// the members' combined output, a group at a time and without a ridge. Ours fits all experts of a
+/// layer together, to the layer's own output, and so also makes up for dropped experts and for a
+/// narrowed router.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LeastSquares {
+    /// Pulls towards the current weights to choose from, relative to the mean eigenvalue of the
+    /// Gram matrix; each above 0.
+    pub ridges: Vec<f64>,
+    /// The most features, `m · d_ff`, for which a Gram matrix is formed.
+    pub dense_limit: usize,
+    /// The most conjugate-gradient iterations per ridge.
+    pub iterations: usize,
+    /// The relative residual of the normal equations at which conjugate gradients stop.
+    pub tolerance: f64,
+}
+
+impl Default for LeastSquares {
+    fn default() -> Self {
+        Self {
+            ridges: vec![1e-3, 1e-2, 1e-1, 1.0],
+            dense_limit: 4096,
+            iterations: 48,
+            tolerance: 1e-3,
+        }
+    }
+}
+
+/// Refuses what gives no positive definite system.
+pub(super) fn check_ridges(ridges: &[f64]) -> Result<()> {
+    if ridges.is_empty() {
+        return Err(Error::range("ridges of a least-squares fit", "at least one", 0));
+    }
+    match ridges.iter().find(|r| !r.is_finite() || **r <= 0.0) {
+        None => Ok(()),
+        Some(bad) => Err(Error::range("ridge of a least-squares fit", "above 0", bad)),
+    }
+}
+
+impl Stage for LeastSquares {
+    fn name(&self) -> &str {
+        "least-squares"
+    }
+}
+
+impl Recoverer for LeastSquares {
+    fn recover(
+        &self,
+        task: &Recovery<'_>,
+        merged: MergedLayer,
+        cx: &Context,
+    ) -> Result<MergedLayer> {
+        let id = merged.id;
+        self.run(task, merged, cx).in_layer(id)
+    }
+}
+
+impl LeastSquares {
+    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+        check_ridges(&self.ridges)?;
+        task.check(&merged)?;
+        let rows = s![..task.fitted(), ..];
+        let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
+        let scale = features.scale();
+        if scale <= 0.0 {
+            return Ok(merged);
+        }
+        let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
+        let mut ridges = self.ridges.clone();
+        ridges.sort_by(|a, b| b.total_cmp(a));
+        let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
+        if features.width() <= self.dense_limit {
+            let solutions = cholesky(&features, &residual, &lambdas)?;
+            let mut best = Best::new(task, &merged, cx)?;
+            for deltas in &solutions {
+                best.offer(task, deltas, cx)?;
+            }
+            return Ok(best.layer.unwrap_or(merged));
+        }
+        let mut system = ConjugateGradients::new(&features, &residual, cx)?;
+        let mut best = Best::new(task, &merged, cx)?;
+        for lambda in lambdas {
+            let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
+            if !best.offer(task, &deltas, cx)? {
+                break;
+            }
+        }
+        Ok(best.layer.unwrap_or(merged))
+    }
+}
+
+/// The best layer so far; none as long as nothing is better than the start.
+struct Best<'a> {
+    start: &'a MergedLayer,
+    error: f64,
+    layer: Option<MergedLayer>,
+}
+
+impl<'a> Best<'a> {
+    fn new(task: &Recovery<'_>, start: &'a MergedLayer, cx: &Context) -> Result<Self> {
+        Ok(Self { start, error: task.error(start, cx)?, layer: None })
+    }
+
+    /// Takes the start plus `deltas` if it is better; says whether it was.
+    fn offer(&mut self, task: &Recovery<'_>, deltas: &Deltas, cx: &Context) -> Result<bool> {
+        let mut layer = self.start.clone();
+        for (e, (expert, delta)) in layer.experts.iter_mut().zip(deltas).enumerate() {
+            *expert = moved(expert, delta).in_expert(e)?;
+        }
+        let error = task.error(&layer, cx)?;
+        let better = error < self.error;
+        if better {
+            (self.error, self.layer) = (error, Some(layer));
+        }
+        Ok(better)
+    }
+}
+
+/// The expert with `delta` added to its down projection.
+fn moved(expert: &Expert, delta: &Array2<f32>) -> Result<Expert> {
+    let activation = expert.view().activation;
+    let (gate, up, down) = expert.clone().into_parts();
+    let weight = &down.weight + delta;
+    Expert::new(gate, up, Linear { weight, bias: down.bias }, activation)
+}
