@@ -72,6 +72,7 @@
 pub mod align;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod decompose;
 pub mod error;
 pub mod forward;
 pub mod group;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const CELLAR: &[&str] = &["error", "par", "linalg"];
 const GROUND: &[&str] = &["error", "par", "linalg", "model"];
 const ROOMS: &[&str] =
-    &["checkpoint", "forward", "calibrate", "similarity", "group", "align", "merge"];
+    &["checkpoint", "forward", "calibrate", "similarity", "group", "align", "merge", "decompose"];
 
 /// What a module may import from the crate; `None` is the roof, which may import everything.
 fn allowed(module: &str) -> Option<Vec<&'static str>> {

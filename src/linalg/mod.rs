@@ -1,15 +1,30 @@
 //! Dense linear algebra on `f32` matrices: what the rooms may ask of a device ([`Compute`]), the
 //! CPU that answers ([`Cpu`]), and, one a file, what is always solved on the CPU: the linear
-//! assignment ([`assign`]), [`correlation`], and `f64` systems ([`solve_spd`]).
+//! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
+//! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`solve_spd`],
+//! [`solve_lower`]). Factorisations run on one thread: give each parallel task its own matrix.
 
 mod assign;
+mod bridge;
 mod cholesky;
 mod compute;
 mod correlation;
 mod cpu;
+mod eigh;
+mod qr;
+mod rsvd;
+mod svd;
+mod triangular;
+mod truncated;
 
 pub use assign::{Assignment, assign, assign_within};
-pub use cholesky::solve_spd;
+pub use cholesky::{cholesky, solve_spd};
 pub use compute::{Compute, Term};
 pub use correlation::correlation;
 pub use cpu::Cpu;
+pub use eigh::{Eigh, eigenvalues, eigh};
+pub use qr::{Qr, qr};
+pub use rsvd::{Randomized, RandomizedSvd, rsvd};
+pub use svd::{Svd, singular_values, svd};
+pub use triangular::{solve_lower, solve_lower_transposed};
+pub use truncated::{SvdMethod, truncated_svd};

@@ -4,6 +4,7 @@
 mod budget;
 mod check;
 mod expert;
+mod factored;
 mod grouping;
 mod importance;
 mod layer;
@@ -16,6 +17,7 @@ mod tensors;
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
 pub use expert::{Activation, Expert, ExpertView, Linear, LinearView, Role};
+pub use factored::{Factored, Structure};
 pub use grouping::{Grouping, Numbering};
 pub use importance::Importance;
 pub use layer::{LayerId, MergedLayer, MoeLayer, Stack};

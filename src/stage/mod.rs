@@ -6,15 +6,19 @@
 //! pipeline's builder. A stage never learns which stage ran before it.
 
 mod context;
+mod decompose;
 mod needs;
 mod view;
 
 use std::fmt::Debug;
 
+use ndarray::ArrayView2;
+
 use crate::error::Result;
-use crate::model::{Budget, Expert, Grouping, Permutation, Router, SimilarityMatrix};
+use crate::model::{Budget, Expert, Factored, Grouping, Permutation, Router, SimilarityMatrix};
 
 pub use context::Context;
+pub use decompose::{Moments, RankBudget};
 pub use needs::Needs;
 pub use view::{AlignPair, LayerSummary, LayerView, Members};
 
@@ -86,6 +90,24 @@ pub trait RouterMerger: Stage {
     ) -> Result<Router>;
 }
 
+/// A weight matrix as a product of two thin ones, plus a few dense rows or columns.
+pub trait Decomposer: Stage {
+    /// `W: (m, n) ≈ L R + S` within the budget. `moments` are those of the inputs of `W`; methods
+    /// that weigh errors by them say what they do without.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a budget that does not fit the shape, [`ErrorKind::Shape`]
+    /// for moments of another width, [`ErrorKind::NotFinite`] for a NaN or infinity in `W`; else
+    /// those of the method.
+    fn decompose(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        moments: Option<&Moments>,
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored>;
+}
+
 macro_rules! forward {
     ($stage:ident, $($method:ident($($arg:ident: $type:ty),*) -> $out:ty);+) => {
         forward!(@one $stage, &T, $($method($($arg: $type),*) -> $out);+);
@@ -109,6 +131,9 @@ forward!(Aligner, align(pair: &AlignPair<'_>, cx: &Context) -> Result<Permutatio
 forward!(Merger, merge(members: &Members<'_>, cx: &Context) -> Result<Expert>);
 forward!(RouterMerger,
     merge_router(layer: &LayerView<'_>, grouping: &Grouping, cx: &Context) -> Result<Router>);
+forward!(Decomposer,
+    decompose(weight: ArrayView2<'_, f32>, moments: Option<&Moments>, budget: &RankBudget,
+        cx: &Context) -> Result<Factored>);
 
 #[cfg(test)]
 mod tests {
@@ -123,6 +148,7 @@ mod tests {
         thread_safe::<dyn Aligner>();
         thread_safe::<dyn Merger>();
         thread_safe::<dyn RouterMerger>();
+        thread_safe::<dyn Decomposer>();
         thread_safe::<Context>();
     }
 }
