@@ -10,8 +10,9 @@ use mcsmoe::linalg::Cpu;
 use mcsmoe::stage::{Context, Decomposer, RankBudget};
 use ndarray::Array2;
 
-/// The published code computes in `f32`, and only the products of the factors are unique.
-const TOLERANCE: f32 = 2e-6;
+/// The stored tensors are those of an `f32` SVD and up to 5e-6 from one in `f64`. Only products of the
+/// factors are unique.
+const TOLERANCE: f32 = 1e-5;
 
 fn close(a: &Array2<f32>, b: &Array2<f32>, what: &str) {
     assert_eq!(a.dim(), b.dim(), "{what}");

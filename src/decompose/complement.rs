@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::score::{LineScore, others, squares, top};
 use super::{LowRankSparse, Whitening, check};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::{SvdMethod, truncated_svd};
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
@@ -150,6 +150,47 @@ impl Problem<'_> {
     }
 }
 
+impl Complement {
+    /// The fit around lines that were chosen elsewhere, ascending.
+    ///
+    /// # Errors
+    /// As [`Decomposer::decompose`]; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for
+    /// indices that do not ascend or are beyond the matrix.
+    pub fn around(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        moments: Option<&Moments>,
+        kept: Vec<u32>,
+        rank: usize,
+        cx: &Context,
+    ) -> Result<Factored> {
+        let count = self.structure.lines(weight.dim());
+        let ascending = kept.windows(2).all(|w| w[0] < w[1]);
+        if !ascending || kept.last().is_some_and(|&last| last as usize >= count) {
+            let expected = format!("ascending numbers below {count}");
+            return Err(Error::range("kept lines", expected, format!("{kept:?}")));
+        }
+        let budget = RankBudget { rank, rows: kept.len() };
+        let fit = self.problem(weight, moments, &budget, cx)?.fit(kept)?;
+        assemble(weight, self.structure, fit)
+    }
+
+    fn problem<'a>(
+        &'a self,
+        weight: ArrayView2<'a, f32>,
+        moments: Option<&'a Moments>,
+        budget: &RankBudget,
+        cx: &'a Context,
+    ) -> Result<Problem<'a>> {
+        check(weight, moments, budget, self.structure)?;
+        let whitening = match (self.structure, moments) {
+            (Structure::Rows, Some(moments)) => Some(Whitening::new(moments, self.damping)?),
+            _ => None,
+        };
+        Ok(Problem { weight, moments, whitening, budget: *budget, how: self, cx })
+    }
+}
+
 /// Squared distance of every row of `A: (p, q)` from the span of the rows of `B: (r, q)`.
 fn off_span(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
     let mut off = squares(a, Structure::Rows);
@@ -176,12 +217,7 @@ impl Decomposer for Complement {
         budget: &RankBudget,
         cx: &Context,
     ) -> Result<Factored> {
-        check(weight, moments, budget, self.structure)?;
-        let whitening = match (self.structure, moments) {
-            (Structure::Rows, Some(moments)) => Some(Whitening::new(moments, self.damping)?),
-            _ => None,
-        };
-        let problem = Problem { weight, moments, whitening, budget: *budget, how: self, cx };
+        let problem = self.problem(weight, moments, budget, cx)?;
         let mut best = problem.descend(problem.reference(LineScore::Energy)?)?;
         // In the plain metric the lines of largest energy are the best for the reference's fit, so
         // that its choice by magnitude cannot do better than the start above.

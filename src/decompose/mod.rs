@@ -9,13 +9,17 @@
 //! | [`Complement`] | the lines that are not kept | rows or columns of `W` | optional |
 //! | [`SparseOnly`] | – | rows or columns of `W` | score only |
 //!
-//! `ranks` chooses ranks: by ratio, by kept energy, or for all matrices of a model within one
+//! [`ranks`] chooses ranks: by ratio, by kept energy, or for all matrices of a model within one
 //! budget. [`platon`] is the paper's importance, smoothed over training steps, with its schedule.
 
+pub mod analysis;
 mod complement;
 mod low_rank_sparse;
+mod neurons;
 pub mod platon;
+pub mod ranks;
 mod score;
+mod shared;
 mod sparse_only;
 mod truncated_svd;
 mod whitened;
@@ -23,7 +27,9 @@ mod whitening;
 
 pub use complement::Complement;
 pub use low_rank_sparse::LowRankSparse;
+pub use neurons::{around_neurons, kept_neurons, neuron_scores, reduced};
 pub use score::LineScore;
+pub use shared::{BaseAndDeltas, SharedBasis};
 pub use sparse_only::SparseOnly;
 pub use truncated_svd::TruncatedSvd;
 pub use whitened::Whitened;
@@ -32,8 +38,35 @@ pub use whitening::Whitening;
 use ndarray::ArrayView2;
 
 use crate::error::{Error, Result};
-use crate::model::{Finite, Structure};
-use crate::stage::{Moments, RankBudget};
+use crate::model::{Factored, Finite, Structure};
+use crate::par;
+use crate::stage::{Context, Decomposer, Moments, RankBudget};
+
+/// One matrix of many to decompose.
+#[derive(Debug, Clone, Copy)]
+pub struct Job<'a> {
+    /// `W: (m, n)`.
+    pub weight: ArrayView2<'a, f32>,
+    /// Those of its inputs.
+    pub moments: Option<&'a Moments>,
+    /// What is kept of it.
+    pub budget: RankBudget,
+}
+
+/// Decomposes matrices in parallel, one a task and each on one thread; results are in order.
+///
+/// # Errors
+/// That of the first job that fails.
+pub fn decompose_all(
+    decomposer: &dyn Decomposer,
+    jobs: &[Job<'_>],
+    cx: &Context,
+) -> Result<Vec<Factored>> {
+    par::map(jobs.len(), |i| {
+        let Job { weight, moments, budget } = jobs[i];
+        decomposer.decompose(weight, moments, &budget, &cx.per_task())
+    })
+}
 
 /// What every decomposer refuses.
 fn check(

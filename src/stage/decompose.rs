@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::Compute;
-use crate::model::Finite;
+use crate::model::{Finite, Structure};
 
 /// Second moments `Σ x xᵀ: (n, n)` of the inputs of a projection, summed over tokens in `f64`.
 ///
@@ -127,6 +127,15 @@ impl RankBudget {
         // A product such as 0.1 · 30 lies a rounding error above the whole number.
         let rows = (share * lines as f64 - 1e-9).ceil() as usize;
         Ok(Self { rows, ..self })
+    }
+
+    /// Numbers that a matrix of this budget stores: `r (m + n) + k n`, with `k m` for columns.
+    pub const fn parameters(&self, (m, n): (usize, usize), structure: Structure) -> usize {
+        let line = match structure {
+            Structure::Rows => n,
+            Structure::Columns => m,
+        };
+        self.rank * (m + n) + self.rows * line
     }
 
     /// Fails unless the budget fits an `(m, n)` matrix with `lines` rows (or columns) to keep.
