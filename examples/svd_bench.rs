@@ -1,9 +1,10 @@
-//! The side of this crate in `tools/bench_svd.py`: decomposes a raw `f32` matrix and prints how
-//! long it took, as JSON.
+//! Times a truncated SVD of a matrix of raw little-endian `f32`, row by row.
 //!
-//!     cargo run --release --example svd_bench matrix.f32 14336 4096 128 randomized 3
+//! `svd_bench FILE M N RANK full|gram|randomized REPEATS` prints the least time and the residual as
+//! one line of JSON. `tools/bench_svd.py` compares it with torch.
 
 use std::error::Error;
+use std::io::Write;
 use std::time::Instant;
 
 use mcsmoe::linalg::{Cpu, Randomized, SvdMethod, truncated_svd};
@@ -34,6 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let error = &a - &svd.product(&Cpu::new())?;
         residual = error.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>().sqrt();
     }
-    println!("{{\"seconds\": {best}, \"residual\": {residual}}}");
+    let line = serde_json::json!({ "seconds": best, "residual": residual });
+    writeln!(std::io::stdout(), "{line}")?;
     Ok(())
 }

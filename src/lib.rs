@@ -35,6 +35,9 @@
 //!    expert map, a router with one row per group ([`stage::RouterMerger`]).
 //! 7. [`checkpoint`] writes the target; it appears whole or not at all.
 //!
+//! [`decompose`] writes matrices as low rank plus dense rows ([`stage::Decomposer`]): the paper's
+//! second half, by library calls; no recipe has that step yet.
+//!
 //! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
 //! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
 //! The same input gives the same bytes at any number of threads.

@@ -17,7 +17,8 @@ const EXACT: usize = 512;
 /// above 512, from subspace iteration until its square is good to about 0.1 % of itself at a
 /// stable rank of 1000, by the seed of the context.
 ///
-/// Source: the paper §4.3; its code adds 1e-7 to the denominator.
+/// Source: the paper's measure of how merging makes experts compressible; its code adds 1e-7 to
+/// the denominator.
 ///
 /// # Errors
 /// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a NaN or infinity.

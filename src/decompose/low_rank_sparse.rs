@@ -13,7 +13,7 @@ use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 /// `W ≈ L R + S`: the low-rank part is the truncated SVD of all of `W`, `S` the `rows` lines of
 /// `W − L R` with the largest score, so that those lines are exact. Parameters: `r (m + n) + k n`.
 ///
-/// Source: the paper §3.3 and LoSparse (arXiv 2306.11222), at the initialisation
+/// Source: the paper and LoSparse (arXiv 2306.11222), at the initialisation
 /// `L = U_r Σ_r^½`, `R = Σ_r^½ V_rᵀ`. Their importance comes from gradients over fine-tuning:
 /// [`LowRankSparse::with_importance`] takes it, [`platon`](super::platon) computes it. Without
 /// gradients the score is their magnitude criterion, mean `|S|` of the line.

@@ -73,7 +73,7 @@ impl Sensitivity {
 /// The share of `S` that is kept at each step.
 ///
 /// 1 up to step `t_i`; then `q_f + (1 − q_f) (1 − (t − t_i)/(T − t_i − t_f))³`; `q_f` after
-/// `T − t_f`. Source: the paper §3.3, LoSparse's `schedule_threshold_comb`.
+/// `T − t_f`. Source: LoSparse's `schedule_threshold_comb`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CubicSchedule {

@@ -10,8 +10,8 @@ use crate::model::Structure;
 use crate::par;
 use crate::stage::{Context, Moments, RankBudget};
 
-/// `W_j ≈ W̄ + L_j R_j` for the same projection of all experts of a layer: `W̄ = Σ_j w_j W_j / Σ w_j`
-/// and the whitened SVD of the deltas `W_j − W̄`.
+/// `W_j ≈ W̄ + L_j R_j` for the same projection of all experts of a layer, with the base
+/// `W̄ = Σ_j w_j W_j / Σ w_j` and the whitened SVD of the deltas `W_j − W̄`.
 ///
 /// With `shared_right` there is one `R`, from the SVD of the deltas stacked on top of each other,
 /// `[Δ_1; …; Δ_N] S`, with the moments of all experts added.
@@ -168,9 +168,8 @@ fn average(weights: &[ArrayView2<'_, f32>], shares: &[f64], cx: &Context) -> Res
     if shares.iter().any(|s| *s < 0.0) || !(total.is_finite() && total > 0.0) {
         return Err(Error::range("shares of the base", "0 or more, not all 0", total));
     }
-    let term = |(&w, s): (&ArrayView2<'_, f32>, &f64)| ((s / total) as f32, w.to_owned());
-    let owned: Vec<_> = weights.iter().zip(shares).map(term).collect();
-    let terms: Vec<_> = owned.iter().map(|(s, w)| Term::plain(*s, w.view())).collect();
+    let pairs = weights.iter().zip(shares);
+    let terms: Vec<_> = pairs.map(|(w, s)| Term::plain((s / total) as f32, w.view())).collect();
     cx.compute().weighted_sum(&terms)
 }
 

@@ -11,7 +11,7 @@ use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
 /// Structured pruning: `W` with only its `rows` best lines. Parameters: `k n` for rows.
 ///
-/// Source: the paper's ablation without the low-rank part. By [`LineScore::Energy`] no other
+/// Source: the paper's `S` without its low-rank part. By [`LineScore::Energy`] no other
 /// choice of rows has a smaller output error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
