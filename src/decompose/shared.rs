@@ -85,6 +85,9 @@ impl BaseAndDeltas {
     }
 }
 
+/// All `L_j`, and all `R_j` or the one that they share.
+type Factors = (Vec<Array2<f32>>, Vec<Array2<f32>>);
+
 impl SharedBasis {
     /// Splits the matrices `(m, n)` of all experts, with `shares` (usage, say) for the base and the
     /// moments of each expert's inputs, `None` for those without. One task an expert.
@@ -126,7 +129,7 @@ impl SharedBasis {
         moments: &[Option<&Moments>],
         rank: usize,
         cx: &Context,
-    ) -> Result<(Vec<Array2<f32>>, Vec<Array2<f32>>)> {
+    ) -> Result<Factors> {
         let deltas: Vec<_> = weights.iter().map(|weight| weight - base).collect();
         let views: Vec<_> = deltas.iter().map(|delta| delta.view()).collect();
         let stack = concatenate(Axis(0), &views)
