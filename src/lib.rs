@@ -36,6 +36,9 @@
 //! 7. [`recover`] refits what was merged to the original layer's output ([`stage::Recoverer`]).
 //! 8. [`checkpoint`] writes the target; it appears whole or not at all.
 //!
+//! [`decompose`] writes matrices as low rank plus dense rows ([`stage::Decomposer`]): the paper's
+//! second half, by library calls; no recipe has that step yet.
+//!
 //! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
 //! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
 //! The same input gives the same bytes at any number of threads.
@@ -73,6 +76,7 @@
 pub mod align;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod decompose;
 pub mod error;
 pub mod forward;
 pub mod group;

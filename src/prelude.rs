@@ -4,13 +4,13 @@
 pub use crate::error::{Error, ErrorKind, Result};
 #[doc(no_inline)]
 pub use crate::model::{
-    Budget, Expert, ExpertView, Grouping, LayerId, MoeLayer, Permutation, Router, RoutingStats,
-    SimilarityMatrix,
+    Budget, Expert, ExpertView, Factored, Grouping, LayerId, MoeLayer, Permutation, Router,
+    RoutingStats, SimilarityMatrix,
 };
 #[doc(no_inline)]
 pub use crate::pipeline::{Keep, Pipeline, Recipe, Report, merge_then_compress};
 #[doc(no_inline)]
 pub use crate::stage::{
-    AlignPair, Aligner, Context, Grouper, LayerSummary, LayerView, Members, Merger, Needs,
-    Recoverer, Recovery, RouterMerger, Similarity, Stage,
+    AlignPair, Aligner, Context, Decomposer, Grouper, LayerSummary, LayerView, Members, Merger,
+    Moments, Needs, RankBudget, Recoverer, Recovery, RouterMerger, Similarity, Stage,
 };

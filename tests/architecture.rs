@@ -6,8 +6,17 @@ use std::path::{Path, PathBuf};
 
 const CELLAR: &[&str] = &["error", "par", "linalg"];
 const GROUND: &[&str] = &["error", "par", "linalg", "model"];
-const ROOMS: &[&str] =
-    &["checkpoint", "forward", "calibrate", "similarity", "group", "align", "merge", "recover"];
+const ROOMS: &[&str] = &[
+    "checkpoint",
+    "forward",
+    "calibrate",
+    "similarity",
+    "group",
+    "align",
+    "merge",
+    "recover",
+    "decompose",
+];
 
 /// What a module may import from the crate; `None` is the roof, which may import everything.
 fn allowed(module: &str) -> Option<Vec<&'static str>> {

@@ -1,20 +1,35 @@
 //! Dense linear algebra on `f32` matrices: what the rooms may ask of a device ([`Compute`]), the
 //! CPU that answers ([`Cpu`]), and, one a file, what is always solved on the CPU: the linear
-//! assignment ([`assign`]), [`correlation`], and `f64` systems ([`add_cross`], [`solve_spd`]).
-//! [`exp`] is the one scalar kernel that several rooms vectorise.
+//! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
+//! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
+//! [`solve_spd`], [`solve_lower`]). Factorisations run on one thread: give each parallel task its
+//! own matrix. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
 
 mod assign;
+mod bridge;
 mod cholesky;
 mod compute;
 mod correlation;
 mod cpu;
 mod cross;
+mod eigh;
 mod exp;
+mod qr;
+mod rsvd;
+mod svd;
+mod triangular;
+mod truncated;
 
 pub use assign::{Assignment, assign, assign_within};
-pub use cholesky::solve_spd;
+pub use cholesky::{cholesky, solve_spd};
 pub use compute::{Compute, Term};
 pub use correlation::correlation;
 pub use cpu::Cpu;
 pub use cross::add_cross;
+pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::exp;
+pub use qr::{Qr, qr};
+pub use rsvd::{Randomized, RandomizedSvd, rsvd};
+pub use svd::{Svd, singular_values, svd};
+pub use triangular::{solve_lower, solve_lower_transposed};
+pub use truncated::{SvdMethod, truncated_svd};

@@ -4,6 +4,7 @@
 mod budget;
 mod check;
 mod expert;
+mod factored;
 mod grouping;
 mod importance;
 mod layer;
@@ -18,6 +19,7 @@ mod visits;
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
 pub use expert::{Activation, Expert, ExpertView, Linear, LinearView, Role};
+pub use factored::{Factored, Structure};
 pub use grouping::{Grouping, Numbering};
 pub use importance::Importance;
 pub use layer::{LayerId, MergedLayer, MoeLayer, Stack};

@@ -20,7 +20,8 @@ use crate::stage::{Context, LayerView, Members};
 
 /// What goes to the writing thread.
 enum Step {
-    Begin { id: LayerId, grouping: Grouping, router: Router, narrowed: Option<Router> },
+    /// Layer, grouping, router, narrowed router.
+    Begin(Box<(LayerId, Grouping, Router, Option<Router>)>),
     Expert(Encoded),
     End(Box<LayerReport>),
 }
@@ -45,7 +46,8 @@ impl Pipeline {
             let (send, receive) = sync_channel(WAITING);
             let sink = scope.spawn(move || {
                 receive.iter().try_for_each(|step| match step {
-                    Step::Begin { id, grouping, router, narrowed } => {
+                    Step::Begin(begin) => {
+                        let (id, grouping, router, narrowed) = *begin;
                         writer.begin(id, &grouping, &router, narrowed.as_ref())
                     }
                     Step::Expert(encoded) => writer.expert(encoded),
@@ -112,7 +114,7 @@ impl Layer<'_> {
         };
         let chooses = narrowed.clone().unwrap_or_else(|| router.clone());
         let (grouping, rows) = (self.grouping.clone(), router.clone());
-        self.tell(Step::Begin { id, grouping, router: rows, narrowed })?;
+        self.tell(Step::Begin(Box::new((id, grouping, rows, narrowed))))?;
         let task = self.cx.per_task();
         let kinds = par::in_turn(self.grouping.groups(), |g| {
             let merged = self.group(&view, g, &task)?;

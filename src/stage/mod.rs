@@ -6,16 +6,22 @@
 //! pipeline's builder. A stage never learns which stage ran before it.
 
 mod context;
+mod decompose;
 mod needs;
 mod recovery;
 mod view;
 
 use std::fmt::Debug;
 
+use ndarray::ArrayView2;
+
 use crate::error::Result;
-use crate::model::{Budget, Expert, Grouping, MergedLayer, Permutation, Router, SimilarityMatrix};
+use crate::model::{
+    Budget, Expert, Factored, Grouping, MergedLayer, Permutation, Router, SimilarityMatrix,
+};
 
 pub use context::Context;
+pub use decompose::{Moments, RankBudget};
 pub use needs::Needs;
 pub use recovery::Recovery;
 pub use view::{AlignPair, LayerSummary, LayerView, Members};
@@ -103,6 +109,24 @@ pub trait Recoverer: Stage {
     ) -> Result<MergedLayer>;
 }
 
+/// A weight matrix as a product of two thin ones, plus a few dense rows or columns.
+pub trait Decomposer: Stage {
+    /// `W: (m, n) ≈ L R + S` within the budget. `moments` are those of the inputs of `W`; methods
+    /// that weigh errors by them say what they do without.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a budget that does not fit the shape, [`ErrorKind::Shape`]
+    /// for moments of another width, [`ErrorKind::NotFinite`] for a NaN or infinity in `W`; else
+    /// those of the method.
+    fn decompose(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        moments: Option<&Moments>,
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored>;
+}
+
 macro_rules! forward {
     ($stage:ident, $($method:ident($($arg:ident: $type:ty),*) -> $out:ty);+) => {
         forward!(@one $stage, &T, $($method($($arg: $type),*) -> $out);+);
@@ -128,6 +152,9 @@ forward!(RouterMerger,
     merge_router(layer: &LayerView<'_>, grouping: &Grouping, cx: &Context) -> Result<Router>);
 forward!(Recoverer,
     recover(task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer>);
+forward!(Decomposer,
+    decompose(weight: ArrayView2<'_, f32>, moments: Option<&Moments>, budget: &RankBudget,
+        cx: &Context) -> Result<Factored>);
 
 #[cfg(test)]
 mod tests {
@@ -143,6 +170,7 @@ mod tests {
         thread_safe::<dyn Merger>();
         thread_safe::<dyn RouterMerger>();
         thread_safe::<dyn Recoverer>();
+        thread_safe::<dyn Decomposer>();
         thread_safe::<Context>();
     }
 }

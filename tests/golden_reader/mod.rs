@@ -33,6 +33,13 @@ impl Golden {
         Array2::from_shape_vec((shape[0], shape[1]), values).unwrap()
     }
 
+    pub(crate) fn doubles(&self, name: &str) -> Array2<f64> {
+        let (shape, bytes) = self.values(name, Dtype::F64);
+        let value = |b: &[u8]| f64::from_le_bytes(b.try_into().unwrap());
+        let values = bytes.chunks(8).map(value).collect();
+        Array2::from_shape_vec((shape[0], shape[1]), values).unwrap()
+    }
+
     pub(crate) fn vector(&self, name: &str) -> Vec<f32> {
         self.floats(name).1
     }

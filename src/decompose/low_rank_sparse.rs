@@ -1,0 +1,105 @@
+//! Low rank plus structured sparse, as in the paper.
+
+use ndarray::{Array2, ArrayView2};
+use serde::{Deserialize, Serialize};
+
+use super::check;
+use super::score::{LineScore, check_scores, top};
+use crate::error::Result;
+use crate::linalg::{SvdMethod, truncated_svd};
+use crate::model::{Factored, Structure};
+use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
+
+/// `W ≈ L R + S`: the low-rank part is the truncated SVD of all of `W`, `S` the `rows` lines of
+/// `W − L R` with the largest score, so that those lines are exact. Parameters: `r (m + n) + k n`.
+///
+/// Source: the paper and LoSparse (arXiv 2306.11222), at the initialisation
+/// `L = U_r Σ_r^½`, `R = Σ_r^½ V_rᵀ`. Their importance comes from gradients over fine-tuning:
+/// [`LowRankSparse::with_importance`] takes it, [`platon`](super::platon) computes it. Without
+/// gradients the score is their magnitude criterion, mean `|S|` of the line.
+///
+/// Deviation: every matrix keeps its own number of lines. Theirs compete over all matrices for one
+/// threshold; [`platon::surviving_lines`](super::platon::surviving_lines) does that.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LowRankSparse {
+    /// Rows (the paper) or columns.
+    pub structure: Structure,
+    /// Which lines are kept.
+    pub score: LineScore,
+    /// How the singular vectors are found.
+    pub svd: SvdMethod,
+}
+
+impl LowRankSparse {
+    /// `L`, `R` and the dense residual `S = W − L R` of `W: (m, n)`: the state in which the paper
+    /// begins to prune.
+    ///
+    /// # Errors
+    /// Those of [`truncated_svd`].
+    pub fn split(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        rank: usize,
+        cx: &Context,
+    ) -> Result<(Array2<f32>, Array2<f32>, Array2<f32>)> {
+        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute())?;
+        let (left, right) = svd.into_balanced();
+        let mut residual = weight.to_owned();
+        if rank > 0 {
+            cx.compute().gemm(-1.0, left.view(), right.view(), 1.0, residual.view_mut())?;
+        }
+        Ok((left, right, residual))
+    }
+
+    /// The decomposition that keeps the lines with the largest `importance`, one value a line.
+    ///
+    /// # Errors
+    /// As [`Decomposer::decompose`]; [`ErrorKind::Shape`](crate::ErrorKind::Shape) or
+    /// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for an importance that does not fit.
+    pub fn with_importance(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        importance: &[f64],
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored> {
+        check(weight, None, budget, self.structure)?;
+        check_scores(importance, self.structure.lines(weight.dim()))?;
+        let (left, right, residual) = self.split(weight, budget.rank, cx)?;
+        self.keep(left, right, &residual, top(importance, budget.rows))
+    }
+
+    fn keep(
+        &self,
+        left: Array2<f32>,
+        right: Array2<f32>,
+        residual: &Array2<f32>,
+        kept: Vec<u32>,
+    ) -> Result<Factored> {
+        let at: Vec<usize> = kept.iter().map(|&i| i as usize).collect();
+        let lines = residual.select(self.structure.axis(), &at);
+        Factored::new(left, right, self.structure, kept, lines)
+    }
+}
+
+impl Stage for LowRankSparse {
+    fn name(&self) -> &str {
+        "low-rank-sparse"
+    }
+}
+
+impl Decomposer for LowRankSparse {
+    fn decompose(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        moments: Option<&Moments>,
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored> {
+        check(weight, moments, budget, self.structure)?;
+        let (left, right, residual) = self.split(weight, budget.rank, cx)?;
+        let scores = self.score.of(residual.view(), self.structure, moments, cx.compute())?;
+        self.keep(left, right, &residual, top(&scores, budget.rows))
+    }
+}

@@ -1,0 +1,49 @@
+//! No low rank: the most important rows or columns, and zeros.
+
+use ndarray::ArrayView2;
+use serde::{Deserialize, Serialize};
+
+use super::check;
+use super::score::{LineScore, top};
+use crate::error::{Error, Result};
+use crate::model::{Factored, Structure};
+use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
+
+/// Structured pruning: `W` with only its `rows` best lines. Parameters: `k n` for rows.
+///
+/// Source: the paper's `S` without its low-rank part. By [`LineScore::Energy`] no other
+/// choice of rows has a smaller output error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SparseOnly {
+    /// Rows or columns.
+    pub structure: Structure,
+    /// Which lines are the best.
+    pub score: LineScore,
+}
+
+impl Stage for SparseOnly {
+    fn name(&self) -> &str {
+        "sparse"
+    }
+}
+
+impl Decomposer for SparseOnly {
+    fn decompose(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        moments: Option<&Moments>,
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored> {
+        check(weight, moments, budget, self.structure)?;
+        if budget.rank > 0 {
+            return Err(Error::range("rank of sparse, which has no low rank", 0, budget.rank));
+        }
+        let scores = self.score.of(weight, self.structure, moments, cx.compute())?;
+        let kept = top(&scores, budget.rows);
+        let at: Vec<usize> = kept.iter().map(|&i| i as usize).collect();
+        let lines = weight.select(self.structure.axis(), &at);
+        Factored::sparse(weight.dim(), self.structure, kept, lines)
+    }
+}
