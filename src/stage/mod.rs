@@ -32,7 +32,8 @@ pub trait Stage: Debug + Send + Sync {
     fn name(&self) -> &str;
 
     /// The statistics it reads. Override it when the stage reads more than activation counts; a
-    /// stage that asks for less than it reads fails at run time with [`ErrorKind::Missing`].
+    /// stage that asks for less than it reads fails at run time with
+    /// [`ErrorKind::Missing`](crate::ErrorKind::Missing).
     fn needs(&self) -> Needs {
         Needs::NONE
     }
@@ -53,7 +54,8 @@ pub trait Grouper: Stage {
     /// One grouping per layer, in order, that meets the budget exactly.
     ///
     /// # Errors
-    /// [`ErrorKind::Budget`] when the budget cannot be met; else those of the method.
+    /// [`ErrorKind::Budget`](crate::ErrorKind::Budget) when the budget cannot be met; else those of
+    /// the method.
     fn group(
         &self,
         layers: &[LayerSummary],
@@ -67,7 +69,8 @@ pub trait Aligner: Stage {
     /// The permutation that makes the target most like the reference.
     ///
     /// # Errors
-    /// [`ErrorKind::Shape`] when the experts differ in kind; else those of the method.
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the experts differ in kind; else those of
+    /// the method.
     fn align(&self, pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>;
 }
 
@@ -85,7 +88,8 @@ pub trait RouterMerger: Stage {
     /// The `m`-row router, its policy included.
     ///
     /// # Errors
-    /// Those of the method; [`ErrorKind::OutOfRange`] when top-k exceeds the number of groups.
+    /// Those of the method; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) when top-k
+    /// exceeds the number of groups.
     fn merge_router(
         &self,
         layer: &LayerView<'_>,
@@ -115,8 +119,9 @@ pub trait Decomposer: Stage {
     /// that weigh errors by them say what they do without.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] for a budget that does not fit the shape, [`ErrorKind::Shape`]
-    /// for moments of another width, [`ErrorKind::NotFinite`] for a NaN or infinity in `W`; else
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a budget that does not fit the
+    /// shape, [`ErrorKind::Shape`](crate::ErrorKind::Shape) for moments of another width,
+    /// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a NaN or infinity in `W`; else
     /// those of the method.
     fn decompose(
         &self,

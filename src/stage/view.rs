@@ -8,8 +8,8 @@ use crate::model::{
     Expert, ExpertView, LayerId, MoeLayer, Permutation, Router, RoutingStats, SimilarityMatrix,
 };
 
-/// A layer as a stage sees it: router, statistics, and, when it asked for [`Needs::EXPERTS`] or
-/// works after grouping, the experts.
+/// A layer as a stage sees it: router, statistics, and, when it asked for
+/// [`Needs::EXPERTS`](super::Needs::EXPERTS) or works after grouping, the experts.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerView<'a> {
     /// Which layer it is.
