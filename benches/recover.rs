@@ -18,6 +18,7 @@ const TOKENS: usize = 8192;
 const HELD_OUT: usize = TOKENS / 8;
 
 /// Name and (d_model, d_ff, merged experts, experts per token).
+#[allow(clippy::type_complexity)] // A table.
 const SHAPES: [(&str, (usize, usize, usize, usize)); 3] = [
     ("mixtral-4e", (128, 256, 4, 2)),
     ("qwen3moe-16e", (128, 64, 16, 4)),

@@ -82,6 +82,11 @@ impl DecoderLayer {
         &self.feed
     }
 
+    /// The same, to take its experts out.
+    pub fn feed_mut(&mut self) -> &mut FeedForward {
+        &mut self.feed
+    }
+
     /// `h ← h + A(norm h)`.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use super::dense::{Shared, add_expert};
 use super::moe::{Choice, Routed, route, routed_sum};
 use super::norm::RmsNorm;
 use crate::error::{Locate, Result};
-use crate::model::{Expert, Finite, LayerId, MergedLayer};
+use crate::model::{Expert, Finite, LayerId, MergedLayer, MoeLayer};
 use crate::stage::Context;
 
 /// What a pass shows of a sparse layer, for all windows at once.
@@ -125,6 +125,33 @@ impl FeedForward {
             Mlp::Dense(_) => None,
             Mlp::Sparse { layer, .. } => Some(layer),
         }
+    }
+
+    /// Takes the routed experts and their router out, as a layer that was never merged; what is
+    /// left computes with a substitute only. `None` in a dense or a merged layer.
+    pub fn take_moe(&mut self) -> Option<MoeLayer> {
+        let Mlp::Sparse { layer, .. } = &mut self.mlp else { return None };
+        if !layer.grouping.is_identity() {
+            return None;
+        }
+        let experts = std::mem::take(&mut layer.experts);
+        MoeLayer::new(layer.id, experts, layer.router.clone()).ok()
+    }
+
+    /// Routes `x` through the layer's own experts: their output alone, `(t, d_model)`, without
+    /// shared experts; `None` in a dense layer.
+    ///
+    /// # Errors
+    /// As [`Mlp::add_to`].
+    pub fn routed(
+        &self,
+        x: ArrayView2<'_, f32>,
+        windows: &[Range<usize>],
+        cx: &Context,
+    ) -> Result<Option<Array2<f32>>> {
+        let Mlp::Sparse { layer, capacity, .. } = &self.mlp else { return Ok(None) };
+        let routed = route(layer, Choice::Mapped, x, windows, *capacity, cx).in_layer(self.id)?;
+        routed_sum(&layer.experts, &routed.visits, x, cx).in_layer(self.id).map(Some)
     }
 
     /// `norm h`, the input of router and experts: `(t, d_model)`.

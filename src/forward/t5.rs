@@ -173,6 +173,11 @@ impl SwitchBlock {
         &self.feed
     }
 
+    /// The same, to take its experts out.
+    pub fn feed_mut(&mut self) -> &mut FeedForward {
+        &mut self.feed
+    }
+
     /// Everything before the MLP. `encoded`: the encoder's output and windows, one for each of the
     /// decoder's; `None` in the encoder.
     ///

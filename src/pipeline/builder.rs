@@ -16,7 +16,9 @@ use crate::linalg::{Compute, Cpu};
 use crate::model::{
     Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
 };
-use crate::stage::{Aligner, Context, Grouper, Merger, Needs, RouterMerger, Similarity, Stage};
+use crate::stage::{
+    Aligner, Context, Grouper, Merger, Needs, Recoverer, RouterMerger, Similarity, Stage,
+};
 
 /// A merge, ready to run: one stage of each kind, the budget and its constraints.
 ///
@@ -28,6 +30,7 @@ pub struct Pipeline {
     pub(super) grouper: Box<dyn Grouper>,
     pub(super) merger: Box<dyn Merger>,
     pub(super) router: Option<Box<dyn RouterMerger>>,
+    pub(super) recoverer: Option<Box<dyn Recoverer>>,
     pub(super) keep: Keep,
     pub(super) constraints: Constraints,
     pub(super) routing_groups: RoutingGroupPolicy,
@@ -46,6 +49,7 @@ pub struct PipelineBuilder {
     grouper: Option<Box<dyn Grouper>>,
     merger: Option<Box<dyn Merger>>,
     router: Option<Box<dyn RouterMerger>>,
+    recoverer: Option<Box<dyn Recoverer>>,
     keep: Option<Keep>,
     constraints: Constraints,
     routing_groups: RoutingGroupPolicy,
@@ -90,6 +94,14 @@ impl PipelineBuilder {
     /// kept and tokens are redirected by the expert map (the paper).
     pub fn router(mut self, router: impl RouterMerger + 'static) -> Self {
         self.router = Some(Box::new(router));
+        self
+    }
+
+    /// Brings each merged layer back towards the original layer's output. Calibrated on text, a
+    /// layer is recovered on what the layers before it, merged and recovered, give it; with a
+    /// statistics file, on the samples in it, which come from the original model.
+    pub fn recoverer(mut self, recoverer: impl Recoverer + 'static) -> Self {
+        self.recoverer = Some(Box::new(recoverer));
         self
     }
 
@@ -156,6 +168,7 @@ impl PipelineBuilder {
             grouper: self.grouper.ok_or_else(|| missing("grouper"))?,
             merger: self.merger.ok_or_else(|| missing("merger"))?,
             router: self.router,
+            recoverer: self.recoverer,
             keep: self.keep.ok_or_else(|| missing("number of experts to keep"))?,
             constraints: self.constraints,
             routing_groups: self.routing_groups,
@@ -254,6 +267,7 @@ impl Pipeline {
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
+            recoverer: self.recoverer.as_deref(),
             alignment: self.alignment.as_ref(),
             routing_groups: self.routing_groups,
             top_k: self.top_k,
@@ -339,6 +353,19 @@ impl Pipeline {
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
         let plan = self.plan(samples);
+        self.hand_on(decided, observer, sink, &mut |measured, grouping| {
+            engine::merge(source, measured, grouping, &plan, &self.cx)
+        })
+    }
+
+    /// Makes every merged layer by `one` and hands it to `sink`, as [`Pipeline::merge`] says.
+    pub(super) fn hand_on(
+        &self,
+        decided: &Decided,
+        observer: &dyn Observer,
+        sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
+        one: &mut dyn FnMut(&Measured, &Grouping) -> Result<(MergedLayer, LayerReport)>,
+    ) -> Result<Vec<LayerReport>> {
         let mut reports = Vec::with_capacity(decided.ids.len());
         let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
         std::thread::scope(|scope| {
@@ -350,8 +377,7 @@ impl Pipeline {
             });
             for (at, (measured, grouping)) in layers {
                 let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
-                let (layer, report) =
-                    engine::merge(source, measured, grouping, &plan, &self.cx).in_layer(id)?;
+                let (layer, report) = one(measured, grouping).in_layer(id)?;
                 if send.send((layer, report.clone())).is_err() {
                     // The sink has failed; its error is told below.
                     break;
@@ -375,6 +401,9 @@ impl Pipeline {
         stages.push(name("merge", &self.merger));
         if let Some(router) = &self.router {
             stages.push(name("router", router));
+        }
+        if let Some(recoverer) = &self.recoverer {
+            stages.push(name("recover", recoverer));
         }
         Report {
             mcsmoe_version: env!("CARGO_PKG_VERSION").into(),

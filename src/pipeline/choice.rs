@@ -13,11 +13,13 @@ use crate::group::{
 use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
 use crate::merge::{DominantOnly, Fisher, FixDominant, Weighted, ZipIt};
 use crate::model::Importance;
+use crate::recover::{Chain, Distill, LeastSquares, Scale};
 use crate::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
     MergedOutputError, Random, RouterLogits, RouterWeightFeature, RouterWeights, TokenOutputs,
     WeightFeature, WeightGradients,
 };
+use crate::stage::Recoverer;
 
 /// An enum of stages by name, each with its own options, and its way into the builder.
 macro_rules! choice {
@@ -68,6 +70,32 @@ choice! {
     /// The rows of a narrowed router: `method = "dominant-row"` and so on.
     RouterChoice, "method", router:
     DominantRow, MeanRow, LogSumExpFit
+}
+
+/// What brings a merged layer back: `method = "least-squares"` and so on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "kebab-case")]
+pub enum RecoverChoice {
+    /// [`Scale`] and its options.
+    Scale(Scale),
+    /// [`LeastSquares`] and its options.
+    LeastSquares(LeastSquares),
+    /// [`Distill`] and its options.
+    Distill(Distill),
+}
+
+impl RecoverChoice {
+    /// All of them, one after the other.
+    pub(super) fn chain(choices: &[Self]) -> Chain {
+        let boxed = |choice: &Self| -> Box<dyn Recoverer> {
+            match choice.clone() {
+                Self::Scale(stage) => Box::new(stage),
+                Self::LeastSquares(stage) => Box::new(stage),
+                Self::Distill(stage) => Box::new(stage),
+            }
+        };
+        Chain(choices.iter().map(boxed).collect())
+    }
 }
 
 /// How hidden units are lined up.

@@ -6,6 +6,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
+use super::recovery;
 use super::report::{self, Change, Kind, LayerReport, OutputError};
 use crate::align;
 use crate::error::{Error, Locate, Result};
@@ -15,7 +16,7 @@ use crate::model::{
 };
 use crate::par;
 use crate::stage::{
-    Context, LayerSummary, LayerView, Members, Merger, Needs, RouterMerger, Similarity,
+    Context, LayerSummary, LayerView, Members, Merger, Needs, Recovery, RouterMerger, Similarity,
 };
 
 /// Where layers and their statistics come from.
@@ -102,9 +103,25 @@ pub(super) fn merge(
     let id = measured.summary.id;
     let layer = source.layer(id)?;
     let stats = source.stats(id, plan.merge_needs())?;
+    let merged = merge_layer(layer, &stats, measured, grouping, plan, cx)?;
+    source.release(id);
+    Ok(merged)
+}
+
+/// [`merge`] of a layer that is in memory. With a recoverer and samples, it is recovered on their
+/// inputs, and its error is that on the samples which no fit saw.
+pub(super) fn merge_layer(
+    layer: MoeLayer,
+    stats: &RoutingStats,
+    measured: &Measured,
+    grouping: &Grouping,
+    plan: &Plan<'_>,
+    cx: &Context,
+) -> Result<(MergedLayer, LayerReport)> {
+    let id = measured.summary.id;
     stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
-    let before = Before::of(&layer, &stats, plan, cx)?;
-    let view = LayerView::of(&layer, &stats);
+    let before = Before::of(&layer, stats, plan, cx)?;
+    let view = LayerView::of(&layer, stats);
     let groups = merge_groups(&view, measured, grouping, plan, cx)?;
     let narrowed = match plan.router {
         None => None,
@@ -112,11 +129,17 @@ pub(super) fn merge(
     };
     let (experts, router) = layer.into_parts();
     let experts = put_alone(groups, experts, grouping)?;
-    let merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
+    let mut merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
+    if let (Some(recoverer), Some((inputs, targets))) = (plan.recoverer, &before.outputs) {
+        let held_out = recovery::held_out(inputs.nrows());
+        let (inputs, targets) = recovery::tail_like_the_rest(inputs, targets, held_out);
+        let (inputs, targets) = (inputs.view(), targets.view());
+        let task = Recovery { inputs, targets, narrowed: plan.router.is_some(), held_out };
+        merged = recoverer.recover(&task, merged, cx)?;
+    }
     let error = before.error_of(&merged, cx)?;
     let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
     let report = describe(&before, grouping, router, &measured.summary, error);
-    source.release(id);
     Ok((merged, report))
 }
 
@@ -233,7 +256,8 @@ pub(super) struct Before {
 
 impl Before {
     fn of(layer: &MoeLayer, stats: &RoutingStats, plan: &Plan<'_>, cx: &Context) -> Result<Self> {
-        let samples = stats.samples.as_ref().filter(|_| plan.measure_error);
+        let wanted = plan.measure_error || plan.recoverer.is_some();
+        let samples = stats.samples.as_ref().filter(|_| wanted);
         let outputs = match samples {
             None => None,
             Some(samples) => {

@@ -33,16 +33,21 @@ impl Pipeline {
         let known = journal.statistics.take();
         if known.is_none() || fingerprint::of_file(&path).ok() != known {
             remove_hidden(folder)?;
-            let options = CalibrateOptions {
-                scratch: folder.into(),
-                cx: self.cx.clone(),
-                ..CalibrateOptions::default()
-            };
+            let options = self.options(folder);
             let needs = self.needs() | Needs::SAMPLES;
             calibrate_to_file(source, tokens, needs, &options, &path)?;
             journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
         }
         StatsFile::open(&path)
+    }
+
+    /// How text runs through a model during a run whose partial folder is `folder`.
+    fn options(&self, folder: &Path) -> CalibrateOptions {
+        CalibrateOptions {
+            scratch: folder.into(),
+            cx: self.cx.clone(),
+            ..CalibrateOptions::default()
+        }
     }
 
     /// Decides, or takes the decision of the run that is resumed, and merges what is not yet done.
@@ -71,7 +76,9 @@ impl Pipeline {
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         for (id, (report, digest)) in std::mem::take(&mut journal.layers) {
-            if fresh.is_none() && writer.adopt(id, &digest)? {
+            // A recovered layer depends on all before it, as they were in memory.
+            let follows = job.tokens.is_some() && self.recoverer.is_some();
+            if fresh.is_none() && !follows && writer.adopt(id, &digest)? {
                 reports.insert(id, report);
             }
         }
@@ -79,7 +86,14 @@ impl Pipeline {
             Some(decided) => decided,
             None => self.rest(&folder, job, &plan, &reports)?,
         };
-        let new = if self.streams(samples, job) {
+        let new = if let Some(tokens) = job.tokens.filter(|_| self.recoverer.is_some()) {
+            let options = self.options(writer.folder());
+            self.follow(job, tokens, &options, &decided, &mut |layer, report| {
+                writer.layer(&layer)?;
+                writer.sync()?;
+                journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
+            })?
+        } else if self.streams(samples, job) {
             let line = &mut |report: &LayerReport, digest| {
                 journal.write(&Line::Layer(Box::new(report.clone()), digest))
             };
@@ -128,6 +142,7 @@ impl Pipeline {
         let in_groups = self.alignment.as_ref().filter(|a| a.when == AlignWhen::InGroups);
         let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
         !plan.measure_error
+            && plan.recoverer.is_none()
             && !plan.merge_needs().contains(Needs::EXPERTS)
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
@@ -164,6 +179,8 @@ fn remove_hidden(folder: &Path) -> Result<()> {
 pub(super) struct Job<'a> {
     pub(super) source: &'a Checkpoint,
     pub(super) stats: &'a StatsFile,
+    /// The text, when the statistics come from it.
+    pub(super) tokens: Option<&'a Tokens>,
     pub(super) shapes: &'a [LayerShape],
     pub(super) ids: &'a [LayerId],
     pub(super) output: &'a Output,

@@ -26,6 +26,7 @@ mod pass;
 mod policy;
 mod presets;
 mod recipe;
+mod recovery;
 mod report;
 mod run;
 mod states;

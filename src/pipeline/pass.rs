@@ -6,7 +6,7 @@ use super::states::{States, batches};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::error::{Error, ErrorKind, Result};
 use crate::forward::{DecoderLayer, FeedForward, Hidden, Model, SwitchBlock};
-use crate::model::{LayerId, Stack, TensorSource};
+use crate::model::{LayerId, MoeLayer, Stack, TensorSource};
 use crate::stage::Context;
 
 /// One layer in memory.
@@ -27,6 +27,14 @@ impl Block {
         match self {
             Self::Causal(layer) => layer.feed(),
             Self::Switch(block) => block.feed(),
+        }
+    }
+
+    /// Takes the experts out of a sparse layer.
+    pub(super) fn take_moe(&mut self) -> Option<MoeLayer> {
+        match self {
+            Self::Causal(layer) => layer.feed_mut().take_moe(),
+            Self::Switch(block) => block.feed_mut().take_moe(),
         }
     }
 

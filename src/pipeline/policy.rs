@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};
-use crate::stage::{Aligner, Merger, Needs, RouterMerger};
+use crate::stage::{Aligner, Merger, Needs, Recoverer, RouterMerger};
 
 /// How many experts stay.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -78,6 +78,8 @@ pub(super) struct Plan<'a> {
     pub(super) alignment: Option<&'a Alignment>,
     pub(super) routing_groups: RoutingGroupPolicy,
     pub(super) top_k: Option<usize>,
+    /// What brings the merged layer back towards the original's output; needs samples.
+    pub(super) recoverer: Option<&'a dyn Recoverer>,
     /// Whether output errors are measured; needs samples.
     pub(super) measure_error: bool,
 }
@@ -88,6 +90,7 @@ impl Plan<'_> {
         self.merger.needs()
             | self.router.map_or(Needs::NONE, |r| r.needs())
             | in_groups.map_or(Needs::NONE, |a| a.aligner.needs())
+            | self.recoverer.map_or(Needs::NONE, |r| r.needs() | Needs::SAMPLES)
             | if self.measure_error { Needs::SAMPLES } else { Needs::NONE }
     }
 

@@ -1,17 +1,19 @@
 //! The named recipes.
 
-use super::choice::{AlignChoice, GroupChoice};
+use super::choice::{AlignChoice, GroupChoice, RecoverChoice};
 use super::policy::{AlignWhen, Constraints, Keep, RoutingGroupPolicy};
 use super::recipe::{ExportChoice, Recipe};
 use crate::align::Reference;
 use crate::error::{ErrorKind, Result};
 use crate::group::{Absorb, LayerScale, Linkage, Representative, Spread};
-use crate::merge::router::{DominantRow, LogSumExpFit};
+use crate::merge::router::DominantRow;
 use crate::merge::{DominantOnly, Weighted, Weighting};
 use crate::model::Importance;
+use crate::recover::{Distill, LeastSquares};
 use crate::similarity::{ExpertOutputs, RouterLogits, TokenOutputs};
 
-pub(super) const NAMES: &[&str] = &["m-smoe", "hc-smoe", "reap", "ream", "balanced"];
+pub(super) const NAMES: &[&str] =
+    &["m-smoe", "hc-smoe", "reap", "ream", "fast", "balanced", "best"];
 
 pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
     let base = m_smoe(name, keep);
@@ -26,8 +28,17 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
         spread: Some(Spread::Uniform),
         scale: LayerScale::default(),
     };
+    let closed_form = RecoverChoice::LeastSquares(LeastSquares::default());
+    let distilled = |epochs| RecoverChoice::Distill(Distill { epochs, ..Distill::default() });
+    let recovered = |recover| Recipe {
+        align: AlignChoice::Identity,
+        group: salient,
+        merge: DominantOnly.into(),
+        recover,
+        ..base.clone()
+    };
     Ok(match name {
-        "m-smoe" => base,
+        "m-smoe" => base.clone(),
         // Chen et al., arXiv 2410.08589: mean expert outputs, average linkage, no alignment.
         "hc-smoe" => Recipe {
             similarity: ExpertOutputs::default().into(),
@@ -60,14 +71,11 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
             merge: by_saliency.into(),
             ..base
         },
-        // Ours: the router's view of similarity, saliency to decide who stays, fitted rows.
-        "balanced" => Recipe {
-            align: in_groups,
-            group: salient,
-            merge: by_saliency.into(),
-            router: LogSumExpFit::default().into(),
-            ..base
-        },
+        // Ours: salient experts stay as they are, the router's view of the others decides whose
+        // tokens go where (native), and the layer is fitted to what it gave before.
+        "fast" => recovered(vec![closed_form]),
+        "balanced" => recovered(vec![closed_form.clone(), distilled(10), closed_form]),
+        "best" => recovered(vec![closed_form.clone(), distilled(40), closed_form]),
         other => {
             let reason = format!("no preset `{other}`; there are {}", NAMES.join(", "));
             return Err(ErrorKind::Recipe { reason }.into());
@@ -96,6 +104,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         },
         merge: Weighted::default().into(),
         router: DominantRow.into(),
+        recover: Vec::new(),
         constraints: Constraints::default(),
         routing_groups: RoutingGroupPolicy::Keep,
         top_k: None,

@@ -12,7 +12,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::builder::{Pipeline, PipelineBuilder};
-use super::choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
+use super::choice::{
+    AlignChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice, SimilarityChoice,
+};
 use super::policy::{Constraints, Keep, RoutingGroupPolicy};
 use super::presets;
 use crate::checkpoint::Export;
@@ -40,6 +42,9 @@ pub struct Recipe {
     pub merge: MergeChoice,
     /// The router of a stock export; native and expanded exports keep the `n`-row router.
     pub router: RouterChoice,
+    /// What brings each merged layer back towards the original's output, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recover: Vec<RecoverChoice>,
     /// Protected layers and experts, group capacity, least number per layer.
     #[serde(default)]
     pub constraints: Constraints,
@@ -192,6 +197,9 @@ impl Recipe {
         builder = self.merge.add_to(builder);
         if stock {
             builder = self.router.add_to(builder);
+        }
+        if !self.recover.is_empty() {
+            builder = builder.recoverer(RecoverChoice::chain(&self.recover));
         }
         Ok(builder)
     }

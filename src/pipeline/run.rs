@@ -165,7 +165,12 @@ impl Pipeline {
                 &collected
             }
         };
-        let job = Job { source, stats, shapes: &shapes, ids: &ids, output, observer };
+        let tokens = match given {
+            Given::Statistics(_) => None,
+            Given::Tokens(tokens) => Some(tokens),
+        };
+        let (shapes, ids) = (&shapes[..], &ids[..]);
+        let job = Job { source, stats, tokens, shapes, ids, output, observer };
         self.run_job(&job, partial, journal, target)
     }
 
