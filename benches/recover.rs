@@ -17,9 +17,10 @@ use rand::{Rng, SeedableRng};
 const TOKENS: usize = 8192;
 const HELD_OUT: usize = TOKENS / 8;
 
-/// Name and (d_model, d_ff, merged experts, experts per token).
-#[allow(clippy::type_complexity)] // A table.
-const SHAPES: [(&str, (usize, usize, usize, usize)); 3] = [
+/// `d_model`, `d_ff`, merged experts, experts per token.
+type Shape = (usize, usize, usize, usize);
+
+const SHAPES: [(&str, Shape); 3] = [
     ("mixtral-4e", (128, 256, 4, 2)),
     ("qwen3moe-16e", (128, 64, 16, 4)),
     ("wide-8e", (256, 512, 8, 2)),
@@ -32,7 +33,7 @@ fn matrix(rows: usize, cols: usize, rng: &mut impl Rng) -> Array2<f32> {
         .map(|x| x - (3.0 / cols as f32).sqrt())
 }
 
-fn layer((d, f, n, k): (usize, usize, usize, usize), seed: u64) -> MergedLayer {
+fn layer((d, f, n, k): Shape, seed: u64) -> MergedLayer {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let mut new = |rows, cols| matrix(rows, cols, &mut rng);
     let experts: Vec<Expert> =

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! TEXT is a `.txt` or `.jsonl` file, token ids in a safetensors file, or a folder of these; or a
-//! statistics file. `--evaluate OTHER_TEXT` at the end prints perplexities, before and after.
+//! statistics file. `--evaluate OTHER_TEXT` prints perplexities, before and after; `--tokens N`
+//! bounds the calibration tokens.
 
 #![allow(clippy::print_stdout)] // It is a command.
 
@@ -19,42 +20,47 @@ use std::time::Instant;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::Stack;
 use mcsmoe::pipeline::{
-    CalibrateOptions, Change, EvaluateOptions, ExportChoice, Keep, Recipe, Report, Tokens,
-    calibrate_to_file, evaluate, merge_then_compress,
+    Calibration, Change, EvaluateOptions, ExportChoice, Keep, Recipe, Report, Tokens, evaluate,
+    merge_then_compress,
 };
-use mcsmoe::stage::Needs;
 
 type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// Most calibration tokens; drawn by a fixed seed.
+/// Most calibration tokens unless given; drawn by a fixed seed.
 const TOKENS: usize = 16_384;
-const USAGE: &str = "usage: merge_then_compress \
-    [MODEL (TEXT | STATS) TARGET (KEEP [PRESET] | RECIPE) [--evaluate TEXT]]";
+const USAGE: &str = "usage: merge_then_compress [MODEL (TEXT | STATS) TARGET \
+    (KEEP [PRESET] | RECIPE) [--evaluate TEXT] [--tokens N]]";
 
 fn main() -> Outcome {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let evaluation = match args.iter().position(|arg| arg == "--evaluate") {
-        None => None,
-        Some(at) if at + 2 == args.len() => {
-            args.pop().map(PathBuf::from).inspect(|_| args.truncate(at))
-        }
-        Some(_) => return Err(USAGE.into()),
-    };
+    let evaluation = option(&mut args, "--evaluate")?.map(PathBuf::from);
     let evaluation = evaluation.as_deref();
+    let tokens = option(&mut args, "--tokens")?.map_or(Ok(TOKENS), |n| n.parse())?;
+    let given =
+        |model: &String, given: &String| calibration(model.as_ref(), given.as_ref(), tokens);
     match &args[..] {
         [] => bundled(),
-        [model, given, target, recipe] if recipe.parse::<usize>().is_err() => {
+        [model, text, target, recipe] if recipe.parse::<usize>().is_err() => {
             let runs = [(PathBuf::from(target), Recipe::read(Path::new(recipe))?)];
-            let stats = PathBuf::from(format!("{target}.stats.safetensors"));
-            run(model.as_ref(), given.as_ref(), &stats, &runs, evaluation).map(drop)
+            run(model.as_ref(), &given(model, text)?, &runs, evaluation).map(drop)
         }
-        [model, given, target, keep, rest @ ..] if rest.len() < 2 => {
+        [model, text, target, keep, rest @ ..] if rest.len() < 2 => {
             let preset = rest.first().map_or("m-smoe", String::as_str);
-            let (runs, stats) = both(target.as_ref(), keep.parse()?, preset)?;
-            run(model.as_ref(), given.as_ref(), &stats, &runs, evaluation).map(drop)
+            let runs = both(target.as_ref(), keep.parse()?, preset)?;
+            run(model.as_ref(), &given(model, text)?, &runs, evaluation).map(drop)
         }
         _ => Err(USAGE.into()),
     }
+}
+
+/// Takes an option and its value out of the arguments.
+fn option(args: &mut Vec<String>, name: &str) -> Outcome<Option<String>> {
+    let Some(at) = args.iter().position(|arg| arg == name) else { return Ok(None) };
+    if at + 1 == args.len() {
+        return Err(USAGE.into());
+    }
+    args.remove(at);
+    Ok(Some(args.remove(at)))
 }
 
 /// The checkpoint and the text that come with the repository; earlier output of this example is
@@ -66,51 +72,55 @@ fn bundled() -> Outcome {
         std::fs::remove_dir_all(&target)?;
     }
     let (model, text) = (fixtures.join("mixtral-8e"), fixtures.join("text"));
-    let (runs, stats) = both(&target, 4, "m-smoe")?;
-    let found = run(&model, &text.join("calib"), &stats, &runs, Some(&text))?;
+    let given = calibration(&model, &text.join("calib"), TOKENS)?;
+    let found = run(&model, &given, &both(&target, 4, "fast")?, Some(&text))?;
     let [original, merged @ ..] = &found[..] else { return Err("nothing was evaluated".into()) };
     assert!(merged.len() == 2 && merged.iter().all(|p| p > original && *p < 3.0 * original));
     Ok(())
 }
 
-/// A stock and a native folder in `target`, and where their statistics go.
-fn both(target: &Path, keep: usize, preset: &str) -> Outcome<(Vec<(PathBuf, Recipe)>, PathBuf)> {
+/// A stock and a native folder in `target`.
+fn both(target: &Path, keep: usize, preset: &str) -> Outcome<Vec<(PathBuf, Recipe)>> {
     std::fs::create_dir_all(target)?;
     let folders = [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)];
     let run = |(name, export)| {
         let recipe = Recipe::preset(preset, Keep::Experts(keep))?.export(export);
         Ok((target.join(name), recipe))
     };
-    let runs: Outcome<Vec<_>> = folders.into_iter().map(run).collect();
-    Ok((runs?, target.join("stats.safetensors")))
+    folders.into_iter().map(run).collect()
 }
 
 /// Writes every folder, and returns the perplexities of the model and of each.
 fn run(
     model: &Path,
-    given: &Path,
-    stats: &Path,
+    given: &Calibration,
     runs: &[(PathBuf, Recipe)],
     evaluation: Option<&Path>,
 ) -> Outcome<Vec<f64>> {
-    // The library takes text too, `Calibration::text`; here two folders share one pass over it.
-    let stats = if is_text(given)? {
-        calibrated(model, given, stats, runs)?;
-        stats
-    } else {
-        given
-    };
     let mut found = Vec::new();
     if let Some(text) = evaluation {
         found.push(perplexity(model, text, "the original")?);
     }
     for (folder, recipe) in runs {
-        print(&merge_then_compress(model, stats, recipe, folder)?, folder);
+        let start = Instant::now();
+        print(&merge_then_compress(model, given.clone(), recipe, folder)?, folder);
+        println!("{:.1} s", start.elapsed().as_secs_f64());
         if let Some(text) = evaluation {
             found.push(perplexity(folder, text, "merged")?);
         }
     }
     Ok(found)
+}
+
+/// A statistics file, or the tokens of a text, in windows drawn by a fixed seed.
+fn calibration(model: &Path, given: &Path, most: usize) -> Outcome<Calibration> {
+    if !is_text(given)? {
+        return Ok(Calibration::Statistics(given.into()));
+    }
+    let tokens = Tokens::read(&Checkpoint::open(model)?, given, None, most, 7)?;
+    let text = given.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(given).display();
+    println!("calibration: {} tokens of {text}", tokens.of(Stack::Causal));
+    Ok(tokens.into())
 }
 
 /// Whether a path is text or token ids; a statistics file holds many tensors, token ids are one.
@@ -120,24 +130,6 @@ fn is_text(path: &Path) -> Outcome<bool> {
     }
     let bytes = std::fs::read(path)?;
     Ok(safetensors::SafeTensors::deserialize(&bytes)?.len() == 1)
-}
-
-/// Runs the text through the model and writes the statistics that the recipes need.
-fn calibrated(model: &Path, text: &Path, stats: &Path, runs: &[(PathBuf, Recipe)]) -> Outcome {
-    // Samples: to measure the error of every layer's output on.
-    let mut needs = Needs::SAMPLES;
-    for (_, recipe) in runs {
-        needs = needs | recipe.builder()?.build()?.needs();
-    }
-    let source = Checkpoint::open(model)?;
-    let tokens = Tokens::read(&source, text, None, TOKENS, 7)?;
-    let start = Instant::now();
-    calibrate_to_file(&source, &tokens, needs, &CalibrateOptions::default(), stats)?;
-    let (read, layers) = (tokens.of(Stack::Causal), source.layers().len());
-    let seconds = start.elapsed().as_secs_f64();
-    let text = text.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(text).display();
-    println!("calibrated on {read} tokens of {text}: {layers} layers, {seconds:.1} s");
-    Ok(())
 }
 
 fn perplexity(model: &Path, text: &Path, what: &str) -> Outcome<f64> {
