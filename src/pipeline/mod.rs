@@ -37,7 +37,9 @@ mod tokens;
 pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
-pub use choice::{AlignChoice, GroupChoice, MergeChoice, RouterChoice, SimilarityChoice};
+pub use choice::{
+    AlignChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice, SimilarityChoice,
+};
 pub use compare::{Comparison, LayerError, compare};
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
