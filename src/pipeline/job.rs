@@ -143,6 +143,7 @@ impl Pipeline {
         let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
         !plan.measure_error
             && plan.recoverer.is_none()
+            && plan.compressor.is_none()
             && !plan.merge_needs().contains(Needs::EXPERTS)
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
