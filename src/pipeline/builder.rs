@@ -396,7 +396,7 @@ impl Pipeline {
         decided: &Decided,
         observer: &dyn Observer,
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
-        one: &mut dyn FnMut(&Measured, &Grouping) -> Result<(MergedLayer, LayerReport)>,
+        one: &mut MakeLayer<'_>,
     ) -> Result<Vec<LayerReport>> {
         let mut reports = Vec::with_capacity(decided.ids.len());
         let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
@@ -457,6 +457,9 @@ impl Pipeline {
         }
     }
 }
+
+/// Makes the merged layer of what was measured and decided.
+type MakeLayer<'a> = dyn FnMut(&Measured, &Grouping) -> Result<(MergedLayer, LayerReport)> + 'a;
 
 /// What the first pass decided.
 pub(super) struct Decided {
