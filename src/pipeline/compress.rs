@@ -1,12 +1,14 @@
 //! Compression of a merged layer: every matrix of every merged expert in factors `L R + S`, and
-//! multiplied out again, so that every export holds the function of the factors.
+//! multiplied out again, so that every export holds the function of the factors; a native one holds
+//! the factors themselves.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::report::{self, Change, CompressionReport, Kind, StableRanks};
+use crate::checkpoint::Factoring;
 use crate::decompose::analysis::{mean_change, stable_rank};
 use crate::error::{Locate, Result};
-use crate::model::{Expert, Grouping, MergedLayer, MoeLayer, Role};
+use crate::model::{Expert, Factored, Grouping, MergedLayer, MoeLayer, Role};
 use crate::par;
 use crate::stage::{Context, Decomposer, Moments, Needs, RankBudget, Stage};
 
@@ -45,7 +47,7 @@ pub(super) struct Compressor {
 /// A matrix multiplied out, and what is told of it.
 struct Done {
     weight: Array2<f32>,
-    parameters: u64,
+    factored: Factored,
     merged: f64,
     compressed: f64,
 }
@@ -53,8 +55,13 @@ struct Done {
 impl Compressor {
     /// Fails when a layer's matrices cannot be kept to the budget; reads no weight.
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
-        self.budget.of((d_ff, d_model))?;
-        self.budget.of((d_model, d_ff)).map(drop)
+        self.factoring((d_ff, d_model)).map(drop)
+    }
+
+    /// What a native folder holds of a layer's matrices.
+    pub(super) fn factoring(&self, (d_ff, d_model): (usize, usize)) -> Result<Factoring> {
+        let (hidden, down) = (self.budget.of((d_ff, d_model))?, self.budget.of((d_model, d_ff))?);
+        Ok(Factoring { hidden, down })
     }
 
     pub(super) fn needs(&self) -> Needs {
@@ -96,7 +103,7 @@ impl Compressor {
     /// activations for down. An expert that none of them visits gets those of all.
     ///
     /// # Memory
-    /// The result beside the layer; with moments `8 n²` bytes and the hidden activations of an
+    /// The result and its factors beside the layer; with moments `8 n²` bytes and the hidden activations of an
     /// expert's tokens for every thread.
     pub(super) fn compress(
         &self,
@@ -123,7 +130,13 @@ impl Compressor {
             self.one(expert, role, moments.as_ref(), &inner).in_expert(e)
         })?;
         let report = describe(&layer, original, &done);
-        let mut weights = done.into_iter().map(|d| d.weight);
+        let roles = jobs.len() / layer.experts.len();
+        let (weights, factors): (Vec<_>, Vec<_>) =
+            done.into_iter().map(|d| (d.weight, d.factored)).unzip();
+        let mut factors = factors.into_iter();
+        let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
+        layer.factors = Some(layer.experts.iter().map(of_one).collect());
+        let mut weights = weights.into_iter();
         let experts = std::mem::take(&mut layer.experts);
         layer.experts = experts
             .into_iter()
@@ -146,7 +159,7 @@ impl Compressor {
         let dense = factored.to_dense(cx.compute())?;
         let merged = stable_rank(weight, cx)?;
         let compressed = stable_rank(dense.view(), cx)?;
-        Ok(Done { weight: dense, parameters: factored.parameters() as u64, merged, compressed })
+        Ok(Done { weight: dense, factored, merged, compressed })
     }
 }
 
@@ -195,7 +208,7 @@ fn describe(layer: &MergedLayer, original: &[f64], done: &[Done]) -> Compression
     let kind = Kind::of(&layer.experts[0]);
     let dense = experts * kind.parameters;
     let matrices: u64 = done.iter().map(|d| d.weight.len() as u64).sum();
-    let factors: u64 = done.iter().map(|d| d.parameters).sum();
+    let factors: u64 = done.iter().map(|d| d.factored.parameters() as u64).sum();
     // What is no matrix, biases, is kept as it is.
     let parameters = Change { before: dense, after: dense - matrices + factors };
     let router = layer.narrowed.as_ref().unwrap_or(&layer.router);

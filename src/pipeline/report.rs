@@ -58,8 +58,9 @@ pub struct StableRanks {
     pub compressing: f64,
 }
 
-/// What compression did. The written tensors are dense, `L R + S` multiplied out: these are the
-/// figures of a runtime that holds the factors.
+/// What compression did. Native folders hold the factors where every projection has a tensor of its
+/// own; all others hold `L R + S` multiplied out, and these are the figures of a runtime that would
+/// hold the factors. [`WrittenReport`] has what lies on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct CompressionReport {
     /// Parameters of the merged experts, dense and factored: `r (m + n) + k n` a matrix, and the
