@@ -41,6 +41,8 @@ pub(super) const FLOATS: &str = "F32, F16, BF16";
 impl Dtype {
     /// What quantised weights are written as.
     pub(super) const BF16: Self = Self { name: "BF16", bits: 16 };
+    /// What row numbers are written as.
+    pub(super) const I32: Self = Self { name: "I32", bits: 32 };
 
     /// The type of that name.
     pub(super) fn named(name: &str) -> Option<Self> {

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use ndarray::Array1;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::factors::Factors;
 use super::scan_layer::{LayerTensors, Order, Piece, Projection};
 use super::write::Export;
 use super::write_plan::Plan;
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, Router};
+use crate::model::{Expert, Factored, Grouping, LayerId, Router};
 
 /// XXH3 of the bytes of one part: it finds torn writes, at the speed of memory.
 pub(super) type Sum = [u8; 16];
@@ -61,6 +62,18 @@ impl Encoder {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned, or a weight
     /// that its data type cannot hold.
     pub fn expert(&self, layer: LayerId, group: usize, expert: &Expert) -> Result<Encoded> {
+        self.expert_in(layer, group, expert, None)
+    }
+
+    /// [`Encoder::expert`] with the factors of its projections, for layers that are
+    /// [planned](super::WritePlan::factored) in factors.
+    pub(super) fn expert_in(
+        &self,
+        layer: LayerId,
+        group: usize,
+        expert: &Expert,
+        factors: Option<&[Factored]>,
+    ) -> Result<Encoded> {
         let (Some(out), Some(grouping)) =
             (self.plan.layers.get(&layer), self.groupings.get(&layer))
         else {
@@ -71,7 +84,7 @@ impl Encoder {
             Export::Expanded => grouping.labels()[*slot] == Some(group),
         };
         let encode = |slot: usize| {
-            let parts = self.projections(&out.experts[slot], expert).in_expert(slot)?;
+            let parts = self.projections(&out.experts[slot], expert, factors).in_expert(slot)?;
             Ok((slot, parts))
         };
         let slots = (0..out.experts.len()).filter(holds).map(encode).collect::<Result<_>>()?;
@@ -106,10 +119,16 @@ impl Encoder {
         }
     }
 
-    fn projections(&self, to: &[Projection], expert: &Expert) -> Result<Vec<Part>> {
+    fn projections(
+        &self,
+        to: &[Projection],
+        expert: &Expert,
+        factored: Option<&[Factored]>,
+    ) -> Result<Vec<Part>> {
         let mut slabs = BTreeMap::new();
         let mut parts = Vec::new();
-        for Projection { role, weight, bias, order } in to.iter().copied() {
+        for (at, projection) in to.iter().copied().enumerate() {
+            let Projection { role, weight, bias, order, factors } = projection;
             let Some(linear) = expert.view().linear(role) else {
                 return Err(Error::shape("expert", format!("a {role} projection"), "none"));
             };
@@ -121,9 +140,15 @@ impl Encoder {
             if widths.0 != widths.1 {
                 return Err(Error::shape("bias", widths.0, widths.1));
             }
-            let values = linear.weight.as_standard_layout();
-            let values = values.as_slice().unwrap_or_default();
-            parts.extend(self.ordered(weight, expected, order, values, &mut slabs)?);
+            if let Some(factors) = factors {
+                let missing = || Error::shape("expert", "factors of every projection", "none");
+                let factored = factored.and_then(|all| all.get(at)).ok_or_else(missing)?;
+                parts.extend(self.factors(&factors, factored)?);
+            } else {
+                let values = linear.weight.as_standard_layout();
+                let values = values.as_slice().unwrap_or_default();
+                parts.extend(self.ordered(weight, expected, order, values, &mut slabs)?);
+            }
             if let (Some(piece), Some(values)) = (bias, linear.bias) {
                 let (shape, order) = ((piece.cols, 1), order.upright());
                 parts.extend(self.ordered(piece, shape, order, &values.to_vec(), &mut slabs)?);
@@ -133,6 +158,16 @@ impl Encoder {
             let piece = Piece { tensor, start, rows: 1, cols: values.len() };
             parts.push(self.part(piece, &values)?);
         }
+        Ok(parts)
+    }
+
+    fn factors(&self, to: &Factors, factored: &Factored) -> Result<Vec<Part>> {
+        let values = to.values(factored)?;
+        let floats = to.pieces().into_iter().zip(values);
+        let mut parts = floats.map(|(p, v)| self.part(p, &v)).collect::<Result<Vec<_>>>()?;
+        let bytes: Vec<u8> = factored.indices().iter().flat_map(|i| i.to_le_bytes()).collect();
+        let sum = xxh3_128(&bytes).to_le_bytes();
+        parts.push(Part { tensor: to.index.tensor, start: 0, bytes, sum });
         Ok(parts)
     }
 
@@ -171,9 +206,12 @@ impl Encoder {
 /// Place and length in bytes of every part of an expert, in the order in which it is encoded.
 pub(super) fn places(plan: &Plan, projections: &[Projection]) -> Vec<(usize, usize, usize)> {
     let (mut places, mut slabs) = (Vec::new(), BTreeMap::new());
-    for Projection { weight, bias, order, .. } in projections.iter().copied() {
+    for Projection { weight, bias, order, factors, .. } in projections.iter().copied() {
+        let tensors = factors.iter().flat_map(|f| f.pieces().map(|p| p.tensor));
+        places.extend(tensors.map(|tensor| (tensor, 0, plan.outs[tensor].bytes)));
+        let weight = factors.is_none().then_some((weight, order));
         let bias = bias.map(|b| (b, order.upright()));
-        for (piece, order) in [Some((weight, order)), bias].into_iter().flatten() {
+        for (piece, order) in [weight, bias].into_iter().flatten() {
             let count = order.slab(piece).cols;
             let length = count * plan.outs[piece.tensor].dtype.alignment();
             if order == Order::PLAIN {

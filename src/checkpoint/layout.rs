@@ -4,6 +4,7 @@
 //! one model type may come in more than one layout. Names are relative to the block
 //! (`model.layers.3.`, `encoder.block.1.layer.1.`).
 
+use super::factors::Factor;
 use crate::model::{LayerId, Role, Stack};
 
 /// One way to name and shape the tensors of an MoE block.
@@ -120,6 +121,8 @@ pub(super) const LAYOUTS: &[Layout] = &[
 pub(super) enum Part {
     Weight(usize, Role),
     Bias(usize, Role),
+    /// Of a projection in factors.
+    Factor(usize, Role, Factor),
     FusedGateUp,
     FusedGateUpBias,
     FusedDown,
@@ -137,7 +140,11 @@ impl Layout {
                 match kind {
                     "weight" => Some(Part::Weight(number(index)?, *role)),
                     "bias" => Some(Part::Bias(number(index)?, *role)),
-                    _ => None,
+                    _ => {
+                        let suffix = kind.strip_prefix("weight.")?;
+                        let factor = Factor::ALL.into_iter().find(|f| f.suffix() == suffix)?;
+                        Some(Part::Factor(number(index)?, *role, factor))
+                    }
                 }
             }
             Experts::Fused { gate_up, .. } if rest == *gate_up => Some(Part::FusedGateUp),

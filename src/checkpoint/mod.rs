@@ -6,7 +6,8 @@
 //! [`Checkpoint::release`] gives a layer's pages back once it is done with. It is a
 //! [`TensorSource`](crate::model::TensorSource): the forward pass runs on it. A [`Writer`] takes
 //! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
-//! seen under the target's name before it is complete.
+//! seen under the target's name before it is complete. A native folder may hold experts in factors
+//! ([`WritePlan::factored`]); they are multiplied out when they are read.
 //!
 //! Quantised models are read as what their weights mean: FP8 (E4M3) with a scale per block, as
 //! DeepSeek and Qwen publish, and the MXFP4 experts of gpt-oss. They are written dequantised: every
@@ -17,6 +18,7 @@ mod config;
 mod dequantise;
 mod dtype;
 mod encode;
+mod factors;
 mod folder;
 mod fp8;
 mod header;
@@ -45,6 +47,7 @@ mod write_target;
 
 pub use config::Config;
 pub use encode::{Encoded, Encoder};
+pub use factors::Factoring;
 pub use open::{Checkpoint, LayerInfo};
 pub use write::{Export, WritePlan, Writer, Written};
 pub use write_target::Partial;

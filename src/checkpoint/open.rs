@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::config::{Config, mismatch};
 use super::native::Native;
 use super::scan::{self, Scan};
-use super::scan_layer::LayerTensors;
+use super::scan_layer::{LayerTensors, Order, Projection};
 use super::source::TextModel;
 use super::store::Store;
 use super::{read, rule};
@@ -149,6 +149,12 @@ impl Checkpoint {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when there is no such MoE layer.
     pub fn layer(&self, id: LayerId) -> Result<&LayerInfo> {
         Ok(&self.layers[self.position(id)?])
+    }
+
+    /// Whether a projection is all of its tensor, as it lies in memory.
+    pub(super) fn own_tensors(&self, projection: &Projection) -> bool {
+        let shape = &self.store.entry(projection.weight.tensor).shape;
+        projection.order == Order::PLAIN && shape.len() == 2
     }
 
     pub(super) fn position(&self, id: LayerId) -> Result<usize> {

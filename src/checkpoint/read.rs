@@ -29,7 +29,7 @@ pub(super) fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
     read().in_tensor(&entry.name).in_file(store.path(piece.tensor))
 }
 
-fn matrix((rows, cols): (usize, usize), values: Vec<f32>) -> Result<Array2<f32>> {
+pub(super) fn matrix((rows, cols): (usize, usize), values: Vec<f32>) -> Result<Array2<f32>> {
     let found = values.len();
     Array2::from_shape_vec((rows, cols), values)
         .map_err(|_| Error::shape("matrix", (rows, cols), found))
@@ -72,9 +72,12 @@ pub(super) fn expert(
     let [mut weights, mut biases] = [(); 2].map(|()| Slabs { store, last: None });
     let (mut gate, mut up, mut down) = (None, None, None);
     for projection in projections {
-        let Projection { role, weight, bias, order } = *projection;
+        let Projection { role, weight, bias, order, factors } = *projection;
         let shape = (weight.rows, weight.cols);
-        let weight = weights.piece(weight, shape, order).and_then(|w| matrix(shape, w));
+        let weight = match factors {
+            Some(factors) => factors.dense(store),
+            None => weights.piece(weight, shape, order).and_then(|w| matrix(shape, w)),
+        };
         let bias = bias.map(|b| biases.piece(b, (b.cols, 1), order.upright()));
         let bias = bias.transpose().in_expert(i)?.map(Array1::from);
         let linear = Some(Linear { weight: weight.in_expert(i)?, bias });

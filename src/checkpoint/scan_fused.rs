@@ -40,7 +40,13 @@ pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<V
         Piece { tensor, start: index * rows * cols * size, rows, cols }
     };
     let expert = |i: usize| {
-        let part = |role, weight| Projection { role, weight, bias: None, order: Order::PLAIN };
+        let part = |role, weight| Projection {
+            role,
+            weight,
+            bias: None,
+            order: Order::PLAIN,
+            factors: None,
+        };
         vec![
             part(Role::Gate, piece(gate_up, 2 * i, f, d)),
             part(Role::Up, piece(gate_up, 2 * i + 1, f, d)),
@@ -90,7 +96,7 @@ pub(super) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projec
             let transposed = store.quantised().scheme(weight).is_none();
             let order = Order { first, parts, transposed };
             let bias = bias.map(|bias| part(bias, i, 1, rows));
-            Projection { role, weight: part(weight, i, rows, cols), bias, order }
+            Projection { role, weight: part(weight, i, rows, cols), bias, order, factors: None }
         };
         vec![
             projection(Role::Gate, gate_up, gate_up_bias, f, d, 0, 2),

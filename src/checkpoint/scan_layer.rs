@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::dtype::FLOATS;
+use super::factors::{Factors, is_index};
 use super::json::malformed;
 use super::layout::{Experts, Part};
 use super::scan::{Block, FORMAT};
@@ -29,6 +30,16 @@ pub(super) struct Projection {
     pub(super) weight: Piece,
     pub(super) bias: Option<Piece>,
     pub(super) order: Order,
+    /// In native folders; `weight` then has the tensor of `L` and the shape of `W`.
+    pub(super) factors: Option<Factors>,
+}
+
+impl Projection {
+    /// The tensors that it is in.
+    fn tensors(&self) -> impl Iterator<Item = usize> {
+        let factors = self.factors.iter().flat_map(|f| f.pieces().map(|p| p.tensor));
+        [Some(self.weight), self.bias].into_iter().flatten().map(|p| p.tensor).chain(factors)
+    }
 }
 
 /// Where a projection lies among those that share its tensor.
@@ -103,8 +114,7 @@ impl LayerTensors {
 
     /// The experts' tensors, each once.
     pub(super) fn expert_tensors(&self) -> BTreeSet<usize> {
-        let pieces = self.experts.iter().flatten();
-        pieces.flat_map(|p| [Some(p.weight), p.bias]).flatten().map(|p| p.tensor).collect()
+        self.experts.iter().flatten().flat_map(Projection::tensors).collect()
     }
 }
 
@@ -133,13 +143,24 @@ pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTe
     Ok(layer)
 }
 
+/// The tensors of a projection.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    weight: Option<usize>,
+    bias: Option<usize>,
+    factors: [Option<usize>; 4],
+}
+
 /// The experts of a layout with tensors of their own: `0..N`, each complete.
 fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
-    let mut found: BTreeMap<(usize, Role), (Option<usize>, Option<usize>)> = BTreeMap::new();
+    let mut found: BTreeMap<(usize, Role), Found> = BTreeMap::new();
     for &(part, tensor) in &block.parts {
         match part {
-            Part::Weight(i, role) => found.entry((i, role)).or_default().0 = Some(tensor),
-            Part::Bias(i, role) => found.entry((i, role)).or_default().1 = Some(tensor),
+            Part::Weight(i, role) => found.entry((i, role)).or_default().weight = Some(tensor),
+            Part::Bias(i, role) => found.entry((i, role)).or_default().bias = Some(tensor),
+            Part::Factor(i, role, factor) => {
+                found.entry((i, role)).or_default().factors[factor as usize] = Some(tensor);
+            }
             _ => {}
         }
     }
@@ -153,14 +174,25 @@ fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
     }
     let expert = |i: usize| {
         let projection = |role| {
-            let (weight, bias) = found.get(&(i, role)).copied().unwrap_or_default();
+            let Found { weight, bias, factors } =
+                found.get(&(i, role)).copied().unwrap_or_default();
+            let bias = bias.map(|b| whole(store, b, 1)).transpose()?;
+            let order = Order::PLAIN;
+            if weight.is_none() && factors.iter().any(Option::is_some) {
+                let factors = Factors::scan(store, factors)?;
+                let weight = Piece { cols: factors.right.cols, ..factors.left };
+                return Ok(Projection { role, weight, bias, order, factors: Some(factors) });
+            }
             let weight = weight.ok_or_else(|| {
                 let reason = format!("expert {i} has no {role} projection");
                 malformed(FORMAT, reason)
             })?;
+            if factors.iter().any(Option::is_some) {
+                let reason = format!("{role} projection of expert {i}, dense and in factors");
+                return Err(malformed(FORMAT, reason));
+            }
             let weight = whole(store, weight, 2)?;
-            let bias = bias.map(|b| whole(store, b, 1)).transpose()?;
-            Ok(Projection { role, weight, bias, order: Order::PLAIN })
+            Ok(Projection { role, weight, bias, order, factors: None })
         };
         roles.clone().map(projection).collect::<Result<Vec<_>>>().in_expert(i)
     };
@@ -185,7 +217,10 @@ fn whole(store: &Store, tensor: usize, dims: usize) -> Result<Piece> {
 fn check(store: &Store, layer: &LayerTensors) -> Result<()> {
     let float = |tensor: usize| {
         let entry = store.entry(tensor);
-        if entry.dtype.is_float() || store.quantised().scheme(tensor).is_some() {
+        if entry.dtype.is_float()
+            || is_index(&entry.name)
+            || store.quantised().scheme(tensor).is_some()
+        {
             return Ok(());
         }
         let (found, supported) = (entry.dtype.name().into(), FLOATS.into());

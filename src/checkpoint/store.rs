@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::config::Config;
+use super::factors::is_index;
 use super::folder::{self, Files};
 use super::header::{self, Entry};
 use super::json::malformed;
@@ -138,6 +139,7 @@ impl Store {
         match (self.quantised.scaled(tensor), self.quantised.scheme(tensor)) {
             (Some(_), _) => 0,
             (None, Some(_)) => self.values(tensor, self.tensors[tensor].bytes()),
+            (None, None) if is_index(&self.entry(tensor).name) => 0,
             (None, None) => self.entry(tensor).shape.iter().product(),
         }
     }

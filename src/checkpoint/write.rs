@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::factors::Factoring;
 use super::open::Checkpoint;
 use super::write_config;
 use super::write_file::{CHUNK, Flush, Output, write_whole};
@@ -37,6 +38,9 @@ pub struct WritePlan {
     pub top_k: Option<usize>,
     /// Whether to give up group-limited routing (`n_group = topk_group = 1`).
     pub flatten_groups: bool,
+    /// Layers whose experts a native folder holds in factors, where every projection has a tensor
+    /// of its own; elsewhere they are multiplied out.
+    pub factored: BTreeMap<LayerId, Factoring>,
     /// The size above which a new file is begun.
     pub shard_bytes: u64,
 }
@@ -45,7 +49,8 @@ impl WritePlan {
     /// A plan with the original top-k and routing groups and shards of 5 GB.
     pub fn new(export: Export, groupings: BTreeMap<LayerId, Grouping>) -> Self {
         let (top_k, flatten_groups, shard_bytes) = (None, false, 5_000_000_000);
-        Self { export, groupings, top_k, flatten_groups, shard_bytes }
+        let factored = BTreeMap::new();
+        Self { export, groupings, top_k, flatten_groups, factored, shard_bytes }
     }
 }
 

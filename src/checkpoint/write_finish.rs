@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+use super::factors::is_index;
 use super::folder::INDEX;
 use super::scan_layer::LayerTensors;
 use super::write::{Writer, Written};
@@ -111,7 +112,10 @@ impl Writer<'_> {
         let others = self.source.tensors.iter().filter(|l| !self.plan.layers.contains_key(&l.id));
         let copied: BTreeSet<usize> = others.flat_map(LayerTensors::expert_tensors).collect();
         let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
-        let size = |o: &super::write_plan::Out| o.shape.iter().product::<usize>() as u64;
+        let size = |o: &super::write_plan::Out| match is_index(&o.name) {
+            true => 0,
+            false => o.shape.iter().product::<usize>() as u64,
+        };
         Written {
             files: self.digests.keys().cloned().collect(),
             bytes: outs.iter().map(|o| o.bytes as u64).sum(),

@@ -43,11 +43,15 @@ impl Writer<'_> {
     pub fn layer(&mut self, merged: &MergedLayer) -> Result<()> {
         /// Experts that are converted at a time.
         const WAVE: usize = 8;
-        let MergedLayer { id, experts, grouping, router, narrowed } = merged;
+        let MergedLayer { id, experts, grouping, router, narrowed, factors } = merged;
         self.begin(*id, grouping, router, narrowed.as_ref())?;
         let encoder = self.encoder();
         for start in (0..experts.len()).step_by(WAVE) {
-            let encode = |i: usize| encoder.expert(*id, start + i, &experts[start + i]);
+            let encode = |i: usize| {
+                let factors = factors.as_ref().and_then(|all| all.get(start + i));
+                let factors = factors.map(Vec::as_slice);
+                encoder.expert_in(*id, start + i, &experts[start + i], factors)
+            };
             let encoded = par::map(WAVE.min(experts.len() - start), encode).in_layer(*id)?;
             encoded.into_iter().try_for_each(|encoded| self.expert(encoded))?;
         }

@@ -7,12 +7,15 @@ use serde_json::json;
 
 use super::dequantise::{self, Plain};
 use super::dtype::Dtype;
+use super::factors::{Factor, Factoring, Factors};
 use super::open::Checkpoint;
-use super::scan_layer::{LayerTensors, Piece, Projection};
+use super::scan_layer::{LayerTensors, Order, Piece, Projection};
+use super::store::Store;
 use super::write::{Export, WritePlan};
 use super::write_check::{check, drops_mtp};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId};
+use crate::stage::RankBudget;
 
 /// A tensor of the target.
 pub(super) struct Out {
@@ -67,7 +70,9 @@ impl Plan {
                 let reason = "multi-token prediction was trained with the unmerged experts";
                 dropped.push((found.entry.name.clone(), reason.to_owned()));
             } else if let Some((layer, grouping)) = owner.get(&tensor) {
-                draft.layer(source, layer, grouping, plan.export);
+                let factoring = plan.factored.get(&layer.id);
+                let factoring = factoring.filter(|_| plan.export == Export::Native);
+                draft.layer(source, layer, grouping, plan.export, factoring);
             } else if let Some(weight) = store.quantised().scaled(tensor) {
                 let reason = format!("{} is written dequantised", store.entry(weight).name);
                 dropped.push((found.entry.name.clone(), reason));
@@ -109,6 +114,7 @@ impl Draft {
         layer: &LayerTensors,
         grouping: &Grouping,
         export: Export,
+        factoring: Option<&Factoring>,
     ) {
         if self.layers.contains_key(&layer.id) {
             return;
@@ -137,6 +143,9 @@ impl Draft {
             let dominant = group.map_or(slot, |g| grouping.dominants()[g]);
             let like = layer.experts[slot].iter().zip(&layer.experts[dominant]);
             like.map(|(named, typed)| {
+                if let Some(factoring) = factoring.filter(|_| source.own_tensors(named)) {
+                    return self.factored(&source.store, named, typed, factoring);
+                }
                 let mut piece = |named: Piece, typed: Piece, axes: usize| {
                     let Plain { name, mut shape, .. } =
                         dequantise::plain(&source.store, named.tensor);
@@ -153,13 +162,47 @@ impl Draft {
                 let weight = piece(named.weight, typed.weight, 2);
                 let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
                 let order = dequantise::order(&source.store, named);
-                Projection { role: named.role, weight, bias, order }
+                Projection { role: named.role, weight, bias, order, factors: None }
             })
             .collect()
         });
         let experts = experts.collect();
         let id = layer.id;
         self.layers.insert(id, LayerTensors { id, router, router_bias, correction, experts });
+    }
+
+    /// The tensors of a projection in factors.
+    fn factored(
+        &mut self,
+        store: &Store,
+        named: &Projection,
+        typed: &Projection,
+        factoring: &Factoring,
+    ) -> Projection {
+        let name = dequantise::plain(store, named.weight.tensor).name;
+        let dtype = dequantise::plain(store, typed.weight.tensor).dtype;
+        let (m, n) = (named.weight.rows, named.weight.cols);
+        let RankBudget { rank, rows } = factoring.of(named.role);
+        let mut push = |factor: Factor, shape: Vec<usize>, dtype: Dtype| {
+            let piece = match shape[..] {
+                [rows, cols] => Piece { tensor: 0, start: 0, rows, cols },
+                _ => Piece { tensor: 0, start: 0, rows: 1, cols: shape.iter().product() },
+            };
+            let name = format!("{name}.{}", factor.suffix());
+            Piece { tensor: self.push(&name, dtype, shape, None), ..piece }
+        };
+        let left = push(Factor::Left, vec![m, rank], dtype);
+        let right = push(Factor::Right, vec![rank, n], dtype);
+        let kept = push(Factor::Rows, vec![rows, n], dtype);
+        let index = push(Factor::Index, vec![rows], Dtype::I32);
+        let factors = Some(Factors { left, right, rows: kept, index });
+        let bias = named.bias.zip(typed.bias).map(|(named, typed)| {
+            let Plain { name, shape, .. } = dequantise::plain(store, named.tensor);
+            let dtype = dequantise::plain(store, typed.tensor).dtype;
+            Piece { tensor: self.push(name, dtype, shape, None), ..named }
+        });
+        let weight = Piece { cols: n, ..left };
+        Projection { role: named.role, weight, bias, order: Order::PLAIN, factors }
     }
 
     /// Cuts the tensors into files and sorts each file's by alignment, widest first, as readers
@@ -208,6 +251,9 @@ fn renumber(layer: &mut LayerTensors, rank: &[usize]) {
     }
     for projection in layer.experts.iter_mut().flatten() {
         projection.weight.tensor = rank[projection.weight.tensor];
+        if let Some(Factors { left, right, rows, index }) = &mut projection.factors {
+            [left, right, rows, index].into_iter().for_each(|p| p.tensor = rank[p.tensor]);
+        }
         if let Some(bias) = &mut projection.bias {
             bias.tensor = rank[bias.tensor];
         }

@@ -102,4 +102,8 @@ impl Decomposer for LowRankSparse {
         let scores = self.score.of(residual.view(), self.structure, moments, cx.compute())?;
         self.keep(left, right, &residual, top(&scores, budget.rows))
     }
+
+    fn uses_moments(&self) -> bool {
+        self.score == LineScore::Energy
+    }
 }

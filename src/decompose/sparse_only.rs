@@ -46,4 +46,8 @@ impl Decomposer for SparseOnly {
         let lines = weight.select(self.structure.axis(), &at);
         Factored::sparse(weight.dim(), self.structure, kept, lines)
     }
+
+    fn uses_moments(&self) -> bool {
+        self.score == LineScore::Energy
+    }
 }

@@ -39,4 +39,8 @@ impl Decomposer for TruncatedSvd {
         let (left, right) = svd.into_balanced();
         Factored::low_rank(left, right)
     }
+
+    fn uses_moments(&self) -> bool {
+        false
+    }
 }

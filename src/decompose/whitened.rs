@@ -7,7 +7,7 @@ use super::{Whitening, check, no_lines};
 use crate::error::{ErrorKind, Result};
 use crate::linalg::{SvdMethod, truncated_svd};
 use crate::model::{Factored, Structure};
-use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
+use crate::stage::{Context, Decomposer, Moments, Needs, RankBudget, Stage};
 
 /// The rank-`r` matrix whose outputs are nearest to those of `W` on the observed inputs.
 ///
@@ -36,6 +36,11 @@ impl Default for Whitened {
 impl Stage for Whitened {
     fn name(&self) -> &str {
         "whitened-svd"
+    }
+
+    /// Its moments are made from samples.
+    fn needs(&self) -> Needs {
+        Needs::SAMPLES
     }
 }
 

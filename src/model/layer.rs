@@ -7,6 +7,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::expert::Expert;
+use super::factored::Factored;
 use super::grouping::Grouping;
 use super::router::{Router, Routing};
 use crate::error::{Error, Locate, Result};
@@ -157,6 +158,9 @@ pub struct MergedLayer {
     pub router: Router,
     /// The router over the merged experts, `m` rows.
     pub narrowed: Option<Router>,
+    /// For each expert the factors of its matrices, gate (if any), up, down, when they are those
+    /// of a compression; a native export keeps them. Whoever changes the experts clears them.
+    pub factors: Option<Vec<Vec<Factored>>>,
 }
 
 impl MergedLayer {
@@ -182,7 +186,7 @@ impl MergedLayer {
         if rows != experts.len() {
             return Err(Error::shape("narrowed router", experts.len(), rows)).in_layer(id);
         }
-        Ok(Self { id, experts, grouping, router, narrowed })
+        Ok(Self { id, experts, grouping, router, narrowed, factors: None })
     }
 
     /// The output with the `n`-row router and the expert map (native and expanded exports).

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
+use super::compress::{Compressor, MatrixBudget};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
 use super::observe::{Observer, Phase, Silent};
 use super::policy::{
     AlignWhen, Alignment, Constraints, Keep, LayerShape, Plan, RoutingGroupPolicy, check_narrowed,
 };
-use super::report::{LayerReport, Report};
+use super::report::{CompressionReport, LayerReport, Report};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::linalg::{Compute, Cpu};
@@ -17,7 +18,8 @@ use crate::model::{
     Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
 };
 use crate::stage::{
-    Aligner, Context, Grouper, Merger, Needs, Recoverer, RouterMerger, Similarity, Stage,
+    Aligner, Context, Decomposer, Grouper, Merger, Needs, Recoverer, RouterMerger, Similarity,
+    Stage,
 };
 
 /// A merge, ready to run: one stage of each kind, the budget and its constraints.
@@ -31,6 +33,7 @@ pub struct Pipeline {
     pub(super) merger: Box<dyn Merger>,
     pub(super) router: Option<Box<dyn RouterMerger>>,
     pub(super) recoverer: Option<Box<dyn Recoverer>>,
+    pub(super) compressor: Option<Compressor>,
     pub(super) keep: Keep,
     pub(super) constraints: Constraints,
     pub(super) routing_groups: RoutingGroupPolicy,
@@ -50,6 +53,7 @@ pub struct PipelineBuilder {
     merger: Option<Box<dyn Merger>>,
     router: Option<Box<dyn RouterMerger>>,
     recoverer: Option<Box<dyn Recoverer>>,
+    compressor: Option<Compressor>,
     keep: Option<Keep>,
     constraints: Constraints,
     routing_groups: RoutingGroupPolicy,
@@ -102,6 +106,18 @@ impl PipelineBuilder {
     /// statistics file, on the samples in it, which come from the original model.
     pub fn recoverer(mut self, recoverer: impl Recoverer + 'static) -> Self {
         self.recoverer = Some(Box::new(recoverer));
+        self
+    }
+
+    /// Replaces every matrix of every merged expert, after recovery, by its `L R + S` within the
+    /// budget: in factors in a native folder, else multiplied out. With samples, or on the text that recovery follows, methods that
+    /// weigh errors by inputs get those of the tokens routed to the expert.
+    pub fn compressor(
+        mut self,
+        decomposer: impl Decomposer + 'static,
+        budget: MatrixBudget,
+    ) -> Self {
+        self.compressor = Some(Compressor { decomposer: Box::new(decomposer), budget });
         self
     }
 
@@ -169,6 +185,7 @@ impl PipelineBuilder {
             merger: self.merger.ok_or_else(|| missing("merger"))?,
             router: self.router,
             recoverer: self.recoverer,
+            compressor: self.compressor,
             keep: self.keep.ok_or_else(|| missing("number of experts to keep"))?,
             constraints: self.constraints,
             routing_groups: self.routing_groups,
@@ -233,6 +250,8 @@ impl Pipeline {
             rule: *l.router().rule(),
         };
         let shapes: Vec<LayerShape> = layers.iter().map(shape).collect();
+        let matrices = |l: &MoeLayer| (l.id(), l.experts()[0].view().up.weight.dim());
+        self.check_compression(layers.iter().map(matrices))?;
         let samples = stats.iter().all(|s| s.samples.is_some());
         let decided = self.decide(&source, &shapes, observer)?;
         let mut merged = Vec::with_capacity(layers.len());
@@ -264,10 +283,13 @@ impl Pipeline {
     }
 
     pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
+        let weighs = self.compressor.as_ref().is_some_and(|c| c.decomposer.uses_moments());
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
             recoverer: self.recoverer.as_deref(),
+            compressor: self.compressor.as_ref(),
+            moments: samples && weighs,
             alignment: self.alignment.as_ref(),
             routing_groups: self.routing_groups,
             top_k: self.top_k,
@@ -299,6 +321,16 @@ impl Pipeline {
             check_narrowed(&active, target)?;
         }
         Ok((active, target))
+    }
+
+    /// Refuses a compression that the matrices `(d_ff, d_model)` of a merged layer do not allow.
+    pub(super) fn check_compression(
+        &self,
+        layers: impl Iterator<Item = (LayerId, (usize, usize))>,
+    ) -> Result<()> {
+        let Some(compressor) = &self.compressor else { return Ok(()) };
+        let mut active = layers.filter(|(id, _)| !self.is_protected(*id));
+        active.try_for_each(|(id, dim)| compressor.check(dim).in_layer(id))
     }
 
     /// First pass and decision.
@@ -405,6 +437,9 @@ impl Pipeline {
         if let Some(recoverer) = &self.recoverer {
             stages.push(name("recover", recoverer));
         }
+        if let Some(compressor) = &self.compressor {
+            stages.push(name("compress", &compressor.decomposer));
+        }
         Report {
             mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
             family: None,
@@ -416,6 +451,7 @@ impl Pipeline {
             experts: Report::total(&layers, |l| l.experts),
             expert_parameters: Report::total(&layers, |l| l.expert_parameters),
             flops_per_token: Report::total(&layers, |l| l.flops_per_token),
+            compression: CompressionReport::total(&layers),
             written: None,
             layers,
         }

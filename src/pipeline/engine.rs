@@ -109,7 +109,7 @@ pub(super) fn merge(
 }
 
 /// [`merge`] of a layer that is in memory. With a recoverer and samples, it is recovered on their
-/// inputs, and its error is that on the samples which no fit saw.
+/// inputs, and its error is that on the samples which no fit saw. A compressor comes last.
 pub(super) fn merge_layer(
     layer: MoeLayer,
     stats: &RoutingStats,
@@ -121,6 +121,7 @@ pub(super) fn merge_layer(
     let id = measured.summary.id;
     stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
     let before = Before::of(&layer, stats, plan, cx)?;
+    let ranks = plan.compressor.map(|c| c.original(&layer, grouping, cx)).transpose()?;
     let view = LayerView::of(&layer, stats);
     let groups = merge_groups(&view, measured, grouping, plan, cx)?;
     let narrowed = match plan.router {
@@ -137,10 +138,17 @@ pub(super) fn merge_layer(
         let task = Recovery { inputs, targets, narrowed: plan.router.is_some(), held_out };
         merged = recoverer.recover(&task, merged, cx)?;
     }
+    let mut compression = None;
+    if let (Some(compressor), Some(ranks)) = (plan.compressor, ranks) {
+        let inputs = stats.samples.as_ref().map(|s| s.inputs.view());
+        let narrowed = plan.router.is_some();
+        let (layer, found) = compressor.compress(merged, &ranks, inputs, narrowed, cx)?;
+        (merged, compression) = (layer, Some(found));
+    }
     let error = before.error_of(&merged, cx)?;
     let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
     let report = describe(&before, grouping, router, &measured.summary, error);
-    Ok((merged, report))
+    Ok((merged, LayerReport { compression, ..report }))
 }
 
 /// The merged expert of every group of several; `None` for an expert that stays alone.
@@ -306,6 +314,7 @@ pub(super) fn describe(
         groups,
         dropped,
         output_error,
+        compression: None,
     }
 }
 

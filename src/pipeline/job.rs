@@ -72,7 +72,7 @@ impl Pipeline {
             }
         };
         let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
-        let plan = self.write_plan(job.output, groupings);
+        let plan = self.write_plan(job, groupings)?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         for (id, (report, digest)) in std::mem::take(&mut journal.layers) {
@@ -143,18 +143,31 @@ impl Pipeline {
         let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
         !plan.measure_error
             && plan.recoverer.is_none()
+            && plan.compressor.is_none()
             && !plan.merge_needs().contains(Needs::EXPERTS)
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
-    fn write_plan(&self, output: &Output, groupings: BTreeMap<LayerId, Grouping>) -> WritePlan {
-        WritePlan {
+    fn write_plan(
+        &self,
+        job: &Job<'_>,
+        groupings: BTreeMap<LayerId, Grouping>,
+    ) -> Result<WritePlan> {
+        let output = job.output;
+        let mut factored = BTreeMap::new();
+        if let Some(compressor) = &self.compressor {
+            for layer in job.source.layers().iter().filter(|l| groupings.contains_key(&l.id)) {
+                factored.insert(layer.id, compressor.factoring((layer.d_ff, layer.d_model))?);
+            }
+        }
+        Ok(WritePlan {
             export: output.export.into(),
             groupings,
             top_k: self.top_k,
             flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
+            factored,
             shard_bytes: output.shard_bytes,
-        }
+        })
     }
 }
 

@@ -14,6 +14,7 @@ mod calibrate;
 mod calibration;
 mod choice;
 mod compare;
+mod compress;
 mod decide;
 mod engine;
 mod evaluate;
@@ -38,15 +39,20 @@ pub use builder::{Merged, Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{
-    AlignChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice, SimilarityChoice,
+    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    SimilarityChoice,
 };
 pub use compare::{Comparison, LayerError, compare};
+pub use compress::MatrixBudget;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
-pub use report::{Change, GroupReport, LayerReport, OutputError, Report, WrittenReport};
+pub use report::{
+    Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, StableRanks,
+    WrittenReport,
+};
 pub use run::{Output, merge_then_compress};
 pub use tokens::{CalibrateOptions, Tokens};
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::compress::Compressor;
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};
@@ -80,6 +81,10 @@ pub(super) struct Plan<'a> {
     pub(super) top_k: Option<usize>,
     /// What brings the merged layer back towards the original's output; needs samples.
     pub(super) recoverer: Option<&'a dyn Recoverer>,
+    /// What compresses the merged and recovered layer.
+    pub(super) compressor: Option<&'a Compressor>,
+    /// Whether the compressor gets second moments; needs samples.
+    pub(super) moments: bool,
     /// Whether output errors are measured; needs samples.
     pub(super) measure_error: bool,
 }
@@ -91,7 +96,8 @@ impl Plan<'_> {
             | self.router.map_or(Needs::NONE, |r| r.needs())
             | in_groups.map_or(Needs::NONE, |a| a.aligner.needs())
             | self.recoverer.map_or(Needs::NONE, |r| r.needs() | Needs::SAMPLES)
-            | if self.measure_error { Needs::SAMPLES } else { Needs::NONE }
+            | self.compressor.map_or(Needs::NONE, Compressor::needs)
+            | if self.measure_error || self.moments { Needs::SAMPLES } else { Needs::NONE }
     }
 
     /// The policy of a narrowed router.

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::builder::{Pipeline, PipelineBuilder};
 use super::choice::{
-    AlignChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice, SimilarityChoice,
+    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    SimilarityChoice,
 };
 use super::policy::{Constraints, Keep, RoutingGroupPolicy};
 use super::presets;
@@ -45,6 +46,9 @@ pub struct Recipe {
     /// What brings each merged layer back towards the original's output, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recover: Vec<RecoverChoice>,
+    /// What every matrix of the merged and recovered experts is compressed to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compress: Option<CompressChoice>,
     /// Protected layers and experts, group capacity, least number per layer.
     #[serde(default)]
     pub constraints: Constraints,
@@ -200,6 +204,9 @@ impl Recipe {
         }
         if !self.recover.is_empty() {
             builder = builder.recoverer(RecoverChoice::chain(&self.recover));
+        }
+        if let Some(compress) = self.compress {
+            builder = compress.add_to(builder)?;
         }
         Ok(builder)
     }

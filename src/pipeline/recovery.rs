@@ -4,7 +4,7 @@
 //! to what the original layer `l` gives on the same input (NAEE's progressive order, arXiv
 //! 2402.14800; GPTQ's). So each layer also makes up for what those before it lost.
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::builder::{Decided, Pipeline};
 use super::engine::{self, Measured};
@@ -68,10 +68,8 @@ impl Seen {
         let held = judging.clone().map(|(_, (_, rows))| rows.len()).sum();
         let order: Vec<_> = fitted.chain(judging).map(|(_, window)| window).collect();
         let pick = |from: &[Array2<f32>]| {
-            let rows: Vec<ArrayView2<'_, f32>> = order
-                .iter()
-                .map(|(b, rows)| from[*b].slice(ndarray::s![rows.clone(), ..]))
-                .collect();
+            let rows: Vec<ArrayView2<'_, f32>> =
+                order.iter().map(|(b, rows)| from[*b].slice(s![rows.clone(), ..])).collect();
             concatenate(Axis(0), &rows).map_err(misfit)
         };
         Ok((pick(&self.inputs)?, pick(&self.targets)?, held))
@@ -137,7 +135,9 @@ impl Pipeline {
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
         let (seen, layer) = self.look(pass, block)?;
-        let plan = super::policy::Plan { recoverer: None, ..self.plan(false) };
+        let plan = super::policy::Plan { recoverer: None, compressor: None, ..self.plan(false) };
+        let compressor = self.compressor.as_ref();
+        let ranks = compressor.map(|c| c.original(&layer, grouping, &self.cx)).transpose()?;
         let stats = job.stats.layer(&measured.summary.id, plan.merge_needs())?;
         let merged = engine::merge_layer(layer, &stats, measured, grouping, &plan, &self.cx)?;
         let (mut merged, mut report) = merged;
@@ -148,6 +148,11 @@ impl Pipeline {
             let task = Recovery { inputs, targets, narrowed, held_out };
             if let Some(recoverer) = &self.recoverer {
                 merged = recoverer.recover(&task, merged, &self.cx)?;
+            }
+            if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
+                let seen = Some(inputs.slice(s![..task.fitted(), ..]));
+                let done = compressor.compress(merged, &ranks, seen, narrowed, &self.cx)?;
+                (merged, report.compression) = (done.0, Some(done.1));
             }
             let error = task.error(&merged, &self.cx)?;
             report.output_error = Some(match narrowed {

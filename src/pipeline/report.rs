@@ -42,6 +42,61 @@ pub struct OutputError {
     pub narrowed: Option<f64>,
 }
 
+/// Mean stable ranks `‖W‖_F² / ‖W‖₂²` over the matrices of a layer's experts.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StableRanks {
+    /// Of the source: for every group the mean over its members.
+    pub original: f64,
+    /// After merging and recovery.
+    pub merged: f64,
+    /// After compression.
+    pub compressed: f64,
+    /// Mean of `(merged − original)/original` over matrices, which the paper plots: negative where
+    /// merging makes experts more compressible.
+    pub merging: f64,
+    /// Mean of `(compressed − merged)/merged`.
+    pub compressing: f64,
+}
+
+/// What compression did. Native folders hold the factors where every projection has a tensor of its
+/// own; all others hold `L R + S` multiplied out, and these are the figures of a runtime that would
+/// hold the factors. [`WrittenReport`] has what lies on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CompressionReport {
+    /// Parameters of the merged experts, dense and factored: `r (m + n) + k n` a matrix, and the
+    /// biases.
+    pub parameters: Change<u64>,
+    /// Operations per token of routed experts and router after merging, dense and factored.
+    pub flops_per_token: Change<u64>,
+    /// How compressible the matrices are.
+    pub stable_rank: StableRanks,
+}
+
+impl CompressionReport {
+    /// Over all layers: sums, and means of the stable ranks.
+    pub(super) fn total(layers: &[LayerReport]) -> Option<Self> {
+        let all: Vec<&Self> = layers.iter().filter_map(|l| l.compression.as_ref()).collect();
+        let sum = |of: fn(&Self) -> Change<u64>| Change {
+            before: all.iter().map(|c| of(c).before).sum(),
+            after: all.iter().map(|c| of(c).after).sum(),
+        };
+        let mean = |of: fn(&StableRanks) -> f64| {
+            all.iter().map(|c| of(&c.stable_rank)).sum::<f64>() / all.len() as f64
+        };
+        (!all.is_empty()).then(|| Self {
+            parameters: sum(|c| c.parameters),
+            flops_per_token: sum(|c| c.flops_per_token),
+            stable_rank: StableRanks {
+                original: mean(|r| r.original),
+                merged: mean(|r| r.merged),
+                compressed: mean(|r| r.compressed),
+                merging: mean(|r| r.merging),
+                compressing: mean(|r| r.compressing),
+            },
+        })
+    }
+}
+
 /// One layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
@@ -61,8 +116,11 @@ pub struct LayerReport {
     pub groups: Vec<GroupReport>,
     /// Experts that were dropped.
     pub dropped: Vec<usize>,
-    /// Output error on the samples.
+    /// Output error on the samples, after recovery and compression.
     pub output_error: Option<OutputError>,
+    /// What compression did, if there was a compressor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<CompressionReport>,
 }
 
 /// The written folder.
@@ -103,6 +161,9 @@ pub struct Report {
     pub expert_parameters: Change<u64>,
     /// Operations per token over all merged layers.
     pub flops_per_token: Change<u64>,
+    /// What compression did over all merged layers, if there was a compressor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<CompressionReport>,
     /// What was written, if there was a target.
     pub written: Option<WrittenReport>,
     /// Layer by layer.

@@ -143,6 +143,8 @@ impl Pipeline {
         self.check_export(output.export)?;
         let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
         let (active, _) = self.checked(&shapes)?;
+        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
+        self.check_compression(source.layers().iter().map(matrices))?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
         match given {
             Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,

@@ -62,7 +62,7 @@ impl Student {
     /// The layer as it is now.
     pub(super) fn layer(&self, start: &MergedLayer) -> Result<MergedLayer> {
         let experts: Result<Vec<_>> = self.pupils.iter().map(Pupil::expert).collect();
-        let mut layer = MergedLayer { experts: experts?, ..start.clone() };
+        let mut layer = MergedLayer { experts: experts?, factors: None, ..start.clone() };
         if self.narrowed {
             layer.narrowed = Some(self.gate.router());
         } else {

@@ -130,6 +130,11 @@ pub trait Decomposer: Stage {
         budget: &RankBudget,
         cx: &Context,
     ) -> Result<Factored>;
+
+    /// Whether moments make a difference; gathering them costs `2 t n²` operations a matrix.
+    fn uses_moments(&self) -> bool {
+        true
+    }
 }
 
 macro_rules! forward {
@@ -159,7 +164,8 @@ forward!(Recoverer,
     recover(task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer>);
 forward!(Decomposer,
     decompose(weight: ArrayView2<'_, f32>, moments: Option<&Moments>, budget: &RankBudget,
-        cx: &Context) -> Result<Factored>);
+        cx: &Context) -> Result<Factored>;
+    uses_moments() -> bool);
 
 #[cfg(test)]
 mod tests {
