@@ -36,8 +36,10 @@ def mla(d, heads, q_rank, kv_rank, nope, rope, v):
 
 # Layers: sparse and dense; widths; bytes per value on disk.
 MODELS = {
-    "Mixtral-8x7B": dict(d=4096, f=14336, n=8, k=2, sparse=32, disk=2, attention=gqa(4096, 32, 8, 128)),
-    "Qwen3-30B-A3B": dict(d=2048, f=768, n=128, k=8, sparse=48, disk=2, attention=gqa(2048, 32, 4, 128)),
+    "Mixtral-8x7B": dict(d=4096, f=14336, n=8, k=2, sparse=32, disk=2,
+                         attention=gqa(4096, 32, 8, 128)),
+    "Qwen3-30B-A3B": dict(d=2048, f=768, n=128, k=8, sparse=48, disk=2,
+                          attention=gqa(2048, 32, 4, 128)),
     "DeepSeek-V3": dict(d=7168, f=2048, n=256, k=8, shared=1, sparse=58, dense=3, dense_f=18432,
                         disk=1, attention=mla(7168, 128, 1536, 512, 128, 64, 128)),
 }  # fmt: skip
