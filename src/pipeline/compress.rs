@@ -103,8 +103,8 @@ impl Compressor {
     /// activations for down. An expert that none of them visits gets those of all.
     ///
     /// # Memory
-    /// The result and its factors beside the layer; with moments `8 n²` bytes and the hidden activations of an
-    /// expert's tokens for every thread.
+    /// The result and its factors beside the layer; with moments `8 n²` bytes and the hidden
+    /// activations of an expert's tokens for every thread.
     pub(super) fn compress(
         &self,
         mut layer: MergedLayer,
