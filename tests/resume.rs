@@ -45,7 +45,7 @@ fn setting(kind: usize) -> (Recipe, Calibration, Output) {
     if kind == 0 {
         let stats = fixture("mixtral-8e.stats.safetensors");
         return (
-            recipe("balanced", ExportChoice::Stock),
+            recipe("fast", ExportChoice::Stock),
             Calibration::from(stats),
             Output::new(ExportChoice::Stock),
         );

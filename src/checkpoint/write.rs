@@ -18,7 +18,7 @@ use crate::model::{Grouping, LayerId};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Export {
     /// `M` experts in every layer and a router of `M` rows: loads in unmodified runtimes. Needs
-    /// the same `M` everywhere and [`MergedLayer::narrowed`].
+    /// the same `M` everywhere and [`MergedLayer::narrowed`](crate::model::MergedLayer::narrowed).
     Stock,
     /// `M` experts, any number per layer, the `N`-row router and the expert map in `config.json`:
     /// exact, for runtimes that know the map. Others refuse the model type.

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::builder::{Decided, Pipeline};
+use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
 use super::observe::Observer;
+use super::passes::Decided;
 use super::policy::{AlignWhen, LayerShape, RoutingGroupPolicy};
 use super::report::{Change, LayerReport, Report, WrittenReport};
 use super::run::Output;

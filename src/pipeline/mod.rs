@@ -24,6 +24,7 @@ mod job;
 mod journal;
 mod observe;
 mod pass;
+mod passes;
 mod policy;
 mod presets;
 mod recipe;
@@ -35,7 +36,7 @@ mod stream;
 mod subject;
 mod tokens;
 
-pub use builder::{Merged, Pipeline, PipelineBuilder};
+pub use builder::{Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{
@@ -47,6 +48,7 @@ pub use compress::MatrixBudget;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
+pub use passes::Merged;
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{

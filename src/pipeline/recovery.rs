@@ -6,10 +6,11 @@
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
-use super::builder::{Decided, Pipeline};
+use super::builder::Pipeline;
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::pass::{Block, Pass};
+use super::passes::Decided;
 use super::report::{LayerReport, OutputError};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::checkpoint::Checkpoint;

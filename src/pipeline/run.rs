@@ -68,7 +68,9 @@ pub struct Output {
     pub shard_bytes: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
     /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
-    /// Refused when source, statistics or text, recipe or export are not those of that run.
+    /// Refused when source, statistics or text, recipe or export are not those of that run. With a
+    /// recoverer and text every layer depends on all before it, as they were in memory: such a run
+    /// takes over the statistics and the groups, and merges again from the first layer.
     pub resume: bool,
 }
 

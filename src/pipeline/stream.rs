@@ -6,9 +6,10 @@
 
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-use super::builder::{Decided, Pipeline};
+use super::builder::Pipeline;
 use super::engine::{self, Before, Measured, Source};
 use super::observe::{Observer, Phase};
+use super::passes::Decided;
 use super::policy::{AlignWhen, Plan};
 use super::report::{Kind, LayerReport};
 use crate::align;

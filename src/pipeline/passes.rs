@@ -1,0 +1,318 @@
+//! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
+
+use std::sync::mpsc::sync_channel;
+
+use super::builder::{Pipeline, PipelineBuilder};
+use super::decide::decide;
+use super::engine::{self, Measured, Source};
+use super::observe::{Observer, Phase, Silent};
+use super::policy::{LayerShape, Plan, check_narrowed};
+use super::report::{CompressionReport, LayerReport, Report};
+use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::model::{
+    Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
+};
+use crate::stage::{Needs, Stage};
+
+/// What a run in memory returns.
+#[derive(Debug, Clone)]
+pub struct Merged {
+    /// The merged layers, in the order given; protected layers are unchanged.
+    pub layers: Vec<MergedLayer>,
+    /// What was done.
+    pub report: Report,
+}
+
+impl Pipeline {
+    /// Starts from nothing.
+    pub fn builder() -> PipelineBuilder {
+        PipelineBuilder::default()
+    }
+
+    /// The statistics that a run needs, over all stages.
+    pub fn needs(&self) -> Needs {
+        self.measure_needs() | self.similarity.needs() | self.plan(false).merge_needs()
+    }
+
+    /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Statistics`] when they do not fit, [`ErrorKind::Budget`] when the budget cannot
+    /// be met; else those of the stages, with layer and expert.
+    ///
+    /// # Memory
+    /// One more copy of the largest layer, and the merged layers.
+    pub fn run(&self, layers: &[MoeLayer], stats: &[RoutingStats]) -> Result<Merged> {
+        self.run_observed(layers, stats, &Silent)
+    }
+
+    /// [`Pipeline::run`] with an observer.
+    ///
+    /// # Errors
+    /// As [`Pipeline::run`].
+    pub fn run_observed(
+        &self,
+        layers: &[MoeLayer],
+        stats: &[RoutingStats],
+        observer: &dyn Observer,
+    ) -> Result<Merged> {
+        let source = InMemory { layers, stats };
+        if layers.len() != stats.len() {
+            let reason = format!("{} layers, {} statistics", layers.len(), stats.len());
+            return Err(ErrorKind::Statistics { reason }.into());
+        }
+        let shape = |l: &MoeLayer| LayerShape {
+            id: l.id(),
+            experts: l.experts().len(),
+            rule: *l.router().rule(),
+        };
+        let shapes: Vec<LayerShape> = layers.iter().map(shape).collect();
+        let matrices = |l: &MoeLayer| (l.id(), l.experts()[0].view().up.weight.dim());
+        self.check_compression(layers.iter().map(matrices))?;
+        let samples = stats.iter().all(|s| s.samples.is_some());
+        let decided = self.decide(&source, &shapes, observer)?;
+        let mut merged = Vec::with_capacity(layers.len());
+        let reports = self.merge(&source, &decided, samples, observer, &mut |layer, _| {
+            merged.push(layer);
+            Ok(())
+        })?;
+        let mut report = self.report(reports);
+        report.tokens = stats.iter().map(|s| s.tokens).max().unwrap_or(0);
+        let untouched = layers.iter().filter(|l| self.is_protected(l.id())).map(|l| {
+            let identity = Grouping::identity(l.experts().len());
+            MergedLayer::new(l.id(), l.experts().to_vec(), identity, l.router().clone(), None)
+        });
+        for layer in untouched {
+            merged.push(layer?);
+        }
+        let position = |id: LayerId| layers.iter().position(|l| l.id() == id);
+        merged.sort_by_key(|m| position(m.id));
+        observer.finished(&report);
+        Ok(Merged { layers: merged, report })
+    }
+
+    pub(super) fn is_protected(&self, id: LayerId) -> bool {
+        self.constraints.protect_layers.contains(&id)
+    }
+
+    fn measure_needs(&self) -> Needs {
+        self.grouper.needs()
+    }
+
+    pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
+        let weighs = self.compressor.as_ref().is_some_and(|c| c.decomposer.uses_moments());
+        Plan {
+            merger: &*self.merger,
+            router: self.router.as_deref(),
+            recoverer: self.recoverer.as_deref(),
+            compressor: self.compressor.as_ref(),
+            moments: samples && weighs,
+            alignment: self.alignment.as_ref(),
+            routing_groups: self.routing_groups,
+            top_k: self.top_k,
+            measure_error: samples && self.measure_error,
+        }
+    }
+
+    /// What the budget asks of the layers that take part; checked before any weight is read.
+    pub(super) fn checked(&self, shapes: &[LayerShape]) -> Result<(Vec<LayerShape>, Target)> {
+        self.constraints.check(shapes)?;
+        let narrow = self.router.is_some();
+        let plan = self.plan(false);
+        let mut active: Vec<LayerShape> =
+            shapes.iter().filter(|s| !self.is_protected(s.id)).copied().collect();
+        if active.is_empty() {
+            let reason = "every MoE layer is protected, or there is none".into();
+            return Err(ErrorKind::Budget { reason }.into());
+        }
+        let target = self.keep.target(&active, narrow)?;
+        if narrow {
+            if active.len() != shapes.len() {
+                let reason = "a protected layer keeps all its experts, but a stock export needs \
+                              the same number in every layer: protect experts instead, or export \
+                              native"
+                    .into();
+                return Err(ErrorKind::Budget { reason }.into());
+            }
+            active.iter_mut().for_each(|s| s.rule = plan.stock_rule(&s.rule));
+            check_narrowed(&active, target)?;
+        }
+        Ok((active, target))
+    }
+
+    /// Refuses a compression that the matrices `(d_ff, d_model)` of a merged layer do not allow.
+    pub(super) fn check_compression(
+        &self,
+        layers: impl Iterator<Item = (LayerId, (usize, usize))>,
+    ) -> Result<()> {
+        let Some(compressor) = &self.compressor else { return Ok(()) };
+        let mut active = layers.filter(|(id, _)| !self.is_protected(*id));
+        active.try_for_each(|(id, dim)| compressor.check(dim).in_layer(id))
+    }
+
+    /// First pass and decision.
+    pub(super) fn decide(
+        &self,
+        source: &dyn Source,
+        shapes: &[LayerShape],
+        observer: &dyn Observer,
+    ) -> Result<Decided> {
+        let (active, target) = self.checked(shapes)?;
+        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
+        let measured = self.measure(source, &ids, observer)?;
+        let narrow = self.router.is_some();
+        let groupings = decide(
+            &*self.grouper,
+            &measured,
+            &active,
+            target,
+            &self.constraints,
+            narrow,
+            &self.cx,
+        )?;
+        Ok(Decided { ids, measured, groupings })
+    }
+
+    /// First pass over some layers.
+    pub(super) fn measure(
+        &self,
+        source: &dyn Source,
+        ids: &[LayerId],
+        observer: &dyn Observer,
+    ) -> Result<Vec<Measured>> {
+        let mut measured = Vec::with_capacity(ids.len());
+        for at in 0..ids.len() {
+            let id = engine::announce(observer, ids, at, Phase::Measure);
+            let needs = self.measure_needs();
+            let alignment = self.alignment.as_ref();
+            let one = engine::measure(source, id, &*self.similarity, alignment, needs, &self.cx);
+            measured.push(one.in_layer(id)?);
+        }
+        Ok(measured)
+    }
+
+    /// Second pass; `sink` receives every merged layer in order, on a thread of its own, so that
+    /// one layer is written while the next is merged. At most one layer waits for the sink.
+    pub(super) fn merge(
+        &self,
+        source: &(dyn Source + Sync),
+        decided: &Decided,
+        samples: bool,
+        observer: &dyn Observer,
+        sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
+    ) -> Result<Vec<LayerReport>> {
+        let plan = self.plan(samples);
+        self.hand_on(decided, observer, sink, &mut |measured, grouping| {
+            engine::merge(source, measured, grouping, &plan, &self.cx)
+        })
+    }
+
+    /// Makes every merged layer by `one` and hands it to `sink`, as [`Pipeline::merge`] says.
+    pub(super) fn hand_on(
+        &self,
+        decided: &Decided,
+        observer: &dyn Observer,
+        sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
+        one: &mut MakeLayer<'_>,
+    ) -> Result<Vec<LayerReport>> {
+        let mut reports = Vec::with_capacity(decided.ids.len());
+        let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
+        std::thread::scope(|scope| {
+            // A rendezvous: the sender waits until the layer before has been written.
+            let (send, receive) = sync_channel::<(MergedLayer, LayerReport)>(0);
+            let sink = scope.spawn(move || {
+                let mut layers = receive.iter();
+                layers.try_for_each(|(layer, report)| sink(layer, &report).in_layer(report.layer))
+            });
+            for (at, (measured, grouping)) in layers {
+                let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
+                let (layer, report) = one(measured, grouping).in_layer(id)?;
+                if send.send((layer, report.clone())).is_err() {
+                    // The sink has failed; its error is told below.
+                    break;
+                }
+                observer.layer_finished(&report);
+                reports.push(report);
+            }
+            drop(send);
+            sink.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        Ok(reports)
+    }
+
+    pub(super) fn report(&self, layers: Vec<LayerReport>) -> Report {
+        let name = |kind: &str, stage: &dyn Stage| format!("{kind} {}", stage.name());
+        let mut stages = vec![name("similarity", &self.similarity)];
+        if let Some(a) = &self.alignment {
+            stages.push(name("align", &a.aligner));
+        }
+        stages.push(name("group", &self.grouper));
+        stages.push(name("merge", &self.merger));
+        if let Some(router) = &self.router {
+            stages.push(name("router", router));
+        }
+        if let Some(recoverer) = &self.recoverer {
+            stages.push(name("recover", recoverer));
+        }
+        if let Some(compressor) = &self.compressor {
+            stages.push(name("compress", &compressor.decomposer));
+        }
+        Report {
+            mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
+            family: None,
+            recipe: self.recipe.clone(),
+            stages,
+            device: self.cx.compute().name().into(),
+            seed: self.cx.seed(),
+            tokens: 0,
+            experts: Report::total(&layers, |l| l.experts),
+            expert_parameters: Report::total(&layers, |l| l.expert_parameters),
+            flops_per_token: Report::total(&layers, |l| l.flops_per_token),
+            compression: CompressionReport::total(&layers),
+            written: None,
+            layers,
+        }
+    }
+}
+
+/// Makes the merged layer of what was measured and decided.
+type MakeLayer<'a> = dyn FnMut(&Measured, &Grouping) -> Result<(MergedLayer, LayerReport)> + 'a;
+
+/// What the first pass decided.
+pub(super) struct Decided {
+    pub(super) ids: Vec<LayerId>,
+    pub(super) measured: Vec<Measured>,
+    pub(super) groupings: Vec<Grouping>,
+}
+
+struct InMemory<'a> {
+    layers: &'a [MoeLayer],
+    stats: &'a [RoutingStats],
+}
+
+impl InMemory<'_> {
+    fn position(&self, id: LayerId) -> Result<usize> {
+        let found = self.layers.iter().position(|l| l.id() == id);
+        found.ok_or_else(|| Error::range("layer", "one of the layers given", id))
+    }
+}
+
+impl Source for InMemory<'_> {
+    fn router(&self, id: LayerId) -> Result<Router> {
+        Ok(self.layers[self.position(id)?].router().clone())
+    }
+
+    fn layer(&self, id: LayerId) -> Result<MoeLayer> {
+        Ok(self.layers[self.position(id)?].clone())
+    }
+
+    fn expert(&self, id: LayerId, i: usize) -> Result<Expert> {
+        let experts = self.layers[self.position(id)?].experts();
+        let missing = || Error::range("expert", format!("below {}", experts.len()), i);
+        experts.get(i).cloned().ok_or_else(missing)
+    }
+
+    fn stats(&self, id: LayerId, _needs: Needs) -> Result<RoutingStats> {
+        Ok(self.stats[self.position(id)?].clone())
+    }
+}

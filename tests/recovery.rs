@@ -1,0 +1,116 @@
+//! Recovery through the whole pipeline, on the bundled checkpoint and text.
+
+#![allow(clippy::unwrap_used)]
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::pipeline::{
+    Calibration, EvaluateOptions, ExportChoice, Keep, Output, Recipe, RecoverChoice, Report,
+    Silent, Tokens, evaluate, merge_then_compress,
+};
+use mcsmoe::recover::Distill;
+use mcsmoe::{ErrorKind, Result};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn text(tokens: usize) -> Calibration {
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
+    let path = fixture("text/calib");
+    Tokens::read(&source, &path, Some(128), tokens, 7).unwrap().into()
+}
+
+fn merge(preset: &str, export: ExportChoice, given: Calibration, target: &Path) -> Result<Report> {
+    let recipe = Recipe::preset(preset, Keep::Experts(4))?.export(export);
+    merge_then_compress(&fixture("mixtral-8e"), given, &recipe, target)
+}
+
+fn loss(model: &Path) -> f64 {
+    let options = EvaluateOptions { max_windows: 6, ..EvaluateOptions::default() };
+    evaluate(model, &fixture("text"), &options).unwrap().score.nll
+}
+
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entry = |e: std::io::Result<fs::DirEntry>| {
+        let e = e.unwrap();
+        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
+    };
+    fs::read_dir(folder).unwrap().map(entry).collect()
+}
+
+#[test]
+fn the_closed_form_halves_what_pruning_loses() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str| dir.path().join(name);
+    let full = loss(&fixture("mixtral-8e"));
+    merge("reap", ExportChoice::Stock, text(4096), &of("reap")).unwrap();
+    let pruned = loss(&of("reap")) - full;
+    for (name, export) in [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)] {
+        let report = merge("fast", export, text(4096), &of(name)).unwrap();
+        let lost = loss(&of(name)) - full;
+        assert!(pruned > 0.1 && lost < 0.5 * pruned, "{name}: {lost}, pruned {pruned}");
+        let errors = report.layers.iter().map(|l| l.output_error.unwrap());
+        for error in errors {
+            let told = error.narrowed.unwrap_or(error.mapped);
+            assert_eq!(error.narrowed.is_some(), export == ExportChoice::Stock);
+            assert!(told > 0.0 && told < 0.4, "{told}");
+        }
+        assert!(report.stages.iter().any(|stage| stage.starts_with("recover ")));
+    }
+}
+
+#[test]
+fn few_tokens_do_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str| dir.path().join(name);
+    merge("reap", ExportChoice::Stock, text(256), &of("reap")).unwrap();
+    merge("fast", ExportChoice::Stock, text(256), &of("fast")).unwrap();
+    let (pruned, fitted) = (loss(&of("reap")), loss(&of("fast")));
+    assert!(fitted < 1.02 * pruned, "{fitted}, pruned {pruned}");
+}
+
+#[test]
+fn the_samples_of_a_statistics_file_serve_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str| dir.path().join(name);
+    let stats = || Calibration::from(fixture("mixtral-8e.stats.safetensors"));
+    merge("reap", ExportChoice::Stock, stats(), &of("reap")).unwrap();
+    merge("fast", ExportChoice::Stock, stats(), &of("fast")).unwrap();
+    assert!(loss(&of("fast")) < loss(&of("reap")));
+}
+
+#[test]
+fn distillation_has_the_same_bytes_at_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+    let lesson = Distill { epochs: 1, ..Distill::default() };
+    recipe.recover.push(RecoverChoice::Distill(lesson));
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
+    let pipeline = recipe.builder().unwrap().build().unwrap();
+    let output = Output::new(ExportChoice::Native);
+    let run = |threads: usize, name: &str| {
+        let target = dir.path().join(name);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let given = text(1024);
+        let run = || pipeline.run_calibrated(&source, &given, &target, &output, &Silent);
+        pool.install(run).unwrap();
+        contents(&target)
+    };
+    let one = run(1, "one");
+    assert!(one.contains_key("mcsmoe.json") && run(2, "two") == one);
+}
+
+#[test]
+fn a_recipe_names_its_recoverers() {
+    let toml = "preset = \"fast\"\nexport = \"stock\"\n[keep]\nexperts = 4\n\
+        [[recover]]\nmethod = \"distill\"\nepochs = 3\n";
+    let recipe = Recipe::from_toml(toml).unwrap();
+    let expected = Distill { epochs: 3, ..Distill::default() };
+    assert_eq!(recipe.recover, [RecoverChoice::Distill(expected)]);
+    assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
+    let wrong = Recipe::from_toml(&toml.replace("distill", "prayer")).unwrap_err();
+    assert!(matches!(wrong.kind(), ErrorKind::Recipe { .. }), "{wrong}");
+}
