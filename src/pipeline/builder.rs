@@ -99,8 +99,9 @@ impl PipelineBuilder {
     }
 
     /// Replaces every matrix of every merged expert, after recovery, by its `L R + S` within the
-    /// budget: in factors in a native folder, else multiplied out. With samples, or on the text that recovery follows, methods that
-    /// weigh errors by inputs get those of the tokens routed to the expert.
+    /// budget: in factors in a native folder, else multiplied out. With samples, or on the text
+    /// that recovery follows, methods that weigh errors by inputs get those of the tokens routed
+    /// to the expert.
     pub fn compressor(
         mut self,
         decomposer: impl Decomposer + 'static,
