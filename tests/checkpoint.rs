@@ -9,9 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use checkpoints::{D, F, N, Raw, Tiny};
-use mcsmoe::checkpoint::{Checkpoint, Export, WritePlan, Writer, Written};
-use mcsmoe::model::{Grouping, LayerId, MergedLayer, RoutingRule};
+use mcsmoe::checkpoint::{Checkpoint, Export, Factoring, WritePlan, Writer, Written};
+use mcsmoe::model::{Expert, Factored, Grouping, LayerId, MergedLayer, RoutingRule, Structure};
+use mcsmoe::stage::RankBudget;
 use mcsmoe::{Error, ErrorKind, Result};
+use ndarray::ArrayView2;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -231,6 +233,54 @@ fn native_folders_read_back_with_their_map() {
 
 fn plan_of(source: &Checkpoint) -> WritePlan {
     WritePlan::new(Export::Stock, groupings(source, &pairs()))
+}
+
+/// Every row kept and a rank of 0: factors that are exact in every data type.
+fn all_rows(expert: &Expert) -> Vec<Factored> {
+    let whole = |weight: ArrayView2<'_, f32>| {
+        let index = (0..weight.nrows() as u32).collect();
+        Factored::sparse(weight.dim(), Structure::Rows, index, weight.to_owned()).unwrap()
+    };
+    expert.view().linears().map(|(_, linear)| whole(linear.weight)).collect()
+}
+
+#[test]
+fn native_folders_hold_factors_where_projections_have_tensors_of_their_own() {
+    let rows = |rows| RankBudget { rank: 1, rows };
+    let factoring = Factoring { hidden: rows(F), down: rows(D) };
+    for (layout, tiny) in checkpoints::all() {
+        let (root, dir) = written(&tiny);
+        let source = Checkpoint::open(&dir).unwrap();
+        let factored = source.layers().iter().map(|l| (l.id, factoring)).collect();
+        let plan = WritePlan { export: Export::Native, factored, ..plan_of(&source) };
+        let plan = WritePlan { shard_bytes: 700, ..plan };
+        let target = root.path().join("target");
+        let own = !["fused", "granite", "gpt_oss"].contains(&layout);
+        let mut writer = Writer::create(&source, &target, &plan).unwrap();
+        for id in plan.groupings.keys() {
+            let merged = keep_dominants(&source, &plan, *id);
+            let factors = Some(merged.experts.iter().map(all_rows).collect());
+            writer.layer(&MergedLayer { factors, ..merged }).unwrap();
+        }
+        let summary = writer.finish(&Value::Null).unwrap();
+        let native = Checkpoint::open(&target).unwrap();
+        let has = native.tensors().any(|(name, ..)| name.ends_with(".weight.row_index"));
+        assert_eq!(has, own, "{layout}");
+        assert_eq!(summary.bytes, native.total_bytes());
+        assert_eq!(summary.parameters, native.total_parameters());
+        for info in native.layers() {
+            let expected = keep_dominants(&source, &plan, info.id).experts;
+            assert_eq!(native.read_merged(info.id).unwrap().experts, expected, "{layout}");
+            assert_eq!((info.d_model, info.d_ff), (D, F));
+        }
+        let bare = keep_dominants(&source, &plan, source.layers()[0].id);
+        let mut writer = Writer::create(&source, &root.path().join("bare"), &plan).unwrap();
+        let found = writer.layer(&bare);
+        assert_eq!(found.is_err(), own, "{layout}");
+        if let Err(error) = found {
+            assert!(error.to_string().contains("factors of every projection"), "{error}");
+        }
+    }
 }
 
 #[test]
