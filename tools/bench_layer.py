@@ -38,6 +38,7 @@ def arguments():
     args = parser.parse_args()
     args.layers, args.family, args.dtype = 1, "qwen3_moe", "bf16"
     args.vocab, args.shard_bytes = 256, 1 << 40
+    args.heads, args.kv_heads, args.head_dim = 4, 2, 32
     return args
 
 
