@@ -11,6 +11,9 @@ if [ $# -lt 5 ]; then
     exit 2
 fi
 bin="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/release/examples"
+for program in merge_then_compress evaluate; do
+    [ -x "$bin/$program" ] || { echo "no $bin/$program" >&2; exit 1; }
+done
 calibration=$1 evaluation=$2 keep=$3 presets=$4
 shift 4
 out=$(mktemp -d)
