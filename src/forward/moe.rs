@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use ndarray::{Array2, ArrayView2};
 
 use super::dense::{BLOCK, weighted_expert};
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, MergedLayer, Router, Routing};
+use crate::model::{Expert, MergedLayer, Router, Routing, close_dropped};
 use crate::par;
 use crate::stage::Context;
 
@@ -51,59 +51,20 @@ pub fn route(
     capacity: Option<usize>,
     cx: &Context,
 ) -> Result<Routed> {
-    let narrowed = layer.narrowed.as_ref().filter(|_| choice == Choice::Narrowed);
-    let router = narrowed.unwrap_or(&layer.router);
-    let map = |row: usize| match narrowed {
-        Some(_) => Some(row),
-        None => layer.grouping.labels().get(row).copied().flatten(),
-    };
+    let (router, map) = layer.choosing(choice == Choice::Narrowed);
     let logits = router.logits(x, cx.compute()).in_layer(layer.id)?;
-    let routing = choose(router, &logits, map).in_layer(layer.id)?;
+    let routing = if map.contains(&None) {
+        let mut open = logits.clone();
+        close_dropped(&mut open, &map);
+        router.route(open.view())
+    } else {
+        router.route(logits.view())
+    };
+    let routing = routing.in_layer(layer.id)?;
     let kept = capacity.map(|capacity| within_capacity(&routing, router, windows, capacity));
-    let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); layer.experts.len()];
-    let rows = routing.experts.rows().into_iter().zip(routing.weights.rows()).enumerate();
-    for (t, (chosen, weights)) in rows {
-        for (slot, (&row, &w)) in chosen.iter().zip(weights).enumerate() {
-            let Some(expert) = map(row as usize) else { continue };
-            if kept.as_ref().is_some_and(|kept| !kept[[t, slot]]) {
-                continue;
-            }
-            match visits[expert].last_mut() {
-                Some((last, sum)) if *last == t => *sum += w,
-                _ => visits[expert].push((t, w)),
-            }
-        }
-    }
+    let room = |t, slot| kept.as_ref().is_none_or(|kept| kept[[t, slot]]);
+    let visits = routing.visits_where(&map, layer.experts.len(), room);
     Ok(Routed { logits, routing, kept, visits })
-}
-
-/// Chooses experts in parallel blocks of tokens; dropped experts cannot be chosen.
-fn choose(
-    router: &Router,
-    logits: &Array2<f32>,
-    map: impl Fn(usize) -> Option<usize> + Sync,
-) -> Result<Routing> {
-    const ROWS: usize = 256;
-    let dropped: Vec<usize> = (0..router.experts()).filter(|&i| map(i).is_none()).collect();
-    let blocks: Vec<_> = logits.axis_chunks_iter(Axis(0), ROWS).collect();
-    let parts = par::map(blocks.len(), |i| {
-        if dropped.is_empty() {
-            return router.route(blocks[i]);
-        }
-        let mut masked = blocks[i].to_owned();
-        dropped.iter().for_each(|&i| masked.column_mut(i).fill(f32::NEG_INFINITY));
-        router.route(masked.view())
-    })?;
-    let experts: Vec<_> = parts.iter().map(|part| part.experts.view()).collect();
-    let weights: Vec<_> = parts.iter().map(|part| part.weights.view()).collect();
-    if parts.is_empty() {
-        return router.route(logits.view());
-    }
-    let misfit = |_| Error::shape("routing", logits.nrows(), parts.len());
-    Ok(Routing {
-        experts: concatenate(Axis(0), &experts).map_err(misfit)?,
-        weights: concatenate(Axis(0), &weights).map_err(misfit)?,
-    })
 }
 
 fn within_capacity(

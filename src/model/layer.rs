@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::expert::Expert;
 use super::factored::Factored;
 use super::grouping::Grouping;
-use super::router::{Router, Routing};
+use super::router::Router;
 use crate::error::{Error, Locate, Result};
 use crate::linalg::Compute;
 
@@ -136,7 +136,8 @@ impl MoeLayer {
         compute: &dyn Compute,
     ) -> Result<Array2<f32>> {
         let routing = self.router.route(self.router.logits(x, compute)?.view())?;
-        routed_sum(&self.experts, &routing, Some, x, compute)
+        let map: Vec<_> = (0..self.experts.len()).map(Some).collect();
+        visited_sum(&self.experts, &routing.visits(&map, map.len()), x, compute)
     }
 }
 
@@ -198,16 +199,7 @@ impl MergedLayer {
         x: ArrayView2<'_, f32>,
         compute: &dyn Compute,
     ) -> Result<Array2<f32>> {
-        let mut logits = self.router.logits(x, compute)?;
-        for (i, label) in self.grouping.labels().iter().enumerate() {
-            if label.is_none() {
-                // −∞ before the softmax: the mass goes to the experts that remain.
-                logits.column_mut(i).fill(f32::NEG_INFINITY);
-            }
-        }
-        let routing = self.router.route(logits.view())?;
-        let map = |i: usize| self.grouping.labels()[i];
-        routed_sum(&self.experts, &routing, map, x, compute)
+        visited_sum(&self.experts, &self.visits(false, x, compute)?, x, compute)
     }
 
     /// The output with the narrowed router (stock export), if there is one.
@@ -219,9 +211,10 @@ impl MergedLayer {
         x: ArrayView2<'_, f32>,
         compute: &dyn Compute,
     ) -> Result<Option<Array2<f32>>> {
-        let Some(router) = &self.narrowed else { return Ok(None) };
-        let routing = router.route(router.logits(x, compute)?.view())?;
-        routed_sum(&self.experts, &routing, Some, x, compute).map(Some)
+        if self.narrowed.is_none() {
+            return Ok(None);
+        }
+        visited_sum(&self.experts, &self.visits(true, x, compute)?, x, compute).map(Some)
     }
 }
 
@@ -245,27 +238,14 @@ fn check_experts(experts: &[Expert], router: &Router) -> Result<()> {
 
 /// Gathers the tokens of each expert, runs it on them, and adds the weighted outputs in expert
 /// order, so that the rounding does not depend on the number of threads.
-fn routed_sum(
+fn visited_sum(
     experts: &[Expert],
-    routing: &Routing,
-    map: impl Fn(usize) -> Option<usize>,
+    visits: &[Vec<(usize, f32)>],
     x: ArrayView2<'_, f32>,
     compute: &dyn Compute,
 ) -> Result<Array2<f32>> {
-    let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); experts.len()];
-    for (t, (chosen, weights)) in
-        routing.experts.rows().into_iter().zip(routing.weights.rows()).enumerate()
-    {
-        for (&e, &w) in chosen.iter().zip(weights) {
-            let Some(m) = map(e as usize) else { continue };
-            match visits[m].last_mut() {
-                Some((last, sum)) if *last == t => *sum += w,
-                _ => visits[m].push((t, w)),
-            }
-        }
-    }
     let mut out = Array2::zeros(x.dim());
-    for (expert, visits) in experts.iter().zip(&visits) {
+    for (expert, visits) in experts.iter().zip(visits) {
         if visits.is_empty() {
             continue;
         }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::check::Finite;
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
+use crate::par;
 
 /// How logits become scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,20 +192,25 @@ impl Router {
         Ok(logits)
     }
 
-    /// Chooses experts for every row of `logits: (t, n)`. Ties go to the smaller index.
+    /// Chooses experts for every row of `logits: (t, n)`, in parallel blocks of rows. Ties go to the
+    /// smaller index.
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when there is not one logit per expert.
     pub fn route(&self, logits: ArrayView2<'_, f32>) -> Result<Routing> {
+        const ROWS: usize = 64;
         if logits.ncols() != self.experts() {
             return Err(Error::shape("routing", self.experts(), logits.ncols()));
         }
         let (t, k) = (logits.nrows(), self.rule.top_k);
+        let blocks: Vec<_> = logits.axis_chunks_iter(Axis(0), ROWS).collect();
+        let chosen = par::map(blocks.len(), |i| {
+            Ok(blocks[i].rows().into_iter().map(|z| self.choose(&z.to_vec())).collect::<Vec<_>>())
+        })?;
         let (mut experts, mut weights) = (Array2::zeros((t, k)), Array2::zeros((t, k)));
-        let rows = experts.rows_mut().into_iter().zip(weights.rows_mut());
-        for (z, (mut chosen, mut applied)) in logits.rows().into_iter().zip(rows) {
-            for (slot, (e, w)) in self.choose(&z.to_vec()).into_iter().enumerate() {
-                (chosen[slot], applied[slot]) = (e as u32, w);
+        for (row, chosen) in chosen.into_iter().flatten().enumerate() {
+            for (slot, (e, w)) in chosen.into_iter().enumerate() {
+                (experts[[row, slot]], weights[[row, slot]]) = (e as u32, w);
             }
         }
         Ok(Routing { experts, weights })

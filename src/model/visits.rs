@@ -1,6 +1,6 @@
 //! Which tokens visit which expert of a merged layer.
 
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 
 use super::layer::MergedLayer;
 use super::router::{Router, Routing};
@@ -30,11 +30,17 @@ impl MergedLayer {
     ) -> Result<Vec<Vec<(usize, f32)>>> {
         let (router, map) = self.choosing(narrowed);
         let mut logits = router.logits(x, compute)?;
-        for (i, _) in map.iter().enumerate().filter(|(_, expert)| expert.is_none()) {
-            logits.column_mut(i).fill(f32::NEG_INFINITY);
-        }
+        close_dropped(&mut logits, &map);
         let routing = router.route(logits.view())?;
         Ok(routing.visits(&map, self.experts.len()))
+    }
+}
+
+/// Sets the logits of rows that lead to no expert to `−∞`, before the softmax: their mass goes to
+/// the experts that remain.
+pub fn close_dropped(logits: &mut Array2<f32>, map: &[Option<usize>]) {
+    for (mut column, _) in logits.columns_mut().into_iter().zip(map).filter(|(_, e)| e.is_none()) {
+        column.fill(f32::NEG_INFINITY);
     }
 }
 
@@ -43,12 +49,24 @@ impl Routing {
     /// `map[i]` is the merged expert behind row `i` of the router. Weights of rows that lead to the
     /// same expert add up.
     pub fn visits(&self, map: &[Option<usize>], m: usize) -> Vec<Vec<(usize, f32)>> {
+        self.visits_where(map, m, |_, _| true)
+    }
+
+    /// [`Routing::visits`] without the slots `(token, slot)` for which there is no room.
+    pub fn visits_where(
+        &self,
+        map: &[Option<usize>],
+        m: usize,
+        room: impl Fn(usize, usize) -> bool,
+    ) -> Vec<Vec<(usize, f32)>> {
         let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); m];
         let rows = self.experts.rows().into_iter().zip(self.weights.rows()).enumerate();
         for (t, (chosen, weights)) in rows {
-            for (&row, &w) in chosen.iter().zip(weights) {
+            for (slot, (&row, &w)) in chosen.iter().zip(weights).enumerate() {
                 let Some(expert) = map.get(row as usize).copied().flatten() else { continue };
-                let Some(visits) = visits.get_mut(expert) else { continue };
+                let Some(visits) = visits.get_mut(expert).filter(|_| room(t, slot)) else {
+                    continue;
+                };
                 match visits.last_mut() {
                     Some((last, sum)) if *last == t => *sum += w,
                     _ => visits.push((t, w)),

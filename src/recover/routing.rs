@@ -1,12 +1,11 @@
 //! The router in training: its choice, and the way back from the applied weights to its rows.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, concatenate};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis};
 
 use super::adam::Param;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::linalg::{Compute, exp};
-use crate::model::{Router, Routing, RoutingRule, Score};
-use crate::par;
+use crate::model::{Router, Routing, RoutingRule, Score, close_dropped};
 
 /// A router in training. The choice of experts is not differentiated, the applied weights of the
 /// chosen ones are; the correction bias of the choice is fixed.
@@ -40,22 +39,10 @@ impl Gate {
         x: ArrayView2<'_, f32>,
         compute: &dyn Compute,
     ) -> Result<(Array2<f32>, Routing)> {
-        const ROWS: usize = 64;
         let mut logits = self.router.logits(x, compute)?;
-        for (row, _) in self.map.iter().enumerate().filter(|(_, expert)| expert.is_none()) {
-            logits.column_mut(row).fill(f32::NEG_INFINITY);
-        }
-        let blocks: Vec<_> = logits.axis_chunks_iter(Axis(0), ROWS).collect();
-        let parts = par::map(blocks.len(), |i| self.router.route(blocks[i]))?;
-        if parts.is_empty() {
-            return Ok((logits.clone(), self.router.route(logits.view())?));
-        }
-        let experts: Vec<_> = parts.iter().map(|part| part.experts.view()).collect();
-        let weights: Vec<_> = parts.iter().map(|part| part.weights.view()).collect();
-        let misfit = |_| Error::shape("routing", x.nrows(), parts.len());
-        let experts = concatenate(Axis(0), &experts).map_err(misfit)?;
-        let weights = concatenate(Axis(0), &weights).map_err(misfit)?;
-        Ok((logits, Routing { experts, weights }))
+        close_dropped(&mut logits, &self.map);
+        let routing = self.router.route(logits.view())?;
+        Ok((logits, routing))
     }
 
     /// Gradients of rows and bias, given `upstream: (t, k)`, those of the applied weights.
