@@ -6,6 +6,7 @@
 //! rayon pool decides the width; there is no global switch.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use rayon::prelude::*;
 
@@ -57,6 +58,26 @@ pub fn map_mut<T: Send, U: Send>(
     let results: Vec<Result<U>> =
         items.par_iter_mut().enumerate().map(|(i, item)| f(i, item)).collect();
     results.into_iter().collect()
+}
+
+/// Runs `make`, and on a thread of its own `take` on what `make` sends, in order; at most `waiting`
+/// things wait between the two. A `make` whose sending fails should stop: `take` has failed.
+///
+/// # Errors
+/// That of `take`, which is then the cause of both; else that of `make`.
+pub fn beside<T: Send, R>(
+    waiting: usize,
+    take: impl FnMut(T) -> Result<()> + Send,
+    make: impl FnOnce(&SyncSender<T>) -> Result<R>,
+) -> Result<R> {
+    std::thread::scope(|scope| {
+        let (send, receive) = sync_channel(waiting);
+        let taker = scope.spawn(move || receive.iter().try_for_each(take));
+        let made = make(&send);
+        drop(send);
+        let taken = taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        taken.and(made)
+    })
 }
 
 /// Sums `f(range)` over the blocks `[0, block), [block, 2·block), …` of `0..n`.
@@ -136,5 +157,42 @@ mod tests {
     #[test]
     fn empty_sum_is_none() {
         assert_eq!(sum_blocks(0, 4, |_| Ok(1), |a, b| *a += b).unwrap(), None);
+    }
+
+    #[test]
+    fn in_turn_keeps_the_order_and_stops_at_an_error() {
+        assert_eq!(
+            in_turn(100, |i| Ok(i * i)).unwrap(),
+            (0..100).map(|i| i * i).collect::<Vec<_>>()
+        );
+        let fails = |i| if i == 7 { Err(Error::range("i", "not 7", i)) } else { Ok(i) };
+        assert!(in_turn(1000, fails).unwrap_err().to_string().contains("not 7"));
+        assert!(in_turn(0, fails).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_sent_is_taken_in_order_and_a_failure_to_take_is_told() {
+        let mut taken = Vec::new();
+        let take = |i: usize| {
+            taken.push(i);
+            Ok(())
+        };
+        let made = beside(0, take, |send| {
+            (0..5).try_for_each(|i| send.send(i)).unwrap();
+            Ok(9)
+        });
+        assert_eq!((made.unwrap(), taken), (9, vec![0, 1, 2, 3, 4]));
+        let bad = |what: &str| Error::range(what, "nothing", 0);
+        let both = beside(
+            0,
+            |_: usize| Err(bad("taking")),
+            |send| {
+                while send.send(1).is_ok() {}
+                Err::<(), _>(bad("making"))
+            },
+        );
+        assert!(both.unwrap_err().to_string().starts_with("taking"));
+        let made = beside(1, |_: usize| Ok(()), |_| Err::<(), _>(bad("making")));
+        assert!(made.unwrap_err().to_string().starts_with("making"));
     }
 }

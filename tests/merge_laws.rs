@@ -1,6 +1,9 @@
 //! Laws that every merger and every narrowed router keeps.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+#[path = "common/numbers.rs"]
+mod numbers;
+
 use approx::assert_abs_diff_eq;
 use mcsmoe::ErrorKind;
 use mcsmoe::merge::router::{DominantRow, LogSumExpFit, MeanRow, Prior, SigmoidMass};
@@ -14,6 +17,7 @@ use mcsmoe::model::{
 };
 use mcsmoe::stage::{Context, LayerView, Members, Merger, Needs, RouterMerger};
 use ndarray::{Array1, Array2, array};
+use numbers::Numbers;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed};
 
@@ -21,24 +25,7 @@ const D: usize = 6;
 const F: usize = 10;
 const TOKENS: usize = 64;
 
-/// Numbers in −1..1 from a seed.
-struct Numbers(u64);
-
 impl Numbers {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
-        ((self.0 >> 33) as f64 / (1u64 << 30) as f64 - 1.0) as f32
-    }
-
-    fn matrix(&mut self, rows: usize, cols: usize) -> Array2<f32> {
-        Array2::from_shape_simple_fn((rows, cols), || self.next())
-    }
-
-    fn linear(&mut self, rows: usize, cols: usize) -> Linear {
-        let weight = self.matrix(rows, cols);
-        Linear { weight, bias: Some(Array1::from_shape_simple_fn(rows, || self.next())) }
-    }
-
     fn expert(&mut self) -> Expert {
         let (gate, up, down) = (self.linear(F, D), self.linear(F, D), self.linear(D, F));
         Expert::new(Some(gate), up, down, Activation::Silu).unwrap()

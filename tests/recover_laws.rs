@@ -1,36 +1,23 @@
 //! Laws that every recoverer keeps, and what each recovers exactly.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+#[path = "common/numbers.rs"]
+mod numbers;
+
 use mcsmoe::ErrorKind;
 use mcsmoe::model::{
-    Activation, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, Router, RoutingGroups,
+    Activation, Expert, GroupScore, Grouping, LayerId, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score,
 };
 use mcsmoe::recover::{Chain, Distill, LeastSquares, Scale};
 use mcsmoe::stage::{Context, Recoverer, Recovery};
 use ndarray::{Array1, Array2, s};
+use numbers::Numbers;
 
 const D: usize = 12;
 const F: usize = 10;
 
-/// Numbers in −1..1 from a seed.
-struct Numbers(u64);
-
 impl Numbers {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
-        ((self.0 >> 33) as f64 / (1u64 << 30) as f64 - 1.0) as f32
-    }
-
-    fn matrix(&mut self, rows: usize, cols: usize) -> Array2<f32> {
-        Array2::from_shape_simple_fn((rows, cols), || self.next())
-    }
-
-    fn linear(&mut self, rows: usize, cols: usize) -> Linear {
-        let weight = self.matrix(rows, cols);
-        Linear { weight, bias: Some(Array1::from_shape_simple_fn(rows, || self.next())) }
-    }
-
     fn expert(&mut self, activation: Activation) -> Expert {
         let (gate, up, down) = (self.linear(F, D), self.linear(F, D), self.linear(D, F));
         Expert::new(Some(gate), up, down, activation).unwrap()

@@ -235,8 +235,7 @@ impl Decomposer for Complement {
 fn assemble(weight: ArrayView2<'_, f32>, by: Structure, fit: Fit) -> Result<Factored> {
     let (m, n) = weight.dim();
     let rest = others(&fit.kept, by.lines((m, n)));
-    let at: Vec<usize> = fit.kept.iter().map(|&i| i as usize).collect();
-    let lines = weight.select(by.axis(), &at);
+    let lines = by.pick(weight, &fit.kept);
     let rank = fit.left.ncols();
     let (left, right) = match by {
         Structure::Rows => (spread(&fit.left, by, &rest, (m, rank)), fit.right),

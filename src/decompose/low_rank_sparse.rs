@@ -77,8 +77,7 @@ impl LowRankSparse {
         residual: &Array2<f32>,
         kept: Vec<u32>,
     ) -> Result<Factored> {
-        let at: Vec<usize> = kept.iter().map(|&i| i as usize).collect();
-        let lines = residual.select(self.structure.axis(), &at);
+        let lines = self.structure.pick(residual.view(), &kept);
         Factored::new(left, right, self.structure, kept, lines)
     }
 }

@@ -42,8 +42,7 @@ impl Decomposer for SparseOnly {
         }
         let scores = self.score.of(weight, self.structure, moments, cx.compute())?;
         let kept = top(&scores, budget.rows);
-        let at: Vec<usize> = kept.iter().map(|&i| i as usize).collect();
-        let lines = weight.select(self.structure.axis(), &at);
+        let lines = self.structure.pick(weight, &kept);
         Factored::sparse(weight.dim(), self.structure, kept, lines)
     }
 

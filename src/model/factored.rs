@@ -27,6 +27,12 @@ impl Structure {
         }
     }
 
+    /// The lines `at` of a matrix, in their order.
+    pub fn pick(self, a: ArrayView2<'_, f32>, at: &[u32]) -> Array2<f32> {
+        let at: Vec<usize> = at.iter().map(|&i| i as usize).collect();
+        a.select(self.axis(), &at)
+    }
+
     /// How many lines an `(m, n)` matrix has.
     pub const fn lines(self, (m, n): (usize, usize)) -> usize {
         match self {

@@ -192,8 +192,8 @@ impl Router {
         Ok(logits)
     }
 
-    /// Chooses experts for every row of `logits: (t, n)`, in parallel blocks of rows. Ties go to the
-    /// smaller index.
+    /// Chooses experts for every row of `logits: (t, n)`, in parallel blocks of rows. Ties go to
+    /// the smaller index.
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when there is not one logit per expert.

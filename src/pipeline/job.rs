@@ -18,7 +18,7 @@ use crate::align;
 use crate::calibrate::StatsFile;
 use crate::checkpoint::{Checkpoint, Export, Partial, WritePlan, Writer, Written};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, MoeLayer, Router, RoutingStats};
+use crate::model::{Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats};
 use crate::stage::Needs;
 
 impl Pipeline {
@@ -76,10 +76,10 @@ impl Pipeline {
         let plan = self.write_plan(job, groupings)?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
+        let followed = job.tokens.filter(|_| self.recoverer.is_some());
         for (id, (report, digest)) in std::mem::take(&mut journal.layers) {
             // A recovered layer depends on all before it, as they were in memory.
-            let follows = job.tokens.is_some() && self.recoverer.is_some();
-            if fresh.is_none() && !follows && writer.adopt(id, &digest)? {
+            if fresh.is_none() && followed.is_none() && writer.adopt(id, &digest)? {
                 reports.insert(id, report);
             }
         }
@@ -87,24 +87,22 @@ impl Pipeline {
             Some(decided) => decided,
             None => self.rest(&folder, job, &plan, &reports)?,
         };
-        let new = if let Some(tokens) = job.tokens.filter(|_| self.recoverer.is_some()) {
-            let options = self.options(writer.folder());
-            self.follow(job, tokens, &options, &decided, &mut |layer, report| {
-                writer.layer(&layer)?;
-                writer.sync()?;
-                journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
-            })?
-        } else if self.streams(samples, job) {
+        let new = if self.streams(samples, job) {
             let line = &mut |report: &LayerReport, digest| {
                 journal.write(&Line::Layer(Box::new(report.clone()), digest))
             };
             self.stream(&folder, &decided, &mut writer, observer, line)?
         } else {
-            self.merge(&folder, &decided, samples, observer, &mut |layer, report| {
+            let options = self.options(writer.folder());
+            let sink = &mut |layer: MergedLayer, report: &LayerReport| {
                 writer.layer(&layer)?;
                 writer.sync()?;
                 journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
-            })?
+            };
+            match followed {
+                Some(tokens) => self.follow(job, tokens, &options, &decided, sink)?,
+                None => self.merge(&folder, &decided, samples, observer, sink)?,
+            }
         };
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
         let mut report = self.report(reports.into_values().collect());

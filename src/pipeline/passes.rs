@@ -1,7 +1,5 @@
 //! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
 
-use std::sync::mpsc::sync_channel;
-
 use super::builder::{Pipeline, PipelineBuilder};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
@@ -12,6 +10,7 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{
     Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
 };
+use crate::par;
 use crate::stage::{Needs, Stage};
 
 /// What a run in memory returns.
@@ -217,25 +216,22 @@ impl Pipeline {
     ) -> Result<Vec<LayerReport>> {
         let mut reports = Vec::with_capacity(decided.ids.len());
         let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
-        std::thread::scope(|scope| {
-            // A rendezvous: the sender waits until the layer before has been written.
-            let (send, receive) = sync_channel::<(MergedLayer, LayerReport)>(0);
-            let sink = scope.spawn(move || {
-                let mut layers = receive.iter();
-                layers.try_for_each(|(layer, report)| sink(layer, &report).in_layer(report.layer))
-            });
+        // A rendezvous: the sender waits until the layer before has been written.
+        let take = |(layer, report): (MergedLayer, LayerReport)| {
+            sink(layer, &report).in_layer(report.layer)
+        };
+        par::beside(0, take, |send| {
             for (at, (measured, grouping)) in layers {
                 let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
                 let (layer, report) = one(measured, grouping).in_layer(id)?;
                 if send.send((layer, report.clone())).is_err() {
-                    // The sink has failed; its error is told below.
+                    // The sink has failed, and its error is told.
                     break;
                 }
                 observer.layer_finished(&report);
                 reports.push(report);
             }
-            drop(send);
-            sink.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            Ok(())
         })?;
         Ok(reports)
     }

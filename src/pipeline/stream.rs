@@ -4,7 +4,7 @@
 //! of its own writes what is ready. What is in memory is a group per thread, and every thread has
 //! something to do even when the model has one layer only.
 
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::SyncSender;
 
 use super::builder::Pipeline;
 use super::engine::{self, Before, Measured, Source};
@@ -43,23 +43,19 @@ impl Pipeline {
         let encoder = writer.encoder();
         let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
         let mut reports = Vec::with_capacity(decided.ids.len());
-        std::thread::scope(|scope| {
-            let (send, receive) = sync_channel(WAITING);
-            let sink = scope.spawn(move || {
-                receive.iter().try_for_each(|step| match step {
-                    Step::Begin(begin) => {
-                        let (id, grouping, router, narrowed) = *begin;
-                        writer.begin(id, &grouping, &router, narrowed.as_ref())
-                    }
-                    Step::Expert(encoded) => writer.expert(encoded),
-                    Step::End(report) => {
-                        writer.end(report.layer)?;
-                        writer.sync()?;
-                        line(&report, writer.digest(report.layer)?)
-                    }
-                })
-            });
-            let mut merged = Ok(());
+        let take = |step| match step {
+            Step::Begin(begin) => {
+                let (id, grouping, router, narrowed) = *begin;
+                writer.begin(id, &grouping, &router, narrowed.as_ref())
+            }
+            Step::Expert(encoded) => writer.expert(encoded),
+            Step::End(report) => {
+                writer.end(report.layer)?;
+                writer.sync()?;
+                line(&report, writer.digest(report.layer)?)
+            }
+        };
+        par::beside(WAITING, take, |send| {
             for (at, (measured, grouping)) in layers {
                 let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
                 let layer = Layer {
@@ -68,24 +64,14 @@ impl Pipeline {
                     grouping,
                     plan: &self.plan(false),
                     encoder: &encoder,
-                    send: &send,
+                    send,
                     cx: &self.cx,
                 };
-                match layer.run().in_layer(id) {
-                    Ok(report) => {
-                        observer.layer_finished(&report);
-                        reports.push(report);
-                    }
-                    Err(error) => {
-                        merged = Err(error);
-                        break;
-                    }
-                }
+                let report = layer.run().in_layer(id)?;
+                observer.layer_finished(&report);
+                reports.push(report);
             }
-            drop(send);
-            let written = sink.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            // A sink that failed hung up on the merge: its error is the cause.
-            written.and(merged)
+            Ok(())
         })?;
         Ok(reports)
     }
