@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use mcsmoe::ErrorKind;
 use mcsmoe::calibrate::{Batch, Collector, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::linalg::Cpu;
 use mcsmoe::model::{
-    Expert, Grouping, LayerId, MergedLayer, Router, Routing, RoutingRule, RoutingStats, Samples,
+    Expert, Grouping, LayerId, MergedLayer, OutputSums, Router, Routing, RoutingRule, RoutingStats,
+    Samples,
 };
 use mcsmoe::pipeline::{CalibrateOptions, Tokens, calibrate, calibrate_to_file};
 use mcsmoe::stage::{Context, Needs};
@@ -252,6 +254,7 @@ fn masked_tokens_are_nowhere_and_formulas_hold() {
         routing: &routing,
         kept: Some(kept.view()),
         output: Some(inputs.view()),
+        outputs: None,
         mask: Some(&mask),
     };
     let cx = Context::cpu(0);
@@ -268,6 +271,46 @@ fn masked_tokens_are_nowhere_and_formulas_hold() {
     assert_eq!(stats.mean_output, Some(array![[2.0, 2.0], [0.0, 20.0]]));
     assert_eq!(stats.logit_gram, Some(array![[10.0, 12.0], [12.0, 20.0]]));
     assert_eq!(stats.samples.unwrap().inputs, inputs.slice(ndarray::s![..3, ..]));
+}
+
+#[test]
+fn outputs_that_the_pass_has_summed_up_are_taken_as_they_are() {
+    let inputs = array![[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 1.0]];
+    let routing = Routing {
+        experts: array![[0], [0], [1], [1]],
+        weights: array![[0.5], [1.0], [0.25], [1.0]],
+    };
+    // The last token found no room.
+    let kept = array![[true], [true], [true], [false]];
+    let (layer, cx) = (layer(), Context::cpu(0));
+    let visiting = [vec![0, 1], vec![2]];
+    let outputs: Vec<OutputSums> = layer
+        .experts
+        .iter()
+        .zip(&visiting)
+        .map(|(expert, tokens)| {
+            let x = inputs.select(Axis(0), tokens);
+            OutputSums::of(expert.view().forward(x.view(), &Cpu::new()).unwrap().view())
+        })
+        .collect();
+    let stats = |outputs| {
+        let mut collector = Collector::new(Needs::OBSERVABLE).unwrap();
+        let batch = Batch {
+            inputs: inputs.view(),
+            logits: inputs.view(),
+            routing: &routing,
+            kept: Some(kept.view()),
+            output: Some(inputs.view()),
+            outputs,
+            mask: None,
+        };
+        collector.add(&layer, &batch, &cx).map(|()| collector.finish().unwrap())
+    };
+    let taken = stats(Some(&outputs)).unwrap();
+    assert_eq!(taken.output_norm, Some(vec![3.0, 20.0]));
+    assert_eq!(taken, stats(None).unwrap());
+    let misfit = stats(Some(&[outputs[0].clone(), OutputSums::default()])).unwrap_err();
+    assert!(misfit.to_string().contains("outputs per visit"), "{misfit}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 
 use super::collect_rows::Rows;
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Expert, MergedLayer, Routing, RoutingStats};
+use crate::model::{Expert, MergedLayer, OutputSums, Routing, RoutingStats};
 use crate::par;
 use crate::stage::{Context, Needs};
 
@@ -24,6 +24,9 @@ pub struct Batch<'a> {
     pub kept: Option<ArrayView2<'a, bool>>,
     /// `(t, d_model)` outputs of the routed experts, for samples.
     pub output: Option<ArrayView2<'a, f32>>,
+    /// For each expert of the layer its outputs before the weights, over the tokens that found
+    /// room. `None`, or with a mask: the collector sends the tokens through the experts itself.
+    pub outputs: Option<&'a [OutputSums]>,
     /// `(t)` which tokens count; padding does not. `None`: all do.
     pub mask: Option<&'a [bool]>,
 }
@@ -42,15 +45,15 @@ pub struct Batch<'a> {
 /// | REAP | `1/c_i Σ_{X_i} g_i(x) ‖E_i(x)‖₂` |
 /// | mean output | `1/c_i Σ_{X_i} E_i(x)` |
 ///
-/// Only what was asked for is computed. The last three send every token through its experts once
-/// more, because a forward pass never holds unweighted outputs.
+/// Only what was asked for is computed. The last three come with a batch of a watched forward pass
+/// ([`Batch::outputs`]); else every token goes through its experts once more.
 ///
 /// Sums are added in fixed blocks and in order: the same batches give the same bits at any number
 /// of threads.
 ///
 /// # Memory
 /// `8 n (n + d_model + 4)` bytes of sums; `4 s (2 d_model + n + 2 k)` bytes of `s` samples; while a
-/// batch is added `4 · 512 · (2 d_model + 2 d_ff)` bytes per thread.
+/// batch without outputs is added `4 · 512 · (2 d_model + 2 d_ff)` bytes per thread.
 #[derive(Debug)]
 pub struct Collector {
     needs: Needs,
@@ -103,6 +106,12 @@ impl Collector {
     pub fn sample(mut self, most: usize, of: u64) -> Self {
         self.samples = Rows::spread(most, of);
         self
+    }
+
+    /// Whether something that was asked for is made of the experts' unweighted outputs.
+    pub fn needs_outputs(&self) -> bool {
+        let outputs = [Needs::OUTPUT_NORM, Needs::REAP, Needs::MEAN_OUTPUT];
+        outputs.into_iter().any(|need| self.needs.contains(need))
     }
 
     /// Adds a batch of the layer's tokens. Batches must come in the order of the text.
@@ -166,14 +175,16 @@ impl Collector {
         cx: &Context,
     ) -> Result<()> {
         let mean = self.needs.contains(Needs::MEAN_OUTPUT);
-        let asked = [Needs::OUTPUT_NORM, Needs::REAP].into_iter().any(|n| self.needs.contains(n));
         self.width = batch.inputs.ncols();
-        if !mean && !asked {
+        if !self.needs_outputs() {
             return Ok(());
         }
         let empty =
             Sums { norm: 0.0, reap: 0.0, output: vec![0.0; if mean { self.width } else { 0 }] };
         self.sums.resize(visits.len(), empty);
+        if let Some(outputs) = batch.outputs.filter(|_| batch.mask.is_none()) {
+            return self.take_outputs(layer, outputs, visits);
+        }
         let labels = layer.grouping.labels();
         let mut jobs = Vec::new();
         for (row, visits) in visits.iter().enumerate() {
@@ -189,6 +200,31 @@ impl Collector {
             sums.norm += part.norm;
             sums.reap += part.reap;
             sums.output.iter_mut().zip(part.output).for_each(|(sum, y)| *sum += y);
+        }
+        Ok(())
+    }
+
+    /// Adds outputs that the forward pass has summed up.
+    fn take_outputs(
+        &mut self,
+        layer: &MergedLayer,
+        outputs: &[OutputSums],
+        visits: &[Vec<(usize, f32)>],
+    ) -> Result<()> {
+        let labels = layer.grouping.labels();
+        for (row, (sums, visits)) in self.sums.iter_mut().zip(visits).enumerate() {
+            let Some(seen) = labels.get(row).copied().flatten().and_then(|e| outputs.get(e)) else {
+                continue;
+            };
+            if seen.norms.len() != visits.len() {
+                let (expected, found) = (visits.len(), seen.norms.len());
+                return Err(Error::shape("outputs per visit", expected, found)).in_expert(row);
+            }
+            for (norm, (_, weight)) in seen.norms.iter().zip(visits) {
+                sums.norm += norm;
+                sums.reap += f64::from(*weight) * norm;
+            }
+            sums.output.iter_mut().zip(&seen.sum).for_each(|(sum, y)| *sum += y);
         }
         Ok(())
     }

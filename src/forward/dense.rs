@@ -13,7 +13,7 @@ use crate::par;
 use crate::stage::Context;
 
 /// Tokens that one task sends through an MLP.
-pub(super) const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 512;
 
 /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
 ///

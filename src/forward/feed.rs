@@ -5,10 +5,10 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2};
 
 use super::dense::{Shared, add_expert};
-use super::moe::{Choice, Routed, route, routed_sum};
+use super::moe::{Choice, Routed, route, routed_sum, routed_sum_watched};
 use super::norm::RmsNorm;
 use crate::error::{Locate, Result};
-use crate::model::{Expert, Finite, LayerId, MergedLayer, MoeLayer};
+use crate::model::{Expert, Finite, LayerId, MergedLayer, MoeLayer, OutputSums};
 use crate::stage::Context;
 
 /// What a pass shows of a sparse layer, for all windows at once.
@@ -26,10 +26,18 @@ pub struct Observation<'a> {
     pub routed: &'a Routed,
     /// `(t, d_model)` outputs of the routed experts; shared experts are not included.
     pub output: ArrayView2<'a, f32>,
+    /// For each expert of the layer its outputs before the weights, summed over `routed.visits`;
+    /// if [`Observer::watches_outputs`].
+    pub outputs: Option<&'a [OutputSums]>,
 }
 
 /// Looks at the sparse layers of a pass, in order.
 pub trait Observer {
+    /// Whether [`Observation::outputs`] are wanted.
+    fn watches_outputs(&self) -> bool {
+        false
+    }
+
     /// Called once per sparse layer.
     ///
     /// # Errors
@@ -81,11 +89,24 @@ impl Mlp {
         };
         let (layer, choice) = substitute.unwrap_or((layer, Choice::Mapped));
         let routed = route(layer, choice, x, windows, *capacity, cx)?;
-        let output = routed_sum(&layer.experts, &routed.visits, x, cx)?;
+        let (experts, visits) = (&layer.experts, &routed.visits);
+        let (output, outputs) = match observer.as_ref().is_some_and(|o| o.watches_outputs()) {
+            false => (routed_sum(experts, visits, x, cx)?, None),
+            true => {
+                let (output, outputs) = routed_sum_watched(experts, visits, x, cx)?;
+                (output, Some(outputs))
+            }
+        };
         if let Some(observer) = observer {
-            let (routed, output) = (&routed, output.view());
-            let seen = Observation { id: layer.id, layer, windows, inputs: x, routed, output };
-            observer.observe(&seen)?;
+            observer.observe(&Observation {
+                id: layer.id,
+                layer,
+                windows,
+                inputs: x,
+                routed: &routed,
+                output: output.view(),
+                outputs: outputs.as_deref(),
+            })?;
         }
         *hidden += &output;
         drop(output);

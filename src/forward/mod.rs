@@ -41,7 +41,7 @@ pub use family::Family;
 pub use feed::{FeedForward, Mlp, Observation, Observer};
 pub use head::Head;
 pub use model::Model;
-pub use moe::{Choice, Routed, route, routed_sum};
+pub use moe::{Choice, Routed, route, routed_sum, routed_sum_watched};
 pub use norm::RmsNorm;
 pub use rope::{Rope, Scaling};
 pub use rotation::Pairing;

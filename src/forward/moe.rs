@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2};
 use super::dense::{BLOCK, weighted_expert};
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, MergedLayer, Router, Routing, close_dropped};
+use crate::model::{Expert, MergedLayer, OutputSums, Router, Routing, close_dropped};
 use crate::par;
 use crate::stage::Context;
 
@@ -100,8 +100,34 @@ pub fn routed_sum(
     x: ArrayView2<'_, f32>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
-    /// Values of expert outputs that are held at once: few enough to stay in a cache.
-    const HELD: usize = 1 << 22;
+    Ok(sum(experts, visits, x, false, cx)?.0)
+}
+
+/// [`routed_sum`] and, for each expert, norms and sum of its outputs before the weights: what
+/// saliency is made of, without a second product. The weights are applied to the outputs here,
+/// which costs `t k d_model` more.
+///
+/// # Errors
+/// As [`routed_sum`].
+pub fn routed_sum_watched(
+    experts: &[Expert],
+    visits: &[Vec<(usize, f32)>],
+    x: ArrayView2<'_, f32>,
+    cx: &Context,
+) -> Result<(Array2<f32>, Vec<OutputSums>)> {
+    sum(experts, visits, x, true, cx)
+}
+
+fn sum(
+    experts: &[Expert],
+    visits: &[Vec<(usize, f32)>],
+    x: ArrayView2<'_, f32>,
+    watched: bool,
+    cx: &Context,
+) -> Result<(Array2<f32>, Vec<OutputSums>)> {
+    /// Values of expert outputs that are held at once: 32 MiB. Threads wait for each other
+    /// at the end of a wave, so waves are long, and blocks are short.
+    const HELD: usize = 1 << 23;
     if experts.len() != visits.len() {
         return Err(Error::shape("visits per expert", experts.len(), visits.len()));
     }
@@ -111,10 +137,11 @@ pub fn routed_sum(
         .enumerate()
         .flat_map(|(index, (expert, visits))| {
             let block = visits.len().div_ceil(visits.len().div_ceil(BLOCK).max(1)).max(1);
-            visits.chunks(block).map(move |visits| Job { index, expert, visits })
+            visits.chunks(block).map(move |visits| Job { index, expert, visits, watched })
         })
         .collect();
     let mut out = Array2::zeros(x.dim());
+    let mut seen = vec![OutputSums::default(); if watched { experts.len() } else { 0 }];
     let single = cx.per_task();
     let pool = Pool::default();
     // Where a wave ends does not change the order of additions, so it may depend on the machine.
@@ -130,9 +157,14 @@ pub fn routed_sum(
         let run = |i: usize| wave[i].run(x, &pool, &single).in_expert(wave[i].index);
         let parts = par::map(wave.len(), run)?;
         scatter(wave, &parts, &mut out);
+        for (job, (_, part)) in wave.iter().zip(parts) {
+            if let Some(seen) = seen.get_mut(job.index) {
+                seen.append(part);
+            }
+        }
         rest = later;
     }
-    Ok(out)
+    Ok((out, seen))
 }
 
 /// A block of one expert's tokens.
@@ -140,10 +172,17 @@ struct Job<'a> {
     index: usize,
     expert: &'a Expert,
     visits: &'a [(usize, f32)],
+    watched: bool,
 }
 
 impl Job<'_> {
-    fn run<'p>(&self, x: ArrayView2<'_, f32>, pool: &'p Pool, cx: &Context) -> Result<Scratch<'p>> {
+    /// The weighted outputs and, if watched, what they were before.
+    fn run<'p>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        pool: &'p Pool,
+        cx: &Context,
+    ) -> Result<(Scratch<'p>, OutputSums)> {
         if let Some((t, _)) = self.visits.iter().find(|(t, _)| *t >= x.nrows()) {
             return Err(Error::range("visiting token", format!("below {}", x.nrows()), t));
         }
@@ -152,19 +191,28 @@ impl Job<'_> {
             row.assign(&x.row(*t));
         }
         let weights: Vec<f32> = self.visits.iter().map(|(_, w)| *w).collect();
-        let expert = self.expert.view();
-        weighted_expert(&expert, gathered.view(), Some(&weights), pool, cx.compute())
+        let (expert, gathered) = (self.expert.view(), gathered.view());
+        if !self.watched {
+            let out = weighted_expert(&expert, gathered, Some(&weights), pool, cx.compute())?;
+            return Ok((out, OutputSums::default()));
+        }
+        let mut out = weighted_expert(&expert, gathered, None, pool, cx.compute())?;
+        let sums = OutputSums::of(out.view());
+        for (row, w) in out.values().chunks_exact_mut(x.ncols().max(1)).zip(weights) {
+            row.iter_mut().for_each(|y| *y *= w);
+        }
+        Ok((out, sums))
     }
 }
 
 /// Adds the outputs of jobs to their tokens: in parallel over tokens, in job order for each.
-fn scatter(jobs: &[Job<'_>], parts: &[Scratch<'_>], out: &mut Array2<f32>) {
+fn scatter(jobs: &[Job<'_>], parts: &[(Scratch<'_>, OutputSums)], out: &mut Array2<f32>) {
     const ROWS: usize = 128;
     let d = out.ncols();
     let Some(values) = out.as_slice_mut() else { return };
     par::for_each_chunk(values, ROWS * d, |chunk, rows| {
         let (first, end) = (chunk * ROWS, chunk * ROWS + rows.len() / d.max(1));
-        for (job, part) in jobs.iter().zip(parts) {
+        for (job, (part, _)) in jobs.iter().zip(parts) {
             let start = job.visits.partition_point(|(t, _)| *t < first);
             let visits = job.visits[start..].iter().take_while(|(t, _)| *t < end);
             for (i, (t, _)) in visits.enumerate() {
@@ -226,6 +274,32 @@ mod tests {
                 let expected = layer.mapped_output(x.view(), &Cpu::new()).unwrap();
                 approx::assert_abs_diff_eq!(sum, expected, epsilon = 2e-4);
             }
+        }
+    }
+
+    #[test]
+    fn watching_gives_norms_and_sums_of_unweighted_outputs() {
+        let (layer, x) = (layer(Grouping::identity(5), Activation::Silu, true), values(900, 24, 6));
+        let cx = Context::cpu(0);
+        let windows = std::slice::from_ref(&(0..900));
+        let routed = route(&layer, Choice::Mapped, x.view(), windows, None, &cx).unwrap();
+        let plain = routed_sum(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
+        let (sum, seen) =
+            routed_sum_watched(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
+        // Two orders of one product with a weight: k = d_ff = 17 terms and the weight.
+        approx::assert_abs_diff_eq!(sum, plain, epsilon = 64.0 * 17.0 * f32::EPSILON);
+        for ((expert, visits), seen) in layer.experts.iter().zip(&routed.visits).zip(&seen) {
+            let tokens: Vec<usize> = visits.iter().map(|(t, _)| *t).collect();
+            let x = x.select(ndarray::Axis(0), &tokens);
+            let outputs = expert.view().forward(x.view(), &Cpu::new()).unwrap();
+            assert_eq!(seen.norms.len(), visits.len());
+            for (y, norm) in outputs.rows().into_iter().zip(&seen.norms) {
+                let expected = y.iter().map(|&y| f64::from(y).powi(2)).sum::<f64>().sqrt();
+                approx::assert_relative_eq!(*norm, expected, max_relative = 1e-5);
+            }
+            let total = outputs.mapv(f64::from).sum_axis(ndarray::Axis(0));
+            let seen = ndarray::ArrayView1::from(&seen.sum[..]);
+            approx::assert_abs_diff_eq!(seen, total.view(), epsilon = 1e-3);
         }
     }
 

@@ -38,7 +38,7 @@ impl Default for Cpu {
     }
 }
 
-/// Side of an output tile of a parallel product: a product smaller than this runs on one thread.
+/// Side of an output tile: a product smaller than this runs on one thread.
 const TILE: usize = 512;
 
 /// Rows of `X` that are widened to `f64` at a time in a Gram product.
@@ -130,16 +130,17 @@ pub(super) fn product<T: ComplexField + Copy + Send + Sync>(
     } else {
         MatMut::from_row_major_slice_mut(slice, rows, cols)
     };
-    if !parallel {
-        return matmul(whole, accum, left, right, alpha, Par::Seq);
-    }
     let mut tiles = Vec::new();
     cut_rows(whole, tile_of(rows), tile_of(cols), &mut tiles);
-    tiles.into_par_iter().for_each(|(i, j, tile)| {
+    let each = |(i, j, tile): Tile<'_, T>| {
         let left = left.subrows(i, tile.nrows());
         let right = right.subcols(j, tile.ncols());
         matmul(tile, accum, left, right, alpha, Par::Seq);
-    });
+    };
+    // One thread takes the same tiles: it is faster on them than on the whole (by a seventh at
+    // 1024 x 1024 x 3584, where a tile's panels stay in the second-level cache), and the bits are
+    // those of the parallel product.
+    if parallel { tiles.into_par_iter().for_each(each) } else { tiles.into_iter().for_each(each) }
 }
 
 type Tile<'a, T> = (usize, usize, MatMut<'a, T>);

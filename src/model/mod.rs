@@ -28,4 +28,4 @@ pub use router::{GroupScore, Router, Routing, RoutingGroups, RoutingRule, Score}
 pub use similarity::{Measure, SimilarityMatrix};
 pub use stats::{ExpertTensors, RoutingStats, Samples};
 pub use tensors::TensorSource;
-pub use visits::close_dropped;
+pub use visits::{OutputSums, close_dropped};

@@ -77,6 +77,39 @@ impl Routing {
     }
 }
 
+/// What an expert gave to the tokens that visit it, before the router's weights.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct OutputSums {
+    /// `‖E(x)‖₂` of every visit, in the order of the visits.
+    pub norms: Vec<f64>,
+    /// `(d_model)` `Σ E(x)`; empty without visits.
+    pub sum: Vec<f64>,
+}
+
+impl OutputSums {
+    /// Of the outputs `(t, d_model)` of one block.
+    pub fn of(outputs: ArrayView2<'_, f32>) -> Self {
+        let norm = |y: ndarray::ArrayView1<'_, f32>| {
+            y.iter().map(|&y| f64::from(y) * f64::from(y)).sum::<f64>().sqrt()
+        };
+        let mut sum = vec![0.0; outputs.ncols()];
+        for row in outputs.rows() {
+            sum.iter_mut().zip(row).for_each(|(sum, &y)| *sum += f64::from(y));
+        }
+        Self { norms: outputs.rows().into_iter().map(norm).collect(), sum }
+    }
+
+    /// Appends the block that follows.
+    pub fn append(&mut self, next: Self) {
+        self.norms.extend(next.norms);
+        if self.sum.is_empty() {
+            self.sum = next.sum;
+        } else {
+            self.sum.iter_mut().zip(next.sum).for_each(|(sum, y)| *sum += y);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use super::pass::{Block, Pass};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::calibrate::{Batch, Collector, StatsWriter};
 use crate::error::{Locate, Result};
-use crate::forward::{Hidden, Observation};
+use crate::forward::{Hidden, Observation, Observer};
 use crate::model::{LayerId, RoutingStats, TensorSource};
 use crate::stage::{Context, Needs};
 
@@ -112,7 +112,22 @@ fn observed(
     cx: &Context,
 ) -> Result<()> {
     block.attend(hidden, encoded, cx)?;
-    let mut observer = |seen: &Observation<'_>| {
+    let Hidden { states, windows } = hidden;
+    block.feed().forward(states, windows, Some(&mut Watch { collector, cx }), cx)
+}
+
+/// A collector that watches a forward pass.
+struct Watch<'a> {
+    collector: &'a mut Collector,
+    cx: &'a Context,
+}
+
+impl Observer for Watch<'_> {
+    fn watches_outputs(&self) -> bool {
+        self.collector.needs_outputs()
+    }
+
+    fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
         let routed = seen.routed;
         let batch = Batch {
             inputs: seen.inputs,
@@ -120,10 +135,9 @@ fn observed(
             routing: &routed.routing,
             kept: routed.kept.as_ref().map(|kept| kept.view()),
             output: Some(seen.output),
+            outputs: seen.outputs,
             mask: None,
         };
-        collector.add(seen.layer, &batch, cx)
-    };
-    let Hidden { states, windows } = hidden;
-    block.feed().forward(states, windows, Some(&mut observer), cx)
+        self.collector.add(seen.layer, &batch, self.cx)
+    }
 }
