@@ -3,7 +3,7 @@
 //! They are written without calls, branches or fused multiply-adds, so that one source becomes
 //! vector code on every target, with the same bits.
 
-pub(super) use crate::linalg::exp;
+pub(super) use crate::linalg::{exp, vectorised};
 use crate::model::Activation;
 
 /// Independent partial sums of a reduction. Their order is part of the result.
@@ -11,18 +11,23 @@ const LANES: usize = 16;
 
 /// `gate ← act(gate) ⊙ up`.
 pub(super) fn gated(act: Activation, gate: &mut [f32], up: &[f32]) {
-    let pairs = gate.iter_mut().zip(up);
     match act {
-        Activation::Silu => pairs.for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u),
-        Activation::Relu => pairs.for_each(|(g, u)| *g = g.max(0.0) * u),
-        act => pairs.for_each(|(g, u)| *g = act.gate(*g, *u)),
+        Activation::Silu => vectorised(
+            #[inline(always)]
+            || gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u),
+        ),
+        Activation::Relu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = g.max(0.0) * u),
+        act => gate.iter_mut().zip(up).for_each(|(g, u)| *g = act.gate(*g, *u)),
     }
 }
 
 /// `x ← act(x)`.
 pub(super) fn activate(act: Activation, x: &mut [f32]) {
     match act {
-        Activation::Silu => x.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
+        Activation::Silu => vectorised(
+            #[inline(always)]
+            || x.iter_mut().for_each(|x| *x /= 1.0 + exp(-*x)),
+        ),
         Activation::Relu => x.iter_mut().for_each(|x| *x = x.max(0.0)),
         act => x.iter_mut().for_each(|x| *x = act.apply(*x)),
     }

@@ -27,7 +27,7 @@ pub use correlation::correlation;
 pub use cpu::Cpu;
 pub use cross::add_cross;
 pub use eigh::{Eigh, eigenvalues, eigh};
-pub use exp::exp;
+pub use exp::{exp, vectorised};
 pub use qr::{Qr, qr};
 pub use rsvd::{Randomized, RandomizedSvd, rsvd};
 pub use svd::{Svd, singular_values, svd};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file;
 use super::engine::Source;
@@ -77,9 +78,16 @@ impl Pipeline {
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         let followed = job.tokens.filter(|_| self.recoverer.is_some());
-        for (id, (report, digest)) in std::mem::take(&mut journal.layers) {
-            // A recovered layer depends on all before it, as they were in memory.
-            if fresh.is_none() && followed.is_none() && writer.adopt(id, &digest)? {
+        let mut finished = std::mem::take(&mut journal.layers);
+        let mut from = None;
+        if followed.is_some() {
+            // A recovered layer depends on all before it, and the states behind it on itself.
+            from = behind(&writer, job.ids, &finished);
+            let place = |id: LayerId| job.ids.iter().position(|&other| other == id);
+            finished.retain(|&id, _| from.is_some_and(|from| place(id) <= place(from)));
+        }
+        for (id, (report, digest)) in finished.into_iter().filter(|_| fresh.is_none()) {
+            if writer.adopt(id, &digest)? {
                 reports.insert(id, report);
             }
         }
@@ -100,7 +108,7 @@ impl Pipeline {
                 journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
             };
             match followed {
-                Some(tokens) => self.follow(job, tokens, &options, &decided, sink)?,
+                Some(tokens) => self.follow(job, (tokens, from), &options, &decided, sink)?,
                 None => self.merge(&folder, &decided, samples, observer, sink)?,
             }
         };
@@ -168,6 +176,19 @@ impl Pipeline {
             shard_bytes: output.shard_bytes,
         })
     }
+}
+
+/// The last layer that lies whole in the folder with all before it, and the states behind it.
+fn behind(
+    writer: &Writer<'_>,
+    ids: &[LayerId],
+    finished: &BTreeMap<LayerId, (LayerReport, String)>,
+) -> Option<LayerId> {
+    let whole = |id: &LayerId| {
+        finished.get(id).is_some_and(|(_, digest)| writer.digest(*id).ok().as_ref() == Some(digest))
+    };
+    let count = ids.iter().take_while(|id| whole(id)).count();
+    Bookmarks::last_of(writer.folder(), &ids[..count])
 }
 
 /// Statistics of text, while a run lasts. Hidden, as everything that does not belong to the target.

@@ -9,6 +9,7 @@
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
 //! original, by token and by layer), [`loops`] (repetition in what it writes).
 
+mod bookmark;
 mod builder;
 mod calibrate;
 mod calibration;

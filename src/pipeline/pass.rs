@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use ndarray::Array2;
+
 use super::states::{States, batches};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::error::{Error, ErrorKind, Result};
@@ -148,9 +150,38 @@ impl<'a, S: TensorSource> Pass<'a, S> {
                 Ok(())
             })?;
         }
+        self.change(stack)
+    }
+
+    /// The states are the encoder's output from now on, and those of `stack` begin.
+    fn change(&mut self, stack: Stack) -> Result<()> {
         self.stack = stack;
         let decoder = self.embed()?;
         self.encoded = Some(std::mem::replace(&mut self.states, decoder));
+        Ok(())
+    }
+
+    /// Leaves out all layers up to `id`. What the states were behind it is for the caller to put
+    /// into [`Pass::batches`].
+    pub(super) fn jump_behind(&mut self, id: LayerId) -> Result<()> {
+        if !self.steps.any(|step| step == id) {
+            return Err(Error::range("layer", "one of the model's that is still to come", id));
+        }
+        if id.stack == self.stack { Ok(()) } else { self.change(id.stack) }
+    }
+
+    /// Hands the states of every batch to `f`, the encoder's output first.
+    pub(super) fn batches(
+        &mut self,
+        f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>,
+    ) -> Result<()> {
+        for states in self.encoded.iter_mut().chain([&mut self.states]) {
+            for i in 0..states.len() {
+                let mut hidden = states.take(i)?;
+                f(&mut hidden.states)?;
+                states.put(i, hidden)?;
+            }
+        }
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
+use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::engine::{self, Measured};
 use super::job::Job;
@@ -16,7 +17,7 @@ use super::tokens::{CalibrateOptions, Tokens};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Locate, Result};
 use crate::forward::Choice;
-use crate::model::{Grouping, MergedLayer, MoeLayer};
+use crate::model::{Grouping, LayerId, MergedLayer, MoeLayer};
 use crate::stage::Recovery;
 
 /// One in this many tokens judges; the others are fitted.
@@ -87,7 +88,8 @@ fn misfit(error: ndarray::ShapeError) -> Error {
 }
 
 impl Pipeline {
-    /// Second pass along the text: merges, recovers and hands on layer by layer.
+    /// Second pass along the text: merges, recovers and hands on layer by layer, from the layer
+    /// behind the bookmark `from` on. Bookmarks are set in the folder of `options`.
     ///
     /// # Memory
     /// The layer, its merged experts and what the recoverer holds; the hidden states; and of the
@@ -95,15 +97,24 @@ impl Pipeline {
     pub(super) fn follow(
         &self,
         job: &Job<'_>,
-        tokens: &Tokens,
+        (tokens, from): (&Tokens, Option<LayerId>),
         options: &CalibrateOptions,
         decided: &Decided,
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
+        if decided.ids.is_empty() {
+            return Ok(Vec::new());
+        }
         let wanted = |id| decided.ids.contains(&id);
         let mut pass = Pass::new(job.source, tokens, options, wanted)?;
+        let mut bookmarks = Bookmarks::new(&options.scratch);
+        if let Some(id) = from {
+            bookmarks.open(&mut pass, id)?;
+        }
         self.hand_on(decided, job.observer, sink, &mut |measured, grouping| {
-            self.reach(&mut pass, measured, grouping, job)
+            let made = self.reach(&mut pass, measured, grouping, job)?;
+            bookmarks.set(&mut pass, measured.summary.id)?;
+            Ok(made)
         })
     }
 

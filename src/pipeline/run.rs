@@ -24,8 +24,10 @@ use crate::stage::Needs;
 /// the model first.
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
-/// beside it, in `<target>.partial`, and renamed at the end. A run that was killed leaves that
-/// folder; [`Output::resume`] goes on from it.
+/// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed leaves
+/// that folder, and the same call goes on from the last layer that was written; the target has the
+/// bytes of an undisturbed run. With another source, calibration or recipe it is refused. A run
+/// that shall leave nothing behind is [`Pipeline::run_calibrated`] without [`Output::resume`].
 ///
 /// # Errors
 /// Before any weight is read: an unreadable or unsupported checkpoint, statistics of another model
@@ -54,7 +56,8 @@ pub fn merge_then_compress(
     target: &Path,
 ) -> Result<Report> {
     let checkpoint = Checkpoint::open(source)?;
-    let output = Output { shard_bytes: recipe.shard_bytes, ..Output::new(recipe.export) };
+    let output = Output::new(recipe.export).resuming();
+    let output = Output { shard_bytes: recipe.shard_bytes, ..output };
     let pipeline = recipe.builder()?.build()?;
     pipeline.run_calibrated(&checkpoint, &calibration.into(), target, &output, &Silent)
 }
@@ -68,9 +71,9 @@ pub struct Output {
     pub shard_bytes: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
     /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
-    /// Refused when source, statistics or text, recipe or export are not those of that run. With a
-    /// recoverer and text every layer depends on all before it, as they were in memory: such a run
-    /// takes over the statistics and the groups, and merges again from the first layer.
+    /// Refused when source, statistics or text, recipe or export are not those of that run. A run
+    /// with a recoverer and text keeps the hidden states behind its last layers in the partial
+    /// folder for that, `12 t d_model` bytes (twice that in an encoder-decoder model).
     pub resume: bool,
 }
 
