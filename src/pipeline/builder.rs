@@ -22,6 +22,7 @@ pub struct Pipeline {
     pub(super) merger: Box<dyn Merger>,
     pub(super) router: Option<Box<dyn RouterMerger>>,
     pub(super) recoverer: Option<Box<dyn Recoverer>>,
+    pub(super) recover_tokens: Option<usize>,
     pub(super) compressor: Option<Compressor>,
     pub(super) keep: Keep,
     pub(super) constraints: Constraints,
@@ -42,6 +43,7 @@ pub struct PipelineBuilder {
     merger: Option<Box<dyn Merger>>,
     router: Option<Box<dyn RouterMerger>>,
     recoverer: Option<Box<dyn Recoverer>>,
+    recover_tokens: Option<usize>,
     compressor: Option<Compressor>,
     keep: Option<Keep>,
     constraints: Constraints,
@@ -95,6 +97,13 @@ impl PipelineBuilder {
     /// statistics file, on the samples in it, which come from the original model.
     pub fn recoverer(mut self, recoverer: impl Recoverer + 'static) -> Self {
         self.recoverer = Some(Box::new(recoverer));
+        self
+    }
+
+    /// Most tokens of a text that the recoverer and the compressor see, in whole windows spread
+    /// evenly over it; all unless given. Routing statistics are always those of the whole text.
+    pub fn recover_tokens(mut self, most: Option<usize>) -> Self {
+        self.recover_tokens = most;
         self
     }
 
@@ -175,6 +184,7 @@ impl PipelineBuilder {
             merger: self.merger.ok_or_else(|| missing("merger"))?,
             router: self.router,
             recoverer: self.recoverer,
+            recover_tokens: self.recover_tokens,
             compressor: self.compressor,
             keep: self.keep.ok_or_else(|| missing("number of experts to keep"))?,
             constraints: self.constraints,

@@ -36,7 +36,7 @@ impl Pipeline {
         if known.is_none() || fingerprint::of_file(&path).ok() != known {
             remove_hidden(folder)?;
             let options = self.options(folder);
-            let needs = self.needs() | Needs::SAMPLES;
+            let needs = self.needs_along_text();
             calibrate_to_file(source, tokens, needs, &options, &path)?;
             journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
         }
@@ -108,7 +108,10 @@ impl Pipeline {
                 journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
             };
             match followed {
-                Some(tokens) => self.follow(job, (tokens, from), &options, &decided, sink)?,
+                Some(tokens) => {
+                    let tokens = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
+                    self.follow(job, (&tokens, from), &options, &decided, sink)?
+                }
                 None => self.merge(&folder, &decided, samples, observer, sink)?,
             }
         };

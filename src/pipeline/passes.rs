@@ -33,6 +33,14 @@ impl Pipeline {
         self.measure_needs() | self.similarity.needs() | self.plan(false).merge_needs()
     }
 
+    /// What a run on text collects before it merges. Recovery and compression follow the text
+    /// themselves; without them samples are what errors are measured on.
+    pub(super) fn needs_along_text(&self) -> Needs {
+        let Some(recoverer) = &self.recoverer else { return self.needs() | Needs::SAMPLES };
+        let merge = Plan { recoverer: None, compressor: None, ..self.plan(false) }.merge_needs();
+        self.measure_needs() | self.similarity.needs() | merge | recoverer.needs()
+    }
+
     /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
     ///
     /// # Errors

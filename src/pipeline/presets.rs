@@ -107,6 +107,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         merge: Weighted::default().into(),
         router: DominantRow.into(),
         recover: Vec::new(),
+        recover_tokens: None,
         compress: None,
         constraints: Constraints::default(),
         routing_groups: RoutingGroupPolicy::Keep,

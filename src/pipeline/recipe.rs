@@ -46,6 +46,10 @@ pub struct Recipe {
     /// What brings each merged layer back towards the original's output, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recover: Vec<RecoverChoice>,
+    /// Most tokens of a text that recovery and compression see; all unless given. See
+    /// [`PipelineBuilder::recover_tokens`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recover_tokens: Option<usize>,
     /// What every matrix of the merged and recovered experts is compressed to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress: Option<CompressChoice>,
@@ -193,6 +197,7 @@ impl Recipe {
             .routing_groups(self.routing_groups)
             .top_k(self.top_k)
             .measure_error(self.measure_error)
+            .recover_tokens(self.recover_tokens)
             .seed(self.seed)
             .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
         builder = self.similarity.add_to(builder);

@@ -1,5 +1,6 @@
 //! Token ids to calibrate on, and how.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use super::subject::{Items, Subject};
@@ -80,6 +81,22 @@ impl Tokens {
         }
     }
 
+    /// Whole windows spread evenly over all, as many as hold at most `most` tokens if all were of
+    /// the mean length; at least one.
+    pub(super) fn spread(&self, most: usize) -> Cow<'_, Self> {
+        let rows = self.rows();
+        let total: usize = rows.iter().sum();
+        if total <= most {
+            return Cow::Borrowed(self);
+        }
+        let (all, count) = (rows.len(), (rows.len() * most / total).max(1));
+        let at = (0..count).map(|i| (2 * i + 1) * all / (2 * count));
+        Cow::Owned(match self {
+            Self::Windows(windows) => Self::Windows(at.map(|i| windows[i].clone()).collect()),
+            Self::Pairs(pairs) => Self::Pairs(at.map(|i| pairs[i].clone()).collect()),
+        })
+    }
+
     /// Tokens of each window, in the stack where it is longer.
     pub(super) fn rows(&self) -> Vec<usize> {
         match self {
@@ -106,5 +123,25 @@ impl Default for CalibrateOptions {
     /// 4096 samples, 2 GiB, the system's folder for temporary files, the CPU.
     fn default() -> Self {
         Self { samples: 4096, memory: 2 << 30, scratch: std::env::temp_dir(), cx: Context::cpu(0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_spread_evenly_and_at_least_one_stays() {
+        let tokens = Tokens::from((0..10).map(|i| vec![i; 8]).collect::<Vec<_>>());
+        let first = |most| match &*tokens.spread(most) {
+            Tokens::Windows(all) => all.iter().map(|w| w[0]).collect::<Vec<_>>(),
+            Tokens::Pairs(_) => Vec::new(),
+        };
+        assert_eq!(first(80), (0..10).collect::<Vec<_>>());
+        assert_eq!(first(79), [0, 1, 2, 3, 5, 6, 7, 8, 9]);
+        assert_eq!(first(16), [2, 7]);
+        assert_eq!(first(1), [5]);
+        let pairs = Tokens::from(vec![(vec![1; 4], vec![2; 9]), (vec![3; 4], vec![4; 9])]);
+        assert_eq!(*pairs.spread(9), Tokens::from(vec![(vec![3; 4], vec![4; 9])]));
     }
 }
