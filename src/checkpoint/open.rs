@@ -28,6 +28,8 @@ pub struct LayerInfo {
     pub d_ff: usize,
     /// How the router chooses.
     pub rule: RoutingRule,
+    /// Whether the experts have a gate.
+    pub gated: bool,
     /// The data type of the experts, by its safetensors name; `MXFP4` for pairs of 4-bit floats.
     pub dtype: String,
     /// Bytes of all experts on disk, their scales included, shared ones excluded.
@@ -149,6 +151,12 @@ impl Checkpoint {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when there is no such MoE layer.
     pub fn layer(&self, id: LayerId) -> Result<&LayerInfo> {
         Ok(&self.layers[self.position(id)?])
+    }
+
+    /// Whether a native folder can hold this checkpoint's experts in factors: every projection has
+    /// a tensor of its own.
+    pub fn can_hold_factors(&self) -> bool {
+        self.tensors.iter().flat_map(|l| l.experts.iter().flatten()).all(|p| self.own_tensors(p))
     }
 
     /// Whether a projection is all of its tensor, as it lies in memory.
@@ -293,6 +301,7 @@ fn describe(
         d_model: down.map_or(0, |p| p.rows),
         d_ff: down.map_or(0, |p| p.cols),
         rule,
+        gated: layer.experts.first().is_some_and(|e| e.len() == 3),
         dtype: down.map_or("", |p| store.dtype_name(p.tensor)).to_owned(),
         expert_bytes: on_disk.map(|t| store.tensors()[t].bytes() as u64).sum(),
         expert_parameters: tensors.iter().map(|&t| store.parameters(t) as u64).sum(),

@@ -39,6 +39,11 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
         if grouping.experts() != experts {
             return Err(Error::shape("grouping", experts, grouping.experts())).in_layer(id);
         }
+        let planned = plan.factored.get(id).map_or(grouping.groups(), |f| f.experts().len());
+        if planned != grouping.groups() {
+            return Err(Error::shape("factors of experts", grouping.groups(), planned))
+                .in_layer(id);
+        }
         if plan.export == Export::Expanded && grouping.labels().contains(&None) {
             let found = "dropped experts, whose router rows would still choose them";
             return Err(unsupported("expanded export", found, "merged experts")).in_layer(id);

@@ -7,14 +7,14 @@ use serde_json::json;
 
 use super::dequantise::{self, Plain};
 use super::dtype::Dtype;
-use super::factors::{Factor, Factoring, Factors};
+use super::factors::{Factor, Factoring, Factors, line_shape};
 use super::open::Checkpoint;
 use super::scan_layer::{LayerTensors, Order, Piece, Projection};
 use super::store::Store;
 use super::write::{Export, WritePlan};
 use super::write_check::{check, drops_mtp};
 use crate::error::Result;
-use crate::model::{Grouping, LayerId};
+use crate::model::{Grouping, LayerId, Structure};
 use crate::stage::RankBudget;
 
 /// A tensor of the target.
@@ -142,29 +142,33 @@ impl Draft {
                 if export == Export::Expanded { grouping.labels()[slot] } else { Some(slot) };
             let dominant = group.map_or(slot, |g| grouping.dominants()[g]);
             let like = layer.experts[slot].iter().zip(&layer.experts[dominant]);
-            like.map(|(named, typed)| {
-                if let Some(factoring) = factoring.filter(|_| source.own_tensors(named)) {
-                    return self.factored(&source.store, named, typed, factoring);
-                }
-                let mut piece = |named: Piece, typed: Piece, axes: usize| {
-                    let Plain { name, mut shape, .. } =
-                        dequantise::plain(&source.store, named.tensor);
-                    let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
-                    let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                        if shape.len() > axes {
-                            shape[0] = slots;
-                        }
-                        self.push(name, dtype, shape, None)
-                    });
-                    let start = source.store.values(named.tensor, named.start) * dtype.alignment();
-                    Piece { tensor, start, ..named }
-                };
-                let weight = piece(named.weight, typed.weight, 2);
-                let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
-                let order = dequantise::order(&source.store, named);
-                Projection { role: named.role, weight, bias, order, factors: None }
-            })
-            .collect()
+            like.enumerate()
+                .map(|(at, (named, typed))| {
+                    let factoring = factoring.filter(|_| source.own_tensors(named));
+                    if let Some(kept) = factoring.and_then(|f| f.of(slot, at)) {
+                        return self.factored(&source.store, named, typed, kept);
+                    }
+                    let mut piece = |named: Piece, typed: Piece, axes: usize| {
+                        let Plain { name, mut shape, .. } =
+                            dequantise::plain(&source.store, named.tensor);
+                        let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
+                        let tensor = *fused.entry(named.tensor).or_insert_with(|| {
+                            if shape.len() > axes {
+                                shape[0] = slots;
+                            }
+                            self.push(name, dtype, shape, None)
+                        });
+                        let start =
+                            source.store.values(named.tensor, named.start) * dtype.alignment();
+                        Piece { tensor, start, ..named }
+                    };
+                    let weight = piece(named.weight, typed.weight, 2);
+                    let bias =
+                        named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
+                    let order = dequantise::order(&source.store, named);
+                    Projection { role: named.role, weight, bias, order, factors: None }
+                })
+                .collect()
         });
         let experts = experts.collect();
         let id = layer.id;
@@ -177,12 +181,11 @@ impl Draft {
         store: &Store,
         named: &Projection,
         typed: &Projection,
-        factoring: &Factoring,
+        (RankBudget { rank, rows }, structure): (RankBudget, Structure),
     ) -> Projection {
         let name = dequantise::plain(store, named.weight.tensor).name;
         let dtype = dequantise::plain(store, typed.weight.tensor).dtype;
         let (m, n) = (named.weight.rows, named.weight.cols);
-        let RankBudget { rank, rows } = factoring.of(named.role);
         let mut push = |factor: Factor, shape: Vec<usize>, dtype: Dtype| {
             let piece = match shape[..] {
                 [rows, cols] => Piece { tensor: 0, start: 0, rows, cols },
@@ -193,9 +196,11 @@ impl Draft {
         };
         let left = push(Factor::Left, vec![m, rank], dtype);
         let right = push(Factor::Right, vec![rank, n], dtype);
-        let kept = push(Factor::Rows, vec![rows, n], dtype);
-        let index = push(Factor::Index, vec![rows], Dtype::I32);
-        let factors = Some(Factors { left, right, rows: kept, index });
+        let [lines, index] = Factor::of(structure);
+        let shape = line_shape(structure, (m, n), rows);
+        let lines = push(lines, vec![shape.0, shape.1], dtype);
+        let index = push(index, vec![rows], Dtype::I32);
+        let factors = Some(Factors { left, right, structure, lines, index });
         let bias = named.bias.zip(typed.bias).map(|(named, typed)| {
             let Plain { name, shape, .. } = dequantise::plain(store, named.tensor);
             let dtype = dequantise::plain(store, typed.tensor).dtype;
@@ -251,8 +256,8 @@ fn renumber(layer: &mut LayerTensors, rank: &[usize]) {
     }
     for projection in layer.experts.iter_mut().flatten() {
         projection.weight.tensor = rank[projection.weight.tensor];
-        if let Some(Factors { left, right, rows, index }) = &mut projection.factors {
-            [left, right, rows, index].into_iter().for_each(|p| p.tensor = rank[p.tensor]);
+        if let Some(Factors { left, right, lines, index, .. }) = &mut projection.factors {
+            [left, right, lines, index].into_iter().for_each(|p| p.tensor = rank[p.tensor]);
         }
         if let Some(bias) = &mut projection.bias {
             bias.tensor = rank[bias.tensor];

@@ -43,7 +43,7 @@ impl LowRankSparse {
         rank: usize,
         cx: &Context,
     ) -> Result<(Array2<f32>, Array2<f32>, Array2<f32>)> {
-        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute())?;
+        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?;
         let (left, right) = svd.into_balanced();
         let mut residual = weight.to_owned();
         if rank > 0 {
@@ -98,7 +98,7 @@ impl Decomposer for LowRankSparse {
     ) -> Result<Factored> {
         check(weight, moments, budget, self.structure)?;
         let (left, right, residual) = self.split(weight, budget.rank, cx)?;
-        let scores = self.score.of(residual.view(), self.structure, moments, cx.compute())?;
+        let scores = self.score.of(residual.view(), self.structure, moments, cx)?;
         self.keep(left, right, &residual, top(&scores, budget.rows))
     }
 

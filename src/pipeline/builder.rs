@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::compress::{Compressor, MatrixBudget};
+use super::compress::{CompressionBudget, Compressor};
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
-use crate::linalg::{Compute, Cpu};
+use crate::linalg::{Compute, Cpu, Factorise};
 use crate::stage::{
     Aligner, Context, Decomposer, Grouper, Merger, Recoverer, RouterMerger, Similarity,
 };
@@ -49,6 +49,7 @@ pub struct PipelineBuilder {
     top_k: Option<usize>,
     skip_error: bool,
     compute: Option<Arc<dyn Compute>>,
+    factorise: Option<Arc<dyn Factorise>>,
     seed: u64,
     recipe: Option<serde_json::Value>,
 }
@@ -105,9 +106,10 @@ impl PipelineBuilder {
     pub fn compressor(
         mut self,
         decomposer: impl Decomposer + 'static,
-        budget: MatrixBudget,
+        budget: impl Into<CompressionBudget>,
     ) -> Self {
-        self.compressor = Some(Compressor { decomposer: Box::new(decomposer), budget });
+        let (decomposer, budget) = (Box::new(decomposer), budget.into());
+        self.compressor = Some(Compressor { decomposer, budget });
         self
     }
 
@@ -148,6 +150,12 @@ impl PipelineBuilder {
         self
     }
 
+    /// Who factorises; [`PureRust`](crate::linalg::PureRust) unless given.
+    pub fn factorise(mut self, factorise: Arc<dyn Factorise>) -> Self {
+        self.factorise = Some(factorise);
+        self
+    }
+
     /// Seed of every random choice; 0 unless given.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -168,6 +176,10 @@ impl PipelineBuilder {
             ErrorKind::Recipe { reason: format!("a pipeline needs a {part}") }.into()
         };
         let compute = self.compute.unwrap_or_else(|| Arc::new(Cpu::new()));
+        let mut cx = Context::on(compute, self.seed);
+        if let Some(factorise) = self.factorise {
+            cx = cx.with_factorise(factorise);
+        }
         Ok(Pipeline {
             similarity: self.similarity.ok_or_else(|| missing("similarity"))?,
             alignment: self.alignment,
@@ -181,7 +193,7 @@ impl PipelineBuilder {
             routing_groups: self.routing_groups,
             top_k: self.top_k,
             measure_error: !self.skip_error,
-            cx: Context::on(compute, self.seed),
+            cx,
             recipe: self.recipe,
         })
     }

@@ -15,7 +15,7 @@ use crate::group::{
 };
 use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
 use crate::merge::{DominantOnly, Fisher, FixDominant, Weighted, ZipIt};
-use crate::model::Importance;
+use crate::model::{Importance, Structure};
 use crate::recover::{Chain, Distill, LeastSquares, Scale};
 use crate::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
@@ -163,7 +163,7 @@ impl CompressChoice {
     pub(super) fn add_to(self, b: PipelineBuilder) -> Result<PipelineBuilder> {
         let budget = |rank: usize, rows: Option<f64>| match rank {
             0 => Err(Error::range("rank of a compression", "1 or more", rank)),
-            rank => Ok(MatrixBudget { rank, rows }),
+            rank => Ok(MatrixBudget { rank, rows, structure: Structure::Rows }),
         };
         Ok(match self {
             Self::LowRankSparse { rank, rows, score } => {
@@ -177,9 +177,42 @@ impl CompressChoice {
             }
             Self::Sparse { rows, score } => {
                 let method = SparseOnly { score, ..SparseOnly::default() };
-                b.compressor(method, MatrixBudget { rank: 0, rows: Some(rows) })
+                b.compressor(
+                    method,
+                    MatrixBudget { rank: 0, rows: Some(rows), structure: Structure::Rows },
+                )
             }
         })
+    }
+}
+
+/// Who factorises matrices; see [`crate::linalg::Factorise`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FactoriseChoice {
+    /// This crate's own functions, the same bits everywhere.
+    #[default]
+    PureRust,
+    /// LAPACK, in builds with the feature `lapack`.
+    Lapack,
+}
+
+impl FactoriseChoice {
+    pub(super) fn add_to(self, b: PipelineBuilder) -> Result<PipelineBuilder> {
+        match self {
+            Self::PureRust => Ok(b),
+            #[cfg(feature = "lapack")]
+            Self::Lapack => Ok(b.factorise(std::sync::Arc::new(crate::linalg::Lapack))),
+            #[cfg(not(feature = "lapack"))]
+            Self::Lapack => Err(crate::error::ErrorKind::Unsupported {
+                what: "factorisations",
+                found: "lapack".into(),
+                supported: "pure-rust; lapack in a build with the feature lapack-openblas-system \
+                            or one of its kin"
+                    .into(),
+            }
+            .into()),
+        }
     }
 }
 

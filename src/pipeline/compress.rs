@@ -2,15 +2,18 @@
 //! multiplied out again, so that every export holds the function of the factors; a native one holds
 //! the factors themselves.
 
+use std::collections::BTreeMap;
+
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::report::{self, Change, CompressionReport, Kind, StableRanks};
+use super::size::SizeBudget;
 use crate::checkpoint::Factoring;
 use crate::decompose::analysis::{mean_change, stable_rank};
-use crate::error::{Locate, Result};
-use crate::model::{Expert, Factored, Grouping, MergedLayer, MoeLayer, Role};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Expert, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role, Structure};
 use crate::par;
-use crate::stage::{Context, Decomposer, Moments, Needs, RankBudget, Stage};
+use crate::stage::{Context, Decomposer, Kept, Moments, Needs, RankBudget, Stage};
 
 /// What is kept of every matrix `(m, n)` of every merged expert.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,7 +21,10 @@ pub struct MatrixBudget {
     /// Rank of the low-rank part; 0 for none.
     pub rank: usize,
     /// Share of the `m` rows that stay dense, in (0, 1], rounded up to whole rows; `None` for none.
+    /// Of the `n` columns where the structure says so.
     pub rows: Option<f64>,
+    /// Whether rows or columns stay dense; that of the decomposer.
+    pub structure: Structure,
 }
 
 impl MatrixBudget {
@@ -28,12 +34,34 @@ impl MatrixBudget {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside (0, 1], a rank
     /// above `min(m, n)`, or neither.
     pub fn of(&self, dim: (usize, usize)) -> Result<RankBudget> {
+        let lines = self.structure.lines(dim);
         let mut budget = RankBudget::rank(self.rank);
         if let Some(share) = self.rows {
-            budget = budget.with_share(dim.0, share)?;
+            budget = budget.with_share(lines, share)?;
         }
-        budget.check(dim, dim.0)?;
+        budget.check(dim, lines)?;
         Ok(budget)
+    }
+}
+
+/// What compression may keep.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum CompressionBudget {
+    /// The same of every matrix.
+    Matrix(MatrixBudget),
+    /// As much of each matrix as pays most for all of them together.
+    Size(SizeBudget),
+}
+
+impl From<MatrixBudget> for CompressionBudget {
+    fn from(budget: MatrixBudget) -> Self {
+        Self::Matrix(budget)
+    }
+}
+
+impl From<SizeBudget> for CompressionBudget {
+    fn from(budget: SizeBudget) -> Self {
+        Self::Size(budget)
     }
 }
 
@@ -41,27 +69,64 @@ impl MatrixBudget {
 #[derive(Debug)]
 pub(super) struct Compressor {
     pub(super) decomposer: Box<dyn Decomposer>,
-    pub(super) budget: MatrixBudget,
+    pub(super) budget: CompressionBudget,
 }
 
-/// A matrix multiplied out, and what is told of it.
+/// What a size budget leaves of every matrix, layer by layer.
+pub(super) type Ranks = BTreeMap<LayerId, Factoring>;
+
+/// A matrix as it will be, and what is told of it.
 struct Done {
-    weight: Array2<f32>,
-    factored: Factored,
+    /// Multiplied out; `None` for one that stays.
+    weight: Option<Array2<f32>>,
+    factored: Option<Factored>,
+    dense: usize,
     merged: f64,
     compressed: f64,
+}
+
+impl Done {
+    fn parameters(&self) -> u64 {
+        self.factored.as_ref().map_or(self.dense, Factored::parameters) as u64
+    }
 }
 
 impl Compressor {
     /// Fails when a layer's matrices cannot be kept to the budget; reads no weight.
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
-        self.factoring((d_ff, d_model)).map(drop)
+        match self.budget {
+            CompressionBudget::Matrix(budget) => {
+                budget.of((d_ff, d_model))?;
+                budget.of((d_model, d_ff)).map(drop)
+            }
+            CompressionBudget::Size(budget) => budget.check(),
+        }
     }
 
-    /// What a native folder holds of a layer's matrices.
-    pub(super) fn factoring(&self, (d_ff, d_model): (usize, usize)) -> Result<Factoring> {
-        let (hidden, down) = (self.budget.of((d_ff, d_model))?, self.budget.of((d_model, d_ff))?);
-        Ok(Factoring { hidden, down })
+    /// What is stored of the matrices of `groups` merged experts, `gated` or not; `ranks` are those
+    /// of a size budget.
+    pub(super) fn factoring(
+        &self,
+        id: LayerId,
+        groups: usize,
+        gated: bool,
+        (d_ff, d_model): (usize, usize),
+        ranks: Option<&Ranks>,
+    ) -> Result<Factoring> {
+        match self.budget {
+            CompressionBudget::Matrix(budget) => {
+                let structure = budget.structure;
+                let of = |dim| Ok::<_, Error>(Kept::Factors { budget: budget.of(dim)?, structure });
+                let hidden = of((d_ff, d_model))?;
+                let mut expert = vec![hidden; 1 + usize::from(gated)];
+                expert.push(of((d_model, d_ff))?);
+                Ok(Factoring::new(vec![expert; groups]))
+            }
+            CompressionBudget::Size(_) => {
+                let planned = ranks.and_then(|ranks| ranks.get(&id)).cloned();
+                planned.ok_or_else(|| Error::range("layer", "one with planned ranks", id))
+            }
+        }
     }
 
     pub(super) fn needs(&self) -> Needs {
@@ -111,6 +176,7 @@ impl Compressor {
         original: &[f64],
         inputs: Option<ArrayView2<'_, f32>>,
         narrowed: bool,
+        ranks: Option<&Ranks>,
         cx: &Context,
     ) -> Result<(MergedLayer, CompressionReport)> {
         let inputs = inputs.filter(|x| self.decomposer.uses_moments() && x.nrows() > 0);
@@ -118,19 +184,26 @@ impl Compressor {
             None => Vec::new(),
             Some(x) => layer.visits(narrowed, x, cx.compute())?,
         };
+        let (view, groups) = (layer.experts[0].view(), layer.experts.len());
+        let (gated, dim) = (view.gate.is_some(), view.up.weight.dim());
+        let kept = self.factoring(layer.id, groups, gated, dim, ranks)?;
         let jobs = matrices(&layer.experts);
+        let roles = jobs.len() / groups;
         let inner = cx.per_task();
         let done = par::map(jobs.len(), |i| {
             let (e, role) = jobs[i];
             let expert = &layer.experts[e];
+            let kept = kept.experts().get(e).and_then(|all| all.get(i % roles)).copied();
+            let Some(Kept::Factors { budget, .. }) = kept else {
+                return stays(expert, role, &inner).in_expert(e);
+            };
             let moments = match inputs {
                 None => None,
                 Some(x) => Some(moments(expert, role, x, &visited[e], &inner).in_expert(e)?),
             };
-            self.one(expert, role, moments.as_ref(), &inner).in_expert(e)
+            self.one(expert, role, moments.as_ref(), &budget, &inner).in_expert(e)
         })?;
         let report = describe(&layer, original, &done);
-        let roles = jobs.len() / layer.experts.len();
         let (weights, factors): (Vec<_>, Vec<_>) =
             done.into_iter().map(|d| (d.weight, d.factored)).unzip();
         let mut factors = factors.into_iter();
@@ -150,21 +223,31 @@ impl Compressor {
         expert: &Expert,
         role: Role,
         moments: Option<&Moments>,
+        budget: &RankBudget,
         cx: &Context,
     ) -> Result<Done> {
         let view = expert.view();
         let weight = view.linear(role).unwrap_or(view.up).weight;
-        let budget = self.budget.of(weight.dim())?;
-        let factored = self.decomposer.decompose(weight, moments, &budget, cx)?;
-        let dense = factored.to_dense(cx.compute())?;
+        let factored = self.decomposer.decompose(weight, moments, budget, cx)?;
+        let product = factored.to_dense(cx.compute())?;
         let merged = stable_rank(weight, cx)?;
-        let compressed = stable_rank(dense.view(), cx)?;
-        Ok(Done { weight: dense, factored, merged, compressed })
+        let compressed = stable_rank(product.view(), cx)?;
+        let (dense, factored) = (weight.len(), Some(factored));
+        Ok(Done { weight: Some(product), factored, dense, merged, compressed })
     }
 }
 
+/// A matrix that stays dense.
+fn stays(expert: &Expert, role: Role, cx: &Context) -> Result<Done> {
+    let view = expert.view();
+    let weight = view.linear(role).unwrap_or(view.up).weight;
+    let rank = stable_rank(weight, cx)?;
+    let dense = weight.len();
+    Ok(Done { weight: None, factored: None, dense, merged: rank, compressed: rank })
+}
+
 /// Every matrix of some experts, expert by expert.
-fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
+pub(super) fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
     let roles = |(e, expert): (usize, &Expert)| {
         expert.view().linears().map(|(role, _)| (e, role)).collect::<Vec<_>>()
     };
@@ -172,7 +255,7 @@ fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
 }
 
 /// Of what goes into a matrix.
-fn moments(
+pub(super) fn moments(
     expert: &Expert,
     role: Role,
     inputs: ArrayView2<'_, f32>,
@@ -193,12 +276,17 @@ fn moments(
     }
 }
 
-/// The expert with its matrices replaced by the next ones of `weights`.
-fn with_weights(expert: Expert, weights: &mut dyn Iterator<Item = Array2<f32>>) -> Result<Expert> {
+/// The expert with its matrices replaced by the next ones of `weights`, where there are any.
+fn with_weights(
+    expert: Expert,
+    weights: &mut dyn Iterator<Item = Option<Array2<f32>>>,
+) -> Result<Expert> {
     let activation = expert.view().activation;
     let (mut gate, mut up, mut down) = expert.into_parts();
     for (linear, weight) in gate.iter_mut().chain([&mut up, &mut down]).zip(weights) {
-        linear.weight = weight;
+        if let Some(weight) = weight {
+            linear.weight = weight;
+        }
     }
     Expert::new(gate, up, down, activation)
 }
@@ -207,8 +295,8 @@ fn describe(layer: &MergedLayer, original: &[f64], done: &[Done]) -> Compression
     let experts = layer.experts.len() as u64;
     let kind = Kind::of(&layer.experts[0]);
     let dense = experts * kind.parameters;
-    let matrices: u64 = done.iter().map(|d| d.weight.len() as u64).sum();
-    let factors: u64 = done.iter().map(|d| d.factored.parameters() as u64).sum();
+    let matrices: u64 = done.iter().map(|d| d.dense as u64).sum();
+    let factors: u64 = done.iter().map(Done::parameters).sum();
     // What is no matrix, biases, is kept as it is.
     let parameters = Change { before: dense, after: dense - matrices + factors };
     let router = layer.narrowed.as_ref().unwrap_or(&layer.router);

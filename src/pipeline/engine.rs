@@ -142,7 +142,8 @@ pub(super) fn merge_layer(
     if let (Some(compressor), Some(ranks)) = (plan.compressor, ranks) {
         let inputs = stats.samples.as_ref().map(|s| s.inputs.view());
         let narrowed = plan.router.is_some();
-        let (layer, found) = compressor.compress(merged, &ranks, inputs, narrowed, cx)?;
+        let (layer, found) =
+            compressor.compress(merged, &ranks, inputs, narrowed, plan.ranks, cx)?;
         (merged, compression) = (layer, Some(found));
     }
     let error = before.error_of(&merged, cx)?;

@@ -31,6 +31,7 @@ mod recipe;
 mod recovery;
 mod report;
 mod run;
+mod size;
 mod states;
 mod stream;
 mod subject;
@@ -40,11 +41,11 @@ pub use builder::{Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{
-    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
-    SimilarityChoice,
+    AlignChoice, CompressChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice,
+    RouterChoice, SimilarityChoice,
 };
 pub use compare::{Comparison, LayerError, compare};
-pub use compress::MatrixBudget;
+pub use compress::{CompressionBudget, MatrixBudget};
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
@@ -56,6 +57,7 @@ pub use report::{
     WrittenReport,
 };
 pub use run::{Output, merge_then_compress};
+pub use size::{Portion, Size, SizeBudget};
 pub use tokens::{CalibrateOptions, Tokens};
 
 /// Indented JSON.

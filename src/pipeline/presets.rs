@@ -1,6 +1,6 @@
 //! The named recipes.
 
-use super::choice::{AlignChoice, CompressChoice, GroupChoice, RecoverChoice};
+use super::choice::{AlignChoice, CompressChoice, FactoriseChoice, GroupChoice, RecoverChoice};
 use super::policy::{AlignWhen, Constraints, Keep, RoutingGroupPolicy};
 use super::recipe::{ExportChoice, Recipe};
 use crate::align::Reference;
@@ -112,6 +112,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         routing_groups: RoutingGroupPolicy::Keep,
         top_k: None,
         measure_error: true,
+        factorise: FactoriseChoice::default(),
         seed: 0,
         shard_bytes: 5_000_000_000,
     }

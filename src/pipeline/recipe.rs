@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::builder::{Pipeline, PipelineBuilder};
 use super::choice::{
-    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
-    SimilarityChoice,
+    AlignChoice, CompressChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice,
+    RouterChoice, SimilarityChoice,
 };
 use super::policy::{Constraints, Keep, RoutingGroupPolicy};
 use super::presets;
@@ -61,6 +61,9 @@ pub struct Recipe {
     /// Whether each layer's output error on the samples is measured and reported.
     #[serde(default = "yes")]
     pub measure_error: bool,
+    /// Who factorises matrices.
+    #[serde(default)]
+    pub factorise: FactoriseChoice,
     /// Seed of every random choice.
     #[serde(default)]
     pub seed: u64,
@@ -183,6 +186,10 @@ impl Recipe {
     }
 
     /// The pipeline that this recipe describes. A stage of one's own can replace any part.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a compression of rank 0, [`ErrorKind::Unsupported`] for
+    /// LAPACK in a build without it.
     pub fn builder(&self) -> Result<PipelineBuilder> {
         let stock = self.export == ExportChoice::Stock;
         // The paper spreads the budget over layers; a stock folder cannot.
@@ -195,6 +202,7 @@ impl Recipe {
             .measure_error(self.measure_error)
             .seed(self.seed)
             .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
+        builder = self.factorise.add_to(builder)?;
         builder = self.similarity.add_to(builder);
         builder = self.align.add_to(builder);
         builder = self.group.add_to(builder, spread);

@@ -7,6 +7,7 @@
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::builder::Pipeline;
+use super::compress::Ranks;
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::pass::{Block, Pass};
@@ -103,7 +104,7 @@ impl Pipeline {
         let wanted = |id| decided.ids.contains(&id);
         let mut pass = Pass::new(job.source, tokens, options, wanted)?;
         self.hand_on(decided, job.observer, sink, &mut |measured, grouping| {
-            self.reach(&mut pass, measured, grouping, job)
+            self.reach(&mut pass, measured, grouping, decided.ranks.as_ref(), job)
         })
     }
 
@@ -113,11 +114,12 @@ impl Pipeline {
         pass: &mut Pass<'_, Checkpoint>,
         measured: &Measured,
         grouping: &Grouping,
+        kept: Option<&Ranks>,
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
         while let Some(mut block) = pass.next()? {
             if block.id() == measured.summary.id {
-                return self.recovered(pass, &mut block, measured, grouping, job);
+                return self.recovered(pass, &mut block, measured, grouping, kept, job);
             }
             pass.each(|hidden, encoded| {
                 block.attend(hidden, encoded, &self.cx)?;
@@ -133,6 +135,7 @@ impl Pipeline {
         block: &mut Block,
         measured: &Measured,
         grouping: &Grouping,
+        kept: Option<&Ranks>,
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
         let (seen, layer) = self.look(pass, block)?;
@@ -152,7 +155,7 @@ impl Pipeline {
             }
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
-                let done = compressor.compress(merged, &ranks, seen, narrowed, &self.cx)?;
+                let done = compressor.compress(merged, &ranks, seen, narrowed, kept, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
             }
             let error = task.error(&merged, &self.cx)?;

@@ -179,6 +179,11 @@ impl Pipeline {
     }
 
     fn check_export(&self, export: ExportChoice) -> Result<()> {
+        if self.size_budget().is_some() && export != ExportChoice::Native {
+            let reason = "a size budget is met by the factors of a native export; the others hold \
+                          matrices multiplied out";
+            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
+        }
         let reason = match (export, self.router.is_some()) {
             (ExportChoice::Stock, false) => "a stock export needs a router stage",
             (ExportChoice::Native | ExportChoice::Expanded, true) => {
