@@ -146,7 +146,7 @@ proptest! {
             }
             let sparse = SparseOnly { structure, ..SparseOnly::default() };
             let found = sparse.decompose(case.w.view(), None, &RankBudget { rank: 0, ..all }, &cx);
-            prop_assert_eq!(dense(&found.unwrap()), case.w);
+            prop_assert_eq!(&dense(&found.unwrap()), &case.w);
         }
     }
 

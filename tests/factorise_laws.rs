@@ -6,9 +6,9 @@
 mod backends;
 
 use backends::backends;
+use mcsmoe::ErrorKind;
 use mcsmoe::linalg::{Cpu, Factorise, Randomized, SvdMethod, rsvd, truncated_svd};
-use mcsmoe::{ErrorKind, Result};
-use ndarray::{Array2, ArrayView2, Axis, array, s};
+use ndarray::{Array2, ArrayView2, array, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -169,12 +169,13 @@ fn the_leading_triplets_meet_eckart_and_young() {
             let best: f64 = sigma[rank..].iter().map(|&s| f64::from(s).powi(2)).sum();
             let randomized = SvdMethod::Randomized(Randomized::default());
             for (method, excess) in
-                [(SvdMethod::Full, 1e-5), (SvdMethod::Gram, 1e-5), (randomized, 1e-2)]
+                [(SvdMethod::Full, 1e-4), (SvdMethod::Gram, 1e-4), (randomized, 2e-2)]
             {
                 let f = truncated_svd(a.view(), rank, method, 7, &Cpu::new(), &*backend).unwrap();
                 let gap = &a - &f.product(&Cpu::new()).unwrap();
                 let found: f64 = gap.iter().map(|&e| f64::from(e).powi(2)).sum();
-                assert!((best..=best * (1.0 + excess) + 1e-6).contains(&(found + 1e-6)));
+                let allowed = best * (1.0 - 1e-4)..=best * (1.0 + excess);
+                assert!(allowed.contains(&found), "{method:?} {rank}: {found} {best}");
             }
         }
         let how = Randomized { tolerance: 1e-3, products: 40, ..Randomized::default() };
@@ -182,11 +183,6 @@ fn the_leading_triplets_meet_eckart_and_young() {
         let best: f64 = sigma[8..].iter().map(|&s| f64::from(s).powi(2)).sum();
         assert!(!found.fell_back && found.residual <= best.sqrt() * (1.0 + how.tolerance));
     }
-}
-
-fn kind_of<T: std::fmt::Debug>(result: Result<T>) -> String {
-    let error = result.expect_err("bad input");
-    format!("{:?}", std::mem::discriminant(error.kind()))
 }
 
 #[test]
@@ -208,15 +204,14 @@ fn bad_input_is_refused_alike() {
         }
         let wide = Array2::<f64>::zeros((2, 3));
         let rhs = array![[1.0], [1.0]];
-        let shape = kind_of(Result::<()>::Err(mcsmoe::Error::from(ErrorKind::Shape {
-            what: String::new(),
-            expected: String::new(),
-            found: String::new(),
-        })));
-        assert_eq!(kind_of(b.eigh(wide.view())), shape);
-        assert_eq!(kind_of(b.cholesky(wide.view())), shape);
-        assert_eq!(kind_of(b.solve_spd(array![[1.0]].view(), rhs.view())), shape);
-        assert_eq!(kind_of(b.solve_lower(array![[1.0]].view(), rhs.view())), shape);
+        for error in [
+            b.eigh(wide.view()).unwrap_err(),
+            b.cholesky(wide.view()).unwrap_err(),
+            b.solve_spd(array![[1.0]].view(), rhs.view()).unwrap_err(),
+            b.solve_lower(array![[1.0]].view(), rhs.view()).unwrap_err(),
+        ] {
+            assert!(matches!(error.kind(), ErrorKind::Shape { .. }), "{} {error}", b.name());
+        }
         let indefinite =
             [[[1.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]], [[f64::NAN, 0.0], [0.0, 1.0]]];
         for bad in indefinite {
@@ -259,7 +254,7 @@ fn lapack_and_pure_rust_agree() {
     let (ours, theirs) = (PureRust.eigh(gram.view()).unwrap(), Lapack.eigh(gram.view()).unwrap());
     approx::assert_abs_diff_eq!(ours.values[..], theirs.values[..], epsilon = 1e-10);
     let space = |e: &mcsmoe::linalg::Eigh| {
-        let v = e.vectors.slice_axis(Axis(1), ndarray::Slice::from(..30)).to_owned();
+        let v = e.vectors.slice(s![.., ..30]).to_owned();
         v.dot(&v.t())
     };
     close64(&space(&ours), &space(&theirs), 1e3);

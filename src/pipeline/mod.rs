@@ -15,6 +15,7 @@ mod calibration;
 mod choice;
 mod compare;
 mod compress;
+mod compress_choice;
 mod decide;
 mod engine;
 mod evaluate;
@@ -41,11 +42,12 @@ pub use builder::{Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{
-    AlignChoice, CompressChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice,
-    RouterChoice, SimilarityChoice,
+    AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    SimilarityChoice,
 };
 pub use compare::{Comparison, LayerError, compare};
 pub use compress::{CompressionBudget, MatrixBudget};
+pub use compress_choice::CompressChoice;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};

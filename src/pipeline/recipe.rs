@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::builder::{Pipeline, PipelineBuilder};
 use super::choice::{
-    AlignChoice, CompressChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice,
-    RouterChoice, SimilarityChoice,
+    AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    SimilarityChoice,
 };
+use super::compress_choice::CompressChoice;
 use super::policy::{Constraints, Keep, RoutingGroupPolicy};
 use super::presets;
 use crate::checkpoint::Export;
