@@ -192,19 +192,22 @@ fn an_interrupted_compression_goes_on_to_the_same_bytes() {
     }
     let dir = tempfile::tempdir().unwrap();
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
-    let recipe = Recipe::preset("mc-smoe", Keep::Experts(4)).unwrap();
-    let stats = Calibration::from(fixture("mixtral-8e.stats.safetensors"));
-    let go = |name: &str, observer: &(dyn Observer + std::panic::RefUnwindSafe)| {
-        let output = Output::new(ExportChoice::Native).resuming();
-        let target = dir.path().join(name);
-        let pipeline = recipe.builder().unwrap().build().unwrap();
-        let run = || pipeline.run_calibrated(&source, &stats, &target, &output, observer);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
-    };
-    let whole = go("whole", &Silent).unwrap().unwrap();
-    assert!(go("cut", &Stop).is_err());
-    assert_eq!(go("cut", &Silent).unwrap().unwrap(), whole);
-    assert!(contents(&dir.path().join("cut")) == contents(&dir.path().join("whole")));
+    for preset in ["mc-smoe", "mc-smoe-budget"] {
+        let recipe = Recipe::preset(preset, Keep::Experts(4)).unwrap();
+        let stats = Calibration::from(fixture("mixtral-8e.stats.safetensors"));
+        let go = |name: &str, observer: &(dyn Observer + std::panic::RefUnwindSafe)| {
+            let output = Output::new(ExportChoice::Native).resuming();
+            let target = dir.path().join(format!("{preset}-{name}"));
+            let pipeline = recipe.builder().unwrap().build().unwrap();
+            let run = || pipeline.run_calibrated(&source, &stats, &target, &output, observer);
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+        };
+        let whole = go("whole", &Silent).unwrap().unwrap();
+        assert!(go("cut", &Stop).is_err());
+        assert_eq!(go("cut", &Silent).unwrap().unwrap(), whole);
+        let read = |name: &str| contents(&dir.path().join(format!("{preset}-{name}")));
+        assert!(read("cut") == read("whole"));
+    }
 }
 
 #[test]

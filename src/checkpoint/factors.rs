@@ -146,8 +146,8 @@ impl Factors {
         Ok(Self { left, right, structure, lines, index })
     }
 
-    /// `L R + S`.
-    pub(super) fn dense(&self, store: &Store) -> Result<Array2<f32>> {
+    /// `L`, `R` and the kept lines.
+    pub(super) fn read(&self, store: &Store) -> Result<Factored> {
         let matrix =
             |piece: Piece| read::matrix((piece.rows, piece.cols), read::values(store, piece)?);
         let four = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
@@ -155,7 +155,15 @@ impl Factors {
         let (left, right, lines) = (matrix(self.left)?, matrix(self.right)?, matrix(self.lines)?);
         let at = &store.entry(self.left.tensor).name;
         Factored::new(left, right, self.structure, index, lines)
-            .and_then(|factored| factored.to_dense(&Cpu::sequential()))
+            .in_tensor(at)
+            .in_file(store.path(self.left.tensor))
+    }
+
+    /// `L R + S`.
+    pub(super) fn dense(&self, store: &Store) -> Result<Array2<f32>> {
+        let at = &store.entry(self.left.tensor).name;
+        self.read(store)?
+            .to_dense(&Cpu::sequential())
             .in_tensor(at)
             .in_file(store.path(self.left.tensor))
     }

@@ -11,7 +11,8 @@ use super::store::Store;
 use super::{read, rule};
 use crate::error::{Error, Locate, Result};
 use crate::model::{
-    Activation, Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingRule,
+    Activation, Expert, FactoredLayer, Grouping, LayerId, MergedLayer, MoeLayer, Router,
+    RoutingRule,
 };
 use crate::par;
 
@@ -242,6 +243,24 @@ impl Checkpoint {
         let identity = || Grouping::identity(info.experts);
         let grouping = info.merged.clone().unwrap_or_else(identity);
         MergedLayer::new(id, self.read_experts(id)?, grouping, self.read_router(id)?, None)
+    }
+
+    /// A layer of a native folder whose experts lie in factors, with these; `None` for any other.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_expert`].
+    pub fn read_factored(&self, id: LayerId) -> Result<Option<FactoredLayer>> {
+        let tensors = &self.tensors[self.position(id)?];
+        if tensors.experts.iter().flatten().all(|projection| projection.factors.is_none()) {
+            return Ok(None);
+        }
+        let count = tensors.experts.len();
+        let experts = par::map(count, |i| {
+            read::expert_in_factors(&self.store, tensors, i, self.activation).in_layer(id)
+        })?;
+        let grouping = self.layer(id)?.merged.clone();
+        let grouping = grouping.unwrap_or_else(|| Grouping::identity(count));
+        Ok(Some(FactoredLayer { id, experts, grouping, router: self.read_router(id)? }))
     }
 
     fn read_experts(&self, id: LayerId) -> Result<Vec<Expert>> {

@@ -16,6 +16,7 @@ mod attention;
 mod causal;
 mod decoder;
 mod dense;
+mod factored;
 mod family;
 mod feed;
 mod head;

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::dense::{BLOCK, weighted_expert};
+use super::dense::BLOCK;
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
+use crate::linalg::Compute;
 use crate::model::{Expert, MergedLayer, Router, Routing, close_dropped};
 use crate::par;
 use crate::stage::Context;
@@ -63,7 +64,7 @@ pub fn route(
     let routing = routing.in_layer(layer.id)?;
     let kept = capacity.map(|capacity| within_capacity(&routing, router, windows, capacity));
     let room = |t, slot| kept.as_ref().is_none_or(|kept| kept[[t, slot]]);
-    let visits = routing.visits_where(&map, layer.experts.len(), room);
+    let visits = routing.visits_where(&map, layer.grouping.groups(), room);
     Ok(Routed { logits, routing, kept, visits })
 }
 
@@ -100,12 +101,34 @@ pub fn routed_sum(
     x: ArrayView2<'_, f32>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
+    sum_of(experts, visits, x, cx)
+}
+
+/// What an expert does with a block of tokens.
+pub(super) trait Kernel: Sync {
+    /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
+    fn weighted<'a>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        weights: &[f32],
+        pool: &'a Pool,
+        compute: &dyn Compute,
+    ) -> Result<Scratch<'a>>;
+}
+
+/// [`routed_sum`] of experts of any kind.
+pub(super) fn sum_of<E: Kernel>(
+    experts: &[E],
+    visits: &[Vec<(usize, f32)>],
+    x: ArrayView2<'_, f32>,
+    cx: &Context,
+) -> Result<Array2<f32>> {
     /// Values of expert outputs that are held at once: few enough to stay in a cache.
     const HELD: usize = 1 << 22;
     if experts.len() != visits.len() {
         return Err(Error::shape("visits per expert", experts.len(), visits.len()));
     }
-    let jobs: Vec<Job<'_>> = experts
+    let jobs: Vec<Job<'_, E>> = experts
         .iter()
         .zip(visits)
         .enumerate()
@@ -136,13 +159,13 @@ pub fn routed_sum(
 }
 
 /// A block of one expert's tokens.
-struct Job<'a> {
+struct Job<'a, E> {
     index: usize,
-    expert: &'a Expert,
+    expert: &'a E,
     visits: &'a [(usize, f32)],
 }
 
-impl Job<'_> {
+impl<E: Kernel> Job<'_, E> {
     fn run<'p>(&self, x: ArrayView2<'_, f32>, pool: &'p Pool, cx: &Context) -> Result<Scratch<'p>> {
         if let Some((t, _)) = self.visits.iter().find(|(t, _)| *t >= x.nrows()) {
             return Err(Error::range("visiting token", format!("below {}", x.nrows()), t));
@@ -152,13 +175,12 @@ impl Job<'_> {
             row.assign(&x.row(*t));
         }
         let weights: Vec<f32> = self.visits.iter().map(|(_, w)| *w).collect();
-        let expert = self.expert.view();
-        weighted_expert(&expert, gathered.view(), Some(&weights), pool, cx.compute())
+        self.expert.weighted(gathered.view(), &weights, pool, cx.compute())
     }
 }
 
 /// Adds the outputs of jobs to their tokens: in parallel over tokens, in job order for each.
-fn scatter(jobs: &[Job<'_>], parts: &[Scratch<'_>], out: &mut Array2<f32>) {
+fn scatter<E: Sync>(jobs: &[Job<'_, E>], parts: &[Scratch<'_>], out: &mut Array2<f32>) {
     const ROWS: usize = 128;
     let d = out.ncols();
     let Some(values) = out.as_slice_mut() else { return };
