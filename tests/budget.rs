@@ -11,6 +11,7 @@ use mcsmoe::pipeline::{
     CompressChoice, EvaluateOptions, ExportChoice, Keep, Portion, Recipe, Report, Size, SizeBudget,
     evaluate, merge_then_compress,
 };
+use mcsmoe::stage::Needs;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -121,7 +122,7 @@ fn in_memory_the_ranks_are_those_of_the_folder() {
     let pipeline = pipeline.compressor(LowRank::default(), SizeBudget::percent(20.0));
     let pipeline = pipeline.build().unwrap();
     let layers: Vec<_> = source.layers().iter().map(|l| source.read_layer(l.id).unwrap()).collect();
-    let needs = pipeline.needs();
+    let needs = pipeline.needs() | Needs::SAMPLES;
     let of = |l: &mcsmoe::model::MoeLayer| stats.layer(&l.id(), needs).unwrap();
     let stats: Vec<_> = layers.iter().map(of).collect();
     let found = pipeline.run(&layers, &stats).unwrap().report.compression.unwrap();

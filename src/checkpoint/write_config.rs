@@ -48,10 +48,38 @@ pub(super) fn config(
             }
         }
     }
+    if let Some(d_ff) = plan.d_ff {
+        set(&[width_key(source)?], d_ff);
+    }
     match plan.export {
         Export::Native => native(config, plan, &everywhere),
         Export::Stock | Export::Expanded => config.edited(&everywhere, &[]),
     }
+}
+
+/// The key that says how wide experts are, and nothing else.
+pub(super) fn width_key(source: &Checkpoint) -> Result<&'static str> {
+    let config = source.config();
+    let width = source.layers().first().map_or(0, |layer| layer.d_ff);
+    let count = |key| Ok::<_, crate::Error>(config.integer(key)?.unwrap_or(0));
+    let layers =
+        count("num_hidden_layers")?.max(count("num_layers")? + count("num_decoder_layers")?);
+    let dense = layers > source.layers().len();
+    let refuse = |key: &str| {
+        mismatch(key, "the size of routed experts alone, to reduce it", "one of other layers too")
+    };
+    if config.integer("moe_intermediate_size")? == Some(width) {
+        return match count("n_shared_experts")? {
+            0 => Ok("moe_intermediate_size"),
+            _ => Err(refuse("moe_intermediate_size")),
+        };
+    }
+    for key in ["intermediate_size", "d_ff"] {
+        if config.integer(key)? == Some(width) {
+            return if dense { Err(refuse(key)) } else { Ok(key) };
+        }
+    }
+    Err(mismatch("moe_intermediate_size", &format!("{width}, the size of experts"), "nothing"))
 }
 
 fn native(config: &Config, plan: &WritePlan, everywhere: &[Edit]) -> Result<String> {

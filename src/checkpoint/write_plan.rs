@@ -14,7 +14,7 @@ use super::store::Store;
 use super::write::{Export, WritePlan};
 use super::write_check::{check, drops_mtp};
 use crate::error::Result;
-use crate::model::{Grouping, LayerId, Structure};
+use crate::model::{Grouping, LayerId, Role, Structure};
 use crate::stage::RankBudget;
 
 /// A tensor of the target.
@@ -72,7 +72,7 @@ impl Plan {
             } else if let Some((layer, grouping)) = owner.get(&tensor) {
                 let factoring = plan.factored.get(&layer.id);
                 let factoring = factoring.filter(|_| plan.export == Export::Native);
-                draft.layer(source, layer, grouping, plan.export, factoring);
+                draft.layer(source, layer, grouping, plan, factoring);
             } else if let Some(weight) = store.quantised().scaled(tensor) {
                 let reason = format!("{} is written dequantised", store.entry(weight).name);
                 dropped.push((found.entry.name.clone(), reason));
@@ -113,7 +113,7 @@ impl Draft {
         source: &Checkpoint,
         layer: &LayerTensors,
         grouping: &Grouping,
-        export: Export,
+        &WritePlan { export, d_ff, .. }: &WritePlan,
         factoring: Option<&Factoring>,
     ) {
         if self.layers.contains_key(&layer.id) {
@@ -162,9 +162,12 @@ impl Draft {
                             source.store.values(named.tensor, named.start) * dtype.alignment();
                         Piece { tensor, start, ..named }
                     };
-                    let weight = piece(named.weight, typed.weight, 2);
-                    let bias =
+                    let mut weight = piece(named.weight, typed.weight, 2);
+                    let mut bias =
                         named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
+                    if let Some(d_ff) = d_ff {
+                        self.narrow(named.role, &mut weight, bias.as_mut(), d_ff);
+                    }
                     let order = dequantise::order(&source.store, named);
                     Projection { role: named.role, weight, bias, order, factors: None }
                 })
@@ -173,6 +176,29 @@ impl Draft {
         let experts = experts.collect();
         let id = layer.id;
         self.layers.insert(id, LayerTensors { id, router, router_bias, correction, experts });
+    }
+
+    /// Leaves `d_ff` hidden units to a projection with tensors of its own.
+    fn narrow(&mut self, role: Role, weight: &mut Piece, bias: Option<&mut Piece>, d_ff: usize) {
+        let mut cut = |piece: &mut Piece, axis: usize| {
+            let side = if axis == 0 { &mut piece.rows } else { &mut piece.cols };
+            *side = d_ff;
+            let out = &mut self.outs[piece.tensor];
+            let last = out.shape.len().saturating_sub(1);
+            if let Some(side) = out.shape.get_mut(axis.min(last)) {
+                *side = d_ff;
+            }
+            out.bytes = out.dtype.bytes(&out.shape).unwrap_or(0);
+        };
+        match role {
+            Role::Down => cut(weight, 1),
+            Role::Gate | Role::Up => {
+                cut(weight, 0);
+                if let Some(bias) = bias {
+                    cut(bias, 1);
+                }
+            }
+        }
     }
 
     /// The tensors of a projection in factors.

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use super::compress::{CompressionBudget, Compressor};
+use super::compress::Compressor;
+use super::matrix_budget::CompressionBudget;
+use super::neurons::Neurons;
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
+use super::shared_deltas::SharedDeltas;
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu, Factorise};
@@ -109,7 +112,19 @@ impl PipelineBuilder {
         budget: impl Into<CompressionBudget>,
     ) -> Self {
         let (decomposer, budget) = (Box::new(decomposer), budget.into());
-        self.compressor = Some(Compressor { decomposer, budget });
+        self.compressor = Some(Compressor::Each { decomposer, budget });
+        self
+    }
+
+    /// Compresses every merged expert, after recovery, by whole hidden units instead.
+    pub fn neurons(mut self, neurons: Neurons) -> Self {
+        self.compressor = Some(Compressor::Neurons(neurons));
+        self
+    }
+
+    /// Splits every merged and recovered layer into a base and deltas instead.
+    pub fn shared_deltas(mut self, shared: SharedDeltas) -> Self {
+        self.compressor = Some(Compressor::Shared(shared));
         self
     }
 

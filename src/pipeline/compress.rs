@@ -6,70 +6,31 @@ use std::collections::BTreeMap;
 
 use ndarray::{Array2, ArrayView2, Axis};
 
+use super::matrix_budget::CompressionBudget;
+use super::neurons::Neurons;
 use super::report::{self, Change, CompressionReport, Kind, StableRanks};
-use super::size::SizeBudget;
+use super::shared_deltas::SharedDeltas;
 use crate::checkpoint::Factoring;
 use crate::decompose::analysis::{mean_change, stable_rank};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role, Structure};
+use crate::model::{Expert, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role};
 use crate::par;
-use crate::stage::{Context, Decomposer, Kept, Moments, Needs, RankBudget, Stage};
+use crate::stage::{Context, Decomposer, Kept, Moments, Needs, RankBudget};
 
-/// What is kept of every matrix `(m, n)` of every merged expert.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MatrixBudget {
-    /// Rank of the low-rank part; 0 for none.
-    pub rank: usize,
-    /// Share of the `m` rows that stay dense, in (0, 1], rounded up to whole rows; `None` for none.
-    /// Of the `n` columns where the structure says so.
-    pub rows: Option<f64>,
-    /// Whether rows or columns stay dense; that of the decomposer.
-    pub structure: Structure,
-}
-
-impl MatrixBudget {
-    /// Rank and number of rows for one matrix.
-    ///
-    /// # Errors
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside (0, 1], a rank
-    /// above `min(m, n)`, or neither.
-    pub fn of(&self, dim: (usize, usize)) -> Result<RankBudget> {
-        let lines = self.structure.lines(dim);
-        let mut budget = RankBudget::rank(self.rank);
-        if let Some(share) = self.rows {
-            budget = budget.with_share(lines, share)?;
-        }
-        budget.check(dim, lines)?;
-        Ok(budget)
-    }
-}
-
-/// What compression may keep.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum CompressionBudget {
-    /// The same of every matrix.
-    Matrix(MatrixBudget),
-    /// As much of each matrix as pays most for all of them together.
-    Size(SizeBudget),
-}
-
-impl From<MatrixBudget> for CompressionBudget {
-    fn from(budget: MatrixBudget) -> Self {
-        Self::Matrix(budget)
-    }
-}
-
-impl From<SizeBudget> for CompressionBudget {
-    fn from(budget: SizeBudget) -> Self {
-        Self::Size(budget)
-    }
-}
-
-/// A decomposer and what it may keep.
+/// How a merged layer is compressed.
 #[derive(Debug)]
-pub(super) struct Compressor {
-    pub(super) decomposer: Box<dyn Decomposer>,
-    pub(super) budget: CompressionBudget,
+pub(super) enum Compressor {
+    /// Matrix by matrix.
+    Each {
+        /// How.
+        decomposer: Box<dyn Decomposer>,
+        /// To what.
+        budget: CompressionBudget,
+    },
+    /// By whole hidden units.
+    Neurons(Neurons),
+    /// Around one base for all experts.
+    Shared(SharedDeltas),
 }
 
 /// What a size budget leaves of every matrix, layer by layer.
@@ -80,31 +41,58 @@ struct Done {
     /// Multiplied out; `None` for one that stays.
     weight: Option<Array2<f32>>,
     factored: Option<Factored>,
-    dense: usize,
-    merged: f64,
-    compressed: f64,
+    ranks: Ranked,
 }
 
-impl Done {
-    fn parameters(&self) -> u64 {
-        self.factored.as_ref().map_or(self.dense, Factored::parameters) as u64
+/// What the report needs of a matrix.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ranked {
+    /// Numbers before.
+    pub(super) dense: usize,
+    /// Numbers stored.
+    pub(super) parameters: usize,
+    /// Stable rank before.
+    pub(super) merged: f64,
+    /// Stable rank after.
+    pub(super) compressed: f64,
+}
+
+/// The tokens that go to a layer's experts; none where no method asks for them.
+pub(super) struct Tokens<'a> {
+    pub(super) inputs: Option<ArrayView2<'a, f32>>,
+    visited: Vec<Vec<(usize, f32)>>,
+}
+
+impl Tokens<'_> {
+    /// Second moments of what goes into a matrix of expert `e`.
+    pub(super) fn moments(
+        &self,
+        e: usize,
+        expert: &Expert,
+        role: Role,
+        cx: &Context,
+    ) -> Result<Option<Moments>> {
+        let Some(x) = self.inputs else { return Ok(None) };
+        moments(expert, role, x, &self.visited[e], cx).map(Some)
     }
 }
 
 impl Compressor {
     /// Fails when a layer's matrices cannot be kept to the budget; reads no weight.
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
-        match self.budget {
-            CompressionBudget::Matrix(budget) => {
+        match self {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. } => {
                 budget.of((d_ff, d_model))?;
                 budget.of((d_model, d_ff)).map(drop)
             }
-            CompressionBudget::Size(budget) => budget.check(),
+            Self::Each { budget: CompressionBudget::Size(budget), .. } => budget.check(),
+            Self::Neurons(neurons) => neurons.check((d_ff, d_model)),
+            Self::Shared(shared) => shared.check((d_ff, d_model)),
         }
     }
 
     /// What is stored of the matrices of `groups` merged experts, `gated` or not; `ranks` are those
-    /// of a size budget.
+    /// of a size budget. `None` when they are stored as they are multiplied out.
     pub(super) fn factoring(
         &self,
         id: LayerId,
@@ -112,25 +100,58 @@ impl Compressor {
         gated: bool,
         (d_ff, d_model): (usize, usize),
         ranks: Option<&Ranks>,
-    ) -> Result<Factoring> {
-        match self.budget {
-            CompressionBudget::Matrix(budget) => {
+    ) -> Result<Option<Factoring>> {
+        let same = |hidden: Kept, down: Kept| {
+            let mut expert = vec![hidden; 1 + usize::from(gated)];
+            expert.push(down);
+            Some(Factoring::new(vec![expert; groups]))
+        };
+        match self {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. } => {
                 let structure = budget.structure;
                 let of = |dim| Ok::<_, Error>(Kept::Factors { budget: budget.of(dim)?, structure });
-                let hidden = of((d_ff, d_model))?;
-                let mut expert = vec![hidden; 1 + usize::from(gated)];
-                expert.push(of((d_model, d_ff))?);
-                Ok(Factoring::new(vec![expert; groups]))
+                Ok(same(of((d_ff, d_model))?, of((d_model, d_ff))?))
             }
-            CompressionBudget::Size(_) => {
+            Self::Each { budget: CompressionBudget::Size(_), .. } => {
                 let planned = ranks.and_then(|ranks| ranks.get(&id)).cloned();
-                planned.ok_or_else(|| Error::range("layer", "one with planned ranks", id))
+                planned.ok_or_else(|| Error::range("layer", "one with planned ranks", id)).map(Some)
             }
+            Self::Neurons(neurons) => {
+                Ok(neurons.kept(d_ff)?.and_then(|(hidden, down)| same(hidden, down)))
+            }
+            Self::Shared(_) => Ok(None),
+        }
+    }
+
+    /// The hidden units that are left of `d_ff`, when there is nothing else left.
+    pub(super) fn reduced(&self, d_ff: usize) -> Result<Option<usize>> {
+        match self {
+            Self::Neurons(neurons) if neurons.rank == 0 => neurons.count(d_ff).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Each { decomposer, .. } => decomposer.name(),
+            Self::Neurons(_) => "neurons",
+            Self::Shared(_) => "shared-basis",
         }
     }
 
     pub(super) fn needs(&self) -> Needs {
-        self.decomposer.needs()
+        match self {
+            Self::Each { decomposer, .. } => decomposer.needs(),
+            Self::Neurons(_) | Self::Shared(_) => Needs::NONE,
+        }
+    }
+
+    /// Whether samples make a difference.
+    pub(super) fn uses_moments(&self) -> bool {
+        match self {
+            Self::Each { decomposer, .. } => decomposer.uses_moments(),
+            Self::Neurons(_) | Self::Shared(_) => true,
+        }
     }
 
     /// Stable ranks before merging: for every group and role the mean over the group's members.
@@ -160,8 +181,9 @@ impl Compressor {
             .collect())
     }
 
-    /// The layer with every matrix replaced by its `L R + S`, experts that stayed alone included;
-    /// biases and routers are kept. `original` is [`Compressor::original`] of the layer before.
+    /// The layer with every matrix replaced by its `L R + S`, or its experts by what else the
+    /// method makes of them, experts that stayed alone included; biases and routers are kept.
+    /// `original` is [`Compressor::original`] of the layer before.
     ///
     /// Methods that weigh errors by second moments get those of the tokens among `inputs` that
     /// visit the expert: the inputs themselves for gate and up, the merged expert's hidden
@@ -172,78 +194,102 @@ impl Compressor {
     /// activations of an expert's tokens for every thread.
     pub(super) fn compress(
         &self,
-        mut layer: MergedLayer,
+        layer: MergedLayer,
         original: &[f64],
         inputs: Option<ArrayView2<'_, f32>>,
         narrowed: bool,
         ranks: Option<&Ranks>,
         cx: &Context,
     ) -> Result<(MergedLayer, CompressionReport)> {
-        let inputs = inputs.filter(|x| self.decomposer.uses_moments() && x.nrows() > 0);
+        let inputs = inputs.filter(|x| self.uses_moments() && x.nrows() > 0);
         let visited = match inputs {
             None => Vec::new(),
             Some(x) => layer.visits(narrowed, x, cx.compute())?,
         };
+        let tokens = Tokens { inputs, visited };
+        match self {
+            Self::Each { decomposer, .. } => {
+                self.each(&**decomposer, layer, original, &tokens, ranks, cx)
+            }
+            Self::Neurons(neurons) => neurons.compress(layer, original, &tokens, cx),
+            Self::Shared(shared) => shared.compress(layer, original, &tokens, cx),
+        }
+    }
+
+    fn each(
+        &self,
+        decomposer: &dyn Decomposer,
+        mut layer: MergedLayer,
+        original: &[f64],
+        tokens: &Tokens<'_>,
+        ranks: Option<&Ranks>,
+        cx: &Context,
+    ) -> Result<(MergedLayer, CompressionReport)> {
         let (view, groups) = (layer.experts[0].view(), layer.experts.len());
         let (gated, dim) = (view.gate.is_some(), view.up.weight.dim());
-        let kept = self.factoring(layer.id, groups, gated, dim, ranks)?;
+        let planned = self.factoring(layer.id, groups, gated, dim, ranks)?;
         let jobs = matrices(&layer.experts);
         let roles = jobs.len() / groups;
         let inner = cx.per_task();
         let done = par::map(jobs.len(), |i| {
             let (e, role) = jobs[i];
             let expert = &layer.experts[e];
-            let kept = kept.experts().get(e).and_then(|all| all.get(i % roles)).copied();
-            let Some(Kept::Factors { budget, .. }) = kept else {
-                return stays(expert, role, &inner).in_expert(e);
+            let kept = planned.as_ref().and_then(|p| p.experts().get(e)?.get(i % roles)).copied();
+            let of_one = || {
+                let Some(Kept::Factors { budget, .. }) = kept else {
+                    return stays(expert, role, &inner);
+                };
+                let moments = tokens.moments(e, expert, role, &inner)?;
+                one(decomposer, expert, role, moments.as_ref(), &budget, &inner)
             };
-            let moments = match inputs {
-                None => None,
-                Some(x) => Some(moments(expert, role, x, &visited[e], &inner).in_expert(e)?),
-            };
-            self.one(expert, role, moments.as_ref(), &budget, &inner).in_expert(e)
+            of_one().in_expert(e)
         })?;
-        let report = describe(&layer, original, &done);
+        let told: Vec<Ranked> = done.iter().map(|d| d.ranks).collect();
+        let report = describe(&layer, original, &told);
         let (weights, factors): (Vec<_>, Vec<_>) =
             done.into_iter().map(|d| (d.weight, d.factored)).unzip();
         let mut factors = factors.into_iter();
         let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
         layer.factors = Some(layer.experts.iter().map(of_one).collect());
-        let mut weights = weights.into_iter();
-        let experts = std::mem::take(&mut layer.experts);
-        layer.experts = experts
-            .into_iter()
-            .map(|expert| with_weights(expert, &mut weights))
-            .collect::<Result<_>>()?;
+        layer.experts = with_all_weights(std::mem::take(&mut layer.experts), weights)?;
         Ok((layer, report))
     }
+}
 
-    fn one(
-        &self,
-        expert: &Expert,
-        role: Role,
-        moments: Option<&Moments>,
-        budget: &RankBudget,
-        cx: &Context,
-    ) -> Result<Done> {
-        let view = expert.view();
-        let weight = view.linear(role).unwrap_or(view.up).weight;
-        let factored = self.decomposer.decompose(weight, moments, budget, cx)?;
-        let product = factored.to_dense(cx.compute())?;
-        let merged = stable_rank(weight, cx)?;
-        let compressed = stable_rank(product.view(), cx)?;
-        let (dense, factored) = (weight.len(), Some(factored));
-        Ok(Done { weight: Some(product), factored, dense, merged, compressed })
-    }
+/// Experts with their matrices replaced, in the order of [`matrices`], where there are any.
+pub(super) fn with_all_weights(
+    experts: Vec<Expert>,
+    weights: Vec<Option<Array2<f32>>>,
+) -> Result<Vec<Expert>> {
+    let mut weights = weights.into_iter();
+    experts.into_iter().map(|expert| with_weights(expert, &mut weights)).collect()
+}
+
+fn one(
+    decomposer: &dyn Decomposer,
+    expert: &Expert,
+    role: Role,
+    moments: Option<&Moments>,
+    budget: &RankBudget,
+    cx: &Context,
+) -> Result<Done> {
+    let view = expert.view();
+    let weight = view.linear(role).unwrap_or(view.up).weight;
+    let factored = decomposer.decompose(weight, moments, budget, cx)?;
+    let product = factored.to_dense(cx.compute())?;
+    let (dense, parameters) = (weight.len(), factored.parameters());
+    let (merged, compressed) = (stable_rank(weight, cx)?, stable_rank(product.view(), cx)?);
+    let ranks = Ranked { dense, parameters, merged, compressed };
+    Ok(Done { weight: Some(product), factored: Some(factored), ranks })
 }
 
 /// A matrix that stays dense.
 fn stays(expert: &Expert, role: Role, cx: &Context) -> Result<Done> {
     let view = expert.view();
     let weight = view.linear(role).unwrap_or(view.up).weight;
-    let rank = stable_rank(weight, cx)?;
-    let dense = weight.len();
-    Ok(Done { weight: None, factored: None, dense, merged: rank, compressed: rank })
+    let (rank, dense) = (stable_rank(weight, cx)?, weight.len());
+    let ranks = Ranked { dense, parameters: dense, merged: rank, compressed: rank };
+    Ok(Done { weight: None, factored: None, ranks })
 }
 
 /// Every matrix of some experts, expert by expert.
@@ -291,12 +337,17 @@ fn with_weights(
     Expert::new(gate, up, down, activation)
 }
 
-fn describe(layer: &MergedLayer, original: &[f64], done: &[Done]) -> CompressionReport {
+/// The report on a layer whose matrices became `done`; `layer` is it before.
+pub(super) fn describe(
+    layer: &MergedLayer,
+    original: &[f64],
+    done: &[Ranked],
+) -> CompressionReport {
     let experts = layer.experts.len() as u64;
     let kind = Kind::of(&layer.experts[0]);
     let dense = experts * kind.parameters;
     let matrices: u64 = done.iter().map(|d| d.dense as u64).sum();
-    let factors: u64 = done.iter().map(Done::parameters).sum();
+    let factors: u64 = done.iter().map(|d| d.parameters as u64).sum();
     // What is no matrix, biases, is kept as it is.
     let parameters = Change { before: dense, after: dense - matrices + factors };
     let router = layer.narrowed.as_ref().unwrap_or(&layer.router);

@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::builder::PipelineBuilder;
-use super::compress::MatrixBudget;
+use super::matrix_budget::MatrixBudget;
+use super::neurons::Neurons;
+use super::shared_deltas::SharedDeltas;
 use super::size::{Portion, Size, SizeBudget};
 use crate::decompose::{
-    Complement, LineScore, LowRank, LowRankSparse, SparseOnly, TruncatedSvd, Whitened,
+    Complement, LineScore, LowRank, LowRankSparse, SharedBasis, SparseOnly, TruncatedSvd, Whitened,
 };
 use crate::error::{Error, Result};
 use crate::model::Structure;
@@ -67,6 +69,23 @@ pub enum CompressChoice {
         /// Rows or columns.
         #[serde(default)]
         structure: Structure,
+    },
+    /// Whole hidden units of gate, up and down; see [`Neurons`].
+    Neurons {
+        /// Share of hidden units, in (0, 1].
+        keep: f64,
+        /// `r` of what stands for the others; 0, unless given, makes experts of a smaller size.
+        #[serde(default)]
+        rank: usize,
+    },
+    /// One base for a layer and deltas of low rank; see [`SharedDeltas`].
+    SharedBasis {
+        /// `r`.
+        #[serde(default = "paper_rank")]
+        rank: usize,
+        /// Whether all deltas share `R`.
+        #[serde(default)]
+        shared_right: bool,
     },
     /// Low rank of another rank for every matrix, so that a native folder has a given size; see
     /// [`SizeBudget`]. Fitted to the outputs where there are samples.
@@ -129,6 +148,14 @@ impl CompressChoice {
             Self::Sparse { rows, score, structure } => {
                 let method = SparseOnly { score, structure };
                 b.compressor(method, MatrixBudget { rank: 0, rows: Some(rows), structure })
+            }
+            Self::Neurons { keep, rank } => {
+                b.neurons(Neurons { keep, rank, how: Complement::default() })
+            }
+            Self::SharedBasis { rank, shared_right } => {
+                let how = SharedBasis { shared_right, ..SharedBasis::default() };
+                let MatrixBudget { rank, .. } = budget(rank, None, Structure::Rows)?;
+                b.shared_deltas(SharedDeltas { rank, how })
             }
             Self::Size { size, of, least_rank } => {
                 b.compressor(LowRank::default(), SizeBudget { size, of, least_rank })

@@ -160,6 +160,7 @@ impl Pipeline {
             top_k: self.top_k,
             flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
             factored: BTreeMap::new(),
+            d_ff: None,
             shard_bytes: output.shard_bytes,
         }
     }
@@ -171,7 +172,10 @@ impl Pipeline {
             let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
             let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
             let kept = compressor.factoring(layer.id, groups, layer.gated, dim, ranks);
-            plan.factored.insert(layer.id, kept.in_layer(layer.id)?);
+            if let Some(kept) = kept.in_layer(layer.id)? {
+                plan.factored.insert(layer.id, kept);
+            }
+            plan.d_ff = compressor.reduced(layer.d_ff)?.or(plan.d_ff);
         }
         Ok(())
     }
@@ -186,7 +190,7 @@ impl Pipeline {
         samples: bool,
         journal: &mut Journal,
     ) -> Result<Option<Ranks>> {
-        let Some((_, budget)) = self.size_budget() else { return Ok(None) };
+        let Some(budget) = self.size_budget() else { return Ok(None) };
         if let Some(known) = journal.ranks.take() {
             return Ok(Some(known.into_iter().collect()));
         }

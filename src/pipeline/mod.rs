@@ -23,6 +23,8 @@ mod fingerprint;
 mod greedy;
 mod job;
 mod journal;
+mod matrix_budget;
+mod neurons;
 mod observe;
 mod pass;
 mod passes;
@@ -32,6 +34,7 @@ mod recipe;
 mod recovery;
 mod report;
 mod run;
+mod shared_deltas;
 mod size;
 mod states;
 mod stream;
@@ -46,10 +49,11 @@ pub use choice::{
     SimilarityChoice,
 };
 pub use compare::{Comparison, LayerError, compare};
-pub use compress::{CompressionBudget, MatrixBudget};
 pub use compress_choice::CompressChoice;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
+pub use matrix_budget::{CompressionBudget, MatrixBudget};
+pub use neurons::Neurons;
 pub use observe::{Observer, Phase, Silent};
 pub use passes::Merged;
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
@@ -59,6 +63,7 @@ pub use report::{
     WrittenReport,
 };
 pub use run::{Output, merge_then_compress};
+pub use shared_deltas::SharedDeltas;
 pub use size::{Portion, Size, SizeBudget};
 pub use tokens::{CalibrateOptions, Tokens};
 

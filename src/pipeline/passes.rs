@@ -1,7 +1,7 @@
 //! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
 
 use super::builder::{Pipeline, PipelineBuilder};
-use super::compress::Ranks;
+use super::compress::{Compressor, Ranks};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
 use super::observe::{Observer, Phase, Silent};
@@ -72,7 +72,7 @@ impl Pipeline {
         self.check_compression(layers.iter().map(matrices))?;
         let samples = stats.iter().all(|s| s.samples.is_some());
         let mut decided = self.decide(&source, &shapes, observer)?;
-        if let Some((_, budget)) = self.size_budget() {
+        if let Some(budget) = self.size_budget() {
             let room = Room::of_layers(budget, layers, &decided)?;
             decided.ranks =
                 Some(self.ranks(&source, &decided, (budget, &room), samples, observer)?);
@@ -106,7 +106,7 @@ impl Pipeline {
     }
 
     pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
-        let weighs = self.compressor.as_ref().is_some_and(|c| c.decomposer.uses_moments());
+        let weighs = self.compressor.as_ref().is_some_and(Compressor::uses_moments);
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
@@ -259,7 +259,7 @@ impl Pipeline {
             stages.push(name("recover", recoverer));
         }
         if let Some(compressor) = &self.compressor {
-            stages.push(name("compress", &compressor.decomposer));
+            stages.push(format!("compress {}", compressor.name()));
         }
         Report {
             mcsmoe_version: env!("CARGO_PKG_VERSION").into(),

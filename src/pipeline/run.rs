@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::builder::Pipeline;
 use super::calibration::{Calibration, Given};
+use super::compress::Compressor;
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
@@ -182,6 +183,11 @@ impl Pipeline {
         if self.size_budget().is_some() && export != ExportChoice::Native {
             let reason = "a size budget is met by the factors of a native export; the others hold \
                           matrices multiplied out";
+            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
+        }
+        if matches!(self.compressor, Some(Compressor::Shared(_))) && export == ExportChoice::Native
+        {
+            let reason = "native folders hold no base that experts share: export stock or expanded";
             return Err(ErrorKind::Recipe { reason: reason.into() }.into());
         }
         let reason = match (export, self.router.is_some()) {

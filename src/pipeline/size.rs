@@ -10,8 +10,9 @@ use ndarray::{ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::builder::Pipeline;
-use super::compress::{CompressionBudget, Compressor, Ranks, matrices, moments};
+use super::compress::{Compressor, Ranks, matrices, moments};
 use super::engine::{self, Source};
+use super::matrix_budget::CompressionBudget;
 use super::observe::{Observer, Phase};
 use super::passes::Decided;
 use super::policy::Plan;
@@ -189,11 +190,10 @@ type Entry = (LayerId, usize, Spectrum);
 
 impl Pipeline {
     /// The size budget, if that is what the compressor has.
-    pub(super) fn size_budget(&self) -> Option<(&Compressor, &SizeBudget)> {
-        let compressor = self.compressor.as_ref()?;
-        match &compressor.budget {
-            CompressionBudget::Size(budget) => Some((compressor, budget)),
-            CompressionBudget::Matrix(_) => None,
+    pub(super) fn size_budget(&self) -> Option<&SizeBudget> {
+        match self.compressor.as_ref()? {
+            Compressor::Each { budget: CompressionBudget::Size(budget), .. } => Some(budget),
+            _ => None,
         }
     }
 
