@@ -144,6 +144,7 @@ impl Pipeline {
         observer: &dyn Observer,
     ) -> Result<Report> {
         self.check_export(output.export)?;
+        self.check_layout(source, output.export)?;
         let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
         let (active, _) = self.checked(&shapes)?;
         let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
@@ -198,6 +199,22 @@ impl Pipeline {
             _ => return Ok(()),
         };
         Err(ErrorKind::Recipe { reason: reason.into() }.into())
+    }
+
+    /// Factors in a native folder need tensors of their own.
+    fn check_layout(&self, source: &Checkpoint, export: ExportChoice) -> Result<()> {
+        let compresses = self.compressor.is_some() && export == ExportChoice::Native;
+        if !compresses || source.can_hold_factors() {
+            return Ok(());
+        }
+        let kind = ErrorKind::Unsupported {
+            what: "layout for factors in a native folder",
+            found: source.layout().into(),
+            supported: "layouts with a tensor for every projection; of this one, stock and \
+                        expanded exports, which hold the factors multiplied out"
+                .into(),
+        };
+        Err(kind.into())
     }
 
     /// Every stage's needs against what the file holds, before any weight is read.
