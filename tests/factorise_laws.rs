@@ -246,7 +246,7 @@ fn lapack_and_pure_rust_agree() {
     use mcsmoe::linalg::{Lapack, PureRust};
     let a = matrix(150, 90, 8);
     let (ours, theirs) = (PureRust.svd(a.view()).unwrap(), Lapack.svd(a.view()).unwrap());
-    assert!(ours.s.iter().zip(&theirs.s).all(|(a, b)| (a - b).abs() <= 2e-6 * ours.s[0]));
+    assert!(ours.s.iter().zip(&theirs.s).all(|(a, b)| (a - b).abs() <= 1e-5 * ours.s[0]));
     let low = |f: &mcsmoe::linalg::Svd| f.clone().truncated(30).product(&Cpu::new()).unwrap();
     close(&low(&ours), &low(&theirs), ours.s[0]);
     assert_ne!(ours, theirs, "two implementations that never differ in a bit are one");

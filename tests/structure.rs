@@ -2,14 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use mcsmoe::calibrate::{StatsFile, write_stats};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::{Expert, FactoredExpert, LayerId, Role, Structure, Weight};
 use mcsmoe::pipeline::{
-    CompressChoice, EvaluateOptions, ExportChoice, Keep, Recipe, Report, evaluate,
+    AlignChoice, CompressChoice, EvaluateOptions, ExportChoice, Keep, Recipe, Report, evaluate,
     merge_then_compress,
 };
+use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
 use ndarray::Array2;
 
@@ -179,6 +182,53 @@ fn a_shared_base_keeps_the_function_at_full_rank() {
     });
     let error = run(&native, &dir.path().join("native")).unwrap_err();
     assert!(error.to_string().contains("native folders hold no base"), "{error}");
+}
+
+/// A gradient by `up` that is zero but for the rows `10 e` and `10 e + 1` of expert `e`.
+fn two_rows(e: usize, like: &Expert) -> Expert {
+    let (mut gate, mut up, mut down) = like.clone().into_parts();
+    let all = gate.iter_mut().chain([&mut up, &mut down]);
+    all.for_each(|linear| linear.weight.fill(0.0));
+    up.weight.slice_mut(ndarray::s![10 * e..10 * e + 2, ..]).fill(1.0);
+    Expert::new(gate, up, down, like.view().activation).unwrap()
+}
+
+#[test]
+fn gradients_of_all_members_choose_the_rows_of_a_merged_expert() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Checkpoint::open(fixture("mixtral-8e")).unwrap();
+    let known = StatsFile::open(fixture("mixtral-8e.stats.safetensors")).unwrap();
+    let with = |l: &mcsmoe::checkpoint::LayerInfo| {
+        let mut stats = known.layer(&l.id, Needs::LOGIT_GRAM).unwrap();
+        let experts = model.read_layer(l.id).unwrap();
+        let gradients = experts.experts().iter().enumerate();
+        stats.gradients = Some(gradients.map(|(e, like)| two_rows(e, like)).collect());
+        (l.id, stats)
+    };
+    let layers: BTreeMap<LayerId, _> = model.layers().iter().map(with).collect();
+    let stats = dir.path().join("stats.safetensors");
+    write_stats(&stats, &layers, &BTreeMap::new()).unwrap();
+    let structure = Structure::Rows;
+    let compress = CompressChoice::LowRankSensitive { rank: 4, rows: 0.1, structure };
+    let recipe =
+        Recipe { align: AlignChoice::Identity, ..recipe(Some(compress), ExportChoice::Native) };
+    let target = dir.path().join("native");
+    let report = merge_then_compress(&fixture("mixtral-8e"), stats, &recipe, &target).unwrap();
+    assert!(report.stages.contains(&"compress low-rank-sensitive".to_owned()));
+    let groups = report.layers.iter().flat_map(|l| &l.groups);
+    for (group, expert) in groups.zip(factored(&target)) {
+        let Weight::Factored(up) = &expert.linear(Role::Up).unwrap().weight else {
+            panic!("dense")
+        };
+        assert_eq!(up.indices().len(), 26);
+        for &member in &group.members {
+            let rows = [10 * member as u32, 10 * member as u32 + 1];
+            assert!(rows.iter().all(|row| up.indices().contains(row)), "{group:?}");
+        }
+    }
+    // Without gradients it cannot be done.
+    let error = run(&recipe, &dir.path().join("none")).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Missing { .. }), "{error}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 
@@ -55,11 +56,11 @@ class Table:
         if size:
             lines.append(f'compress = {{ method = "size", size = {{ percent = {size} }} }}')
         recipe.write_text("\n".join(lines) + "\n")
-        run("merge_then_compress", self.model, self.args.calibration, folder, recipe,
-            "--tokens", self.args.tokens)
+        told = run("merge_then_compress", self.model, self.args.calibration, folder, recipe,
+                   "--tokens", self.args.tokens)
         report = json.loads((folder / "mcsmoe.json").read_text())
-        written = find(report, "written")["expert_bytes"]
-        share = 100 * written["after"] / written["before"]
+        before, after = map(int, re.search(r"expert bytes: (\d+) → (\d+)", told).groups())
+        share = 100 * after / before
         nats = loss(folder, self.args.evaluation)
         print(f"| {self.name} | {preset} | {what} | {share:.1f} % | {nats:.3f} |", flush=True)
         for file in folder.iterdir():

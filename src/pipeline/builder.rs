@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use super::compress::Compressor;
-use super::matrix_budget::CompressionBudget;
+use super::matrix_budget::{CompressionBudget, MatrixBudget};
 use super::neurons::Neurons;
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 use super::shared_deltas::SharedDeltas;
 use crate::align::Reference;
+use crate::decompose::LowRankSparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu, Factorise};
 use crate::stage::{
@@ -113,6 +114,14 @@ impl PipelineBuilder {
     ) -> Self {
         let (decomposer, budget) = (Box::new(decomposer), budget.into());
         self.compressor = Some(Compressor::Each { decomposer, budget });
+        self
+    }
+
+    /// [`compressor`](Self::compressor) with [`LowRankSparse`], of which the lines stay that matter
+    /// most to the loss: [`LowRankSparse::by_sensitivity`], with the gradients in the statistics,
+    /// added up over the members of a group in their common order.
+    pub fn sensitive(mut self, method: LowRankSparse, budget: MatrixBudget) -> Self {
+        self.compressor = Some(Compressor::Sensitive { method, budget });
         self
     }
 

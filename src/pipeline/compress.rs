@@ -6,14 +6,17 @@ use std::collections::BTreeMap;
 
 use ndarray::{Array2, ArrayView2, Axis};
 
-use super::matrix_budget::CompressionBudget;
+use super::matrix_budget::{CompressionBudget, MatrixBudget};
 use super::neurons::Neurons;
 use super::report::{self, Change, CompressionReport, Kind, StableRanks};
 use super::shared_deltas::SharedDeltas;
 use crate::checkpoint::Factoring;
+use crate::decompose::LowRankSparse;
 use crate::decompose::analysis::{mean_change, stable_rank};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role};
+use crate::model::{
+    Expert, ExpertTensors, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role, RoutingStats,
+};
 use crate::par;
 use crate::stage::{Context, Decomposer, Kept, Moments, Needs, RankBudget};
 
@@ -26,6 +29,13 @@ pub(super) enum Compressor {
         decomposer: Box<dyn Decomposer>,
         /// To what.
         budget: CompressionBudget,
+    },
+    /// Matrix by matrix, the lines kept that matter most to the loss.
+    Sensitive {
+        /// How.
+        method: LowRankSparse,
+        /// To what.
+        budget: MatrixBudget,
     },
     /// By whole hidden units.
     Neurons(Neurons),
@@ -57,6 +67,19 @@ pub(super) struct Ranked {
     pub(super) compressed: f64,
 }
 
+/// What a compression of a layer can go by.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Given<'a> {
+    /// Of the layer's tokens.
+    pub(super) inputs: Option<ArrayView2<'a, f32>>,
+    /// Of the loss by the merged experts' weights.
+    pub(super) gradients: Option<&'a ExpertTensors>,
+    /// Whether the narrowed router chooses.
+    pub(super) narrowed: bool,
+    /// Under a size budget.
+    pub(super) ranks: Option<&'a Ranks>,
+}
+
 /// The tokens that go to a layer's experts; none where no method asks for them.
 pub(super) struct Tokens<'a> {
     pub(super) inputs: Option<ArrayView2<'a, f32>>,
@@ -81,7 +104,8 @@ impl Compressor {
     /// Fails when a layer's matrices cannot be kept to the budget; reads no weight.
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
         match self {
-            Self::Each { budget: CompressionBudget::Matrix(budget), .. } => {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. }
+            | Self::Sensitive { budget, .. } => {
                 budget.of((d_ff, d_model))?;
                 budget.of((d_model, d_ff)).map(drop)
             }
@@ -107,7 +131,8 @@ impl Compressor {
             Some(Factoring::new(vec![expert; groups]))
         };
         match self {
-            Self::Each { budget: CompressionBudget::Matrix(budget), .. } => {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. }
+            | Self::Sensitive { budget, .. } => {
                 let structure = budget.structure;
                 let of = |dim| Ok::<_, Error>(Kept::Factors { budget: budget.of(dim)?, structure });
                 Ok(same(of((d_ff, d_model))?, of((d_model, d_ff))?))
@@ -134,6 +159,7 @@ impl Compressor {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Each { decomposer, .. } => decomposer.name(),
+            Self::Sensitive { .. } => "low-rank-sensitive",
             Self::Neurons(_) => "neurons",
             Self::Shared(_) => "shared-basis",
         }
@@ -142,6 +168,7 @@ impl Compressor {
     pub(super) fn needs(&self) -> Needs {
         match self {
             Self::Each { decomposer, .. } => decomposer.needs(),
+            Self::Sensitive { .. } => Needs::GRADIENTS,
             Self::Neurons(_) | Self::Shared(_) => Needs::NONE,
         }
     }
@@ -150,6 +177,7 @@ impl Compressor {
     pub(super) fn uses_moments(&self) -> bool {
         match self {
             Self::Each { decomposer, .. } => decomposer.uses_moments(),
+            Self::Sensitive { .. } => false,
             Self::Neurons(_) | Self::Shared(_) => true,
         }
     }
@@ -196,11 +224,10 @@ impl Compressor {
         &self,
         layer: MergedLayer,
         original: &[f64],
-        inputs: Option<ArrayView2<'_, f32>>,
-        narrowed: bool,
-        ranks: Option<&Ranks>,
+        given: Given<'_>,
         cx: &Context,
     ) -> Result<(MergedLayer, CompressionReport)> {
+        let Given { inputs, gradients, narrowed, ranks } = given;
         let inputs = inputs.filter(|x| self.uses_moments() && x.nrows() > 0);
         let visited = match inputs {
             None => Vec::new(),
@@ -209,7 +236,31 @@ impl Compressor {
         let tokens = Tokens { inputs, visited };
         match self {
             Self::Each { decomposer, .. } => {
-                self.each(&**decomposer, layer, original, &tokens, ranks, cx)
+                let of = |e: usize,
+                          role: Role,
+                          weight: ArrayView2<'_, f32>,
+                          budget: &RankBudget,
+                          cx: &Context| {
+                    let moments = tokens.moments(e, &layer.experts[e], role, cx)?;
+                    decomposer.decompose(weight, moments.as_ref(), budget, cx)
+                };
+                let (done, ranks) = self.each(&layer, ranks, &of, cx)?;
+                replace(layer, original, done, ranks)
+            }
+            Self::Sensitive { method, .. } => {
+                let gradients = RoutingStats::need(&gradients, self.name(), "gradients")?;
+                let of = |e: usize,
+                          role: Role,
+                          weight: ArrayView2<'_, f32>,
+                          budget: &RankBudget,
+                          cx: &Context| {
+                    let gradient = gradients.get(e).and_then(|g| g.view().linear(role));
+                    let gradient = gradient.map(|g| g.weight).filter(|g| g.dim() == weight.dim());
+                    let missing = || Error::shape("gradients", weight.dim(), "others");
+                    method.by_sensitivity(weight, gradient.ok_or_else(missing)?, budget, cx)
+                };
+                let (done, ranks) = self.each(&layer, ranks, &of, cx)?;
+                replace(layer, original, done, ranks)
             }
             Self::Neurons(neurons) => neurons.compress(layer, original, &tokens, cx),
             Self::Shared(shared) => shared.compress(layer, original, &tokens, cx),
@@ -218,13 +269,11 @@ impl Compressor {
 
     fn each(
         &self,
-        decomposer: &dyn Decomposer,
-        mut layer: MergedLayer,
-        original: &[f64],
-        tokens: &Tokens<'_>,
+        layer: &MergedLayer,
         ranks: Option<&Ranks>,
+        of: &Decompose<'_>,
         cx: &Context,
-    ) -> Result<(MergedLayer, CompressionReport)> {
+    ) -> Result<(Vec<Done>, usize)> {
         let (view, groups) = (layer.experts[0].view(), layer.experts.len());
         let (gated, dim) = (view.gate.is_some(), view.up.weight.dim());
         let planned = self.factoring(layer.id, groups, gated, dim, ranks)?;
@@ -233,27 +282,41 @@ impl Compressor {
         let inner = cx.per_task();
         let done = par::map(jobs.len(), |i| {
             let (e, role) = jobs[i];
-            let expert = &layer.experts[e];
+            let view = layer.experts[e].view();
+            let weight = view.linear(role).unwrap_or(view.up).weight;
             let kept = planned.as_ref().and_then(|p| p.experts().get(e)?.get(i % roles)).copied();
-            let of_one = || {
-                let Some(Kept::Factors { budget, .. }) = kept else {
-                    return stays(expert, role, &inner);
-                };
-                let moments = tokens.moments(e, expert, role, &inner)?;
-                one(decomposer, expert, role, moments.as_ref(), &budget, &inner)
+            let of_one = || match kept {
+                Some(Kept::Factors { budget, .. }) => {
+                    factored(weight, of(e, role, weight, &budget, &inner)?, &inner)
+                }
+                _ => stays(weight, &inner),
             };
             of_one().in_expert(e)
         })?;
-        let told: Vec<Ranked> = done.iter().map(|d| d.ranks).collect();
-        let report = describe(&layer, original, &told);
-        let (weights, factors): (Vec<_>, Vec<_>) =
-            done.into_iter().map(|d| (d.weight, d.factored)).unzip();
-        let mut factors = factors.into_iter();
-        let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
-        layer.factors = Some(layer.experts.iter().map(of_one).collect());
-        layer.experts = with_all_weights(std::mem::take(&mut layer.experts), weights)?;
-        Ok((layer, report))
+        Ok((done, roles))
     }
+}
+
+/// How matrix `role` of expert `e` is decomposed.
+type Decompose<'a> =
+    dyn Fn(usize, Role, ArrayView2<'_, f32>, &RankBudget, &Context) -> Result<Factored> + Sync + 'a;
+
+/// The layer with `roles` matrices an expert replaced.
+fn replace(
+    mut layer: MergedLayer,
+    original: &[f64],
+    done: Vec<Done>,
+    roles: usize,
+) -> Result<(MergedLayer, CompressionReport)> {
+    let told: Vec<Ranked> = done.iter().map(|d| d.ranks).collect();
+    let report = describe(&layer, original, &told);
+    let (weights, factors): (Vec<_>, Vec<_>) =
+        done.into_iter().map(|d| (d.weight, d.factored)).unzip();
+    let mut factors = factors.into_iter();
+    let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
+    layer.factors = Some(layer.experts.iter().map(of_one).collect());
+    layer.experts = with_all_weights(std::mem::take(&mut layer.experts), weights)?;
+    Ok((layer, report))
 }
 
 /// Experts with their matrices replaced, in the order of [`matrices`], where there are any.
@@ -265,17 +328,7 @@ pub(super) fn with_all_weights(
     experts.into_iter().map(|expert| with_weights(expert, &mut weights)).collect()
 }
 
-fn one(
-    decomposer: &dyn Decomposer,
-    expert: &Expert,
-    role: Role,
-    moments: Option<&Moments>,
-    budget: &RankBudget,
-    cx: &Context,
-) -> Result<Done> {
-    let view = expert.view();
-    let weight = view.linear(role).unwrap_or(view.up).weight;
-    let factored = decomposer.decompose(weight, moments, budget, cx)?;
+fn factored(weight: ArrayView2<'_, f32>, factored: Factored, cx: &Context) -> Result<Done> {
     let product = factored.to_dense(cx.compute())?;
     let (dense, parameters) = (weight.len(), factored.parameters());
     let (merged, compressed) = (stable_rank(weight, cx)?, stable_rank(product.view(), cx)?);
@@ -284,9 +337,7 @@ fn one(
 }
 
 /// A matrix that stays dense.
-fn stays(expert: &Expert, role: Role, cx: &Context) -> Result<Done> {
-    let view = expert.view();
-    let weight = view.linear(role).unwrap_or(view.up).weight;
+fn stays(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Done> {
     let (rank, dense) = (stable_rank(weight, cx)?, weight.len());
     let ranks = Ranked { dense, parameters: dense, merged: rank, compressed: rank };
     Ok(Done { weight: None, factored: None, ranks })

@@ -34,6 +34,18 @@ pub enum CompressChoice {
         #[serde(default)]
         structure: Structure,
     },
+    /// The same, with the rows of largest `|S ⊙ ∇S|`; needs gradients in the statistics.
+    LowRankSensitive {
+        /// `r`.
+        #[serde(default = "paper_rank")]
+        rank: usize,
+        /// Share of rows, in (0, 1].
+        #[serde(default = "tenth")]
+        rows: f64,
+        /// Rows or columns.
+        #[serde(default)]
+        structure: Structure,
+    },
     /// Truncated SVD.
     Svd {
         /// `r`.
@@ -134,6 +146,10 @@ impl CompressChoice {
             Self::LowRankSparse { rank, rows, score, structure } => {
                 let method = LowRankSparse { score, structure, ..LowRankSparse::default() };
                 b.compressor(method, budget(rank, Some(rows), structure)?)
+            }
+            Self::LowRankSensitive { rank, rows, structure } => {
+                let method = LowRankSparse { structure, ..LowRankSparse::default() };
+                b.sensitive(method, budget(rank, Some(rows), structure)?)
             }
             Self::Svd { rank } => {
                 b.compressor(TruncatedSvd::default(), budget(rank, None, Structure::Rows)?)

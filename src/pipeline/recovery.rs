@@ -7,7 +7,7 @@
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::builder::Pipeline;
-use super::compress::Ranks;
+use super::compress::{Given, Ranks};
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::pass::{Block, Pass};
@@ -155,7 +155,8 @@ impl Pipeline {
             }
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
-                let done = compressor.compress(merged, &ranks, seen, narrowed, kept, &self.cx)?;
+                let given = Given { inputs: seen, narrowed, ranks: kept, ..Given::default() };
+                let done = compressor.compress(merged, &ranks, given, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
             }
             let error = task.error(&merged, &self.cx)?;
