@@ -354,8 +354,10 @@ fn a_size_that_is_not_the_experts_alone_is_refused() {
     };
     let moe = format!("\"moe_intermediate_size\": {F}");
     assert_eq!(refusal(&|t| set(t, moe.clone())), None);
-    let shared = refusal(&|t| set(t, format!("{moe},\n  \"n_shared_experts\": 1"))).unwrap();
-    assert!(shared.contains("of other layers too"), "{shared}");
+    for key in ["n_shared_experts", "moe_num_shared_experts"] {
+        let shared = refusal(&|t| set(t, format!("{moe},\n  \"{key}\": 1"))).unwrap();
+        assert!(shared.contains("of other layers too"), "{shared}");
+    }
     let dense = refusal(&|t| {
         t.config = t.config.replace("num_hidden_layers\": 2", "num_hidden_layers\": 3");
         set(t, format!("\"intermediate_size\": {F}"));

@@ -11,6 +11,10 @@ use crate::error::Result;
 /// What native folders call their architecture, so that no runtime takes them for the original.
 const ARCHITECTURE: &str = r#"["McsmoeModel"]"#;
 
+/// The spellings of the number of shared experts, as wide as the routed ones.
+const SHARED: [&str; 4] =
+    ["n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"];
+
 /// The text of the target's config; `experts` is the stock export's number of experts.
 pub(super) fn config(
     source: &Checkpoint,
@@ -61,7 +65,7 @@ pub(super) fn config(
 pub(super) fn width_key(source: &Checkpoint) -> Result<&'static str> {
     let config = source.config();
     let width = source.layers().first().map_or(0, |layer| layer.d_ff);
-    let count = |key| Ok::<_, crate::Error>(config.integer(key)?.unwrap_or(0));
+    let count = |key: &str| Ok::<_, crate::Error>(config.integer(key)?.unwrap_or(0));
     let layers =
         count("num_hidden_layers")?.max(count("num_layers")? + count("num_decoder_layers")?);
     let dense = layers > source.layers().len();
@@ -69,10 +73,12 @@ pub(super) fn width_key(source: &Checkpoint) -> Result<&'static str> {
         mismatch(key, "the size of routed experts alone, to reduce it", "one of other layers too")
     };
     if config.integer("moe_intermediate_size")? == Some(width) {
-        return match count("n_shared_experts")? {
-            0 => Ok("moe_intermediate_size"),
-            _ => Err(refuse("moe_intermediate_size")),
-        };
+        let mut shared = 0;
+        for key in SHARED {
+            shared += count(key)?;
+        }
+        let key = "moe_intermediate_size";
+        return if shared > 0 { Err(refuse(key)) } else { Ok(key) };
     }
     for key in ["intermediate_size", "d_ff"] {
         if config.integer(key)? == Some(width) {

@@ -17,7 +17,8 @@ use crate::stage::{Context, Kept, RankBudget};
 /// each projection gets a low rank for the other units, fitted by [`Complement`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Neurons {
-    /// Share of the hidden units that stay, in (0, 1], rounded up to whole ones.
+    /// Share of the hidden units that stay, in (0, 1], rounded up to whole ones; with `rank` 0 to a
+    /// multiple of 8, or all.
     pub keep: f64,
     /// Rank of what stands for the others; 0 for nothing.
     pub rank: usize,
@@ -33,12 +34,15 @@ struct Done {
 }
 
 impl Neurons {
-    /// How many of `d_ff` hidden units stay.
+    /// How many of `d_ff` hidden units stay; see [`keep`](Self::keep).
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside (0, 1].
     pub fn count(&self, d_ff: usize) -> Result<usize> {
-        Ok(RankBudget::rank(self.rank).with_share(d_ff, self.keep)?.rows)
+        /// Runtimes multiply by rows of whole vectors of 16 bytes; transformers refuses others.
+        const UNITS: usize = 8;
+        let share = RankBudget::rank(self.rank).with_share(d_ff, self.keep)?.rows;
+        Ok(if self.rank == 0 { share.next_multiple_of(UNITS).min(d_ff) } else { share })
     }
 
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
