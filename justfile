@@ -27,6 +27,10 @@ test:
 examples:
     .ci/run examples
 
+# The same laws on LAPACK; installs OpenBLAS if it is missing.
+lapack:
+    .ci/run lapack
+
 # Compiles the benches without running them.
 bench-build:
     .ci/run bench

@@ -1,12 +1,13 @@
 //! Factorisations of the shapes that experts have.
 //!
-//! Ids are `linalg/{method}/{m}x{n}[/{rank}]`. Full decompositions run on one thread;
+//! Ids are `linalg/{method}/{m}x{n}[/{rank}]`, and with the feature `lapack` the same below
+//! `lapack/`. Full decompositions run on one thread, LAPACK's with `OPENBLAS_NUM_THREADS=1`;
 //! `tools/bench_svd.py` compares the same shapes with torch, whose matrices it shares.
 
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use mcsmoe::linalg::{Cpu, Randomized, SvdMethod, svd, truncated_svd};
+use mcsmoe::linalg::{Compute, Cpu, Factorise, PureRust, Randomized, SvdMethod, truncated_svd};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -18,12 +19,25 @@ fn flat(m: usize, n: usize) -> Array2<f32> {
 }
 
 fn decompositions(c: &mut Criterion) {
-    let a = flat(2048, 768);
-    c.bench_function("linalg/svd/2048x768", |b| b.iter(|| svd(a.view())));
+    backend(c, "linalg", &PureRust);
+    #[cfg(feature = "lapack")]
+    backend(c, "lapack", &mcsmoe::linalg::Lapack);
+}
+
+fn backend(c: &mut Criterion, name: &str, factorise: &dyn Factorise) {
+    let (a, cpu) = (flat(2048, 768), Cpu::new());
+    let mut gram = Array2::zeros((768, 768));
+    cpu.add_gram(a.view(), &mut gram).expect("the shapes fit");
+    c.bench_function(&format!("{name}/svd/2048x768"), |b| b.iter(|| factorise.svd(a.view())));
+    c.bench_function(&format!("{name}/eigh/768x768"), |b| b.iter(|| factorise.eigh(gram.view())));
+    let run = || factorise.cholesky(gram.view());
+    c.bench_function(&format!("{name}/cholesky/768x768"), |b| b.iter(run));
+    let thin = flat(2048, 128);
+    c.bench_function(&format!("{name}/qr/2048x128"), |b| b.iter(|| factorise.qr(thin.view())));
     let randomized = SvdMethod::Randomized(Randomized::default());
-    for (name, method) in [("gram", SvdMethod::Gram), ("randomized", randomized)] {
-        let run = || truncated_svd(a.view(), 64, method, 0, &Cpu::new());
-        c.bench_function(&format!("linalg/{name}/2048x768/64"), |b| b.iter(run));
+    for (way, method) in [("gram", SvdMethod::Gram), ("randomized", randomized)] {
+        let run = || truncated_svd(a.view(), 64, method, 0, &cpu, factorise);
+        c.bench_function(&format!("{name}/{way}/2048x768/64"), |b| b.iter(run));
     }
 }
 

@@ -79,7 +79,7 @@ fn bundled() -> Outcome {
     Ok(())
 }
 
-/// A stock and a native folder in `target`.
+/// A stock and a native folder in `target`; a native one alone where it is the factors that count.
 fn both(target: &Path, keep: usize, preset: &str) -> Outcome<Vec<(PathBuf, Recipe)>> {
     std::fs::create_dir_all(target)?;
     let folders = [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)];
@@ -87,7 +87,8 @@ fn both(target: &Path, keep: usize, preset: &str) -> Outcome<Vec<(PathBuf, Recip
         let recipe = Recipe::preset(preset, Keep::Experts(keep))?.export(export);
         Ok((target.join(name), recipe))
     };
-    folders.into_iter().map(run).collect()
+    let native_only = preset == "mc-smoe-budget";
+    folders.into_iter().filter(|(name, _)| !native_only || *name == "native").map(run).collect()
 }
 
 /// Writes every folder, and returns the perplexities of the model and of each.

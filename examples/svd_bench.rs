@@ -7,7 +7,7 @@ use std::error::Error;
 use std::io::Write;
 use std::time::Instant;
 
-use mcsmoe::linalg::{Cpu, Randomized, SvdMethod, truncated_svd};
+use mcsmoe::linalg::{Cpu, PureRust, Randomized, SvdMethod, truncated_svd};
 use ndarray::Array2;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (mut best, mut residual) = (f64::INFINITY, 0.0);
     for _ in 0..repeats.parse::<usize>()? {
         let start = Instant::now();
-        let svd = truncated_svd(a.view(), rank, method, 0, &Cpu::new())?;
+        let svd = truncated_svd(a.view(), rank, method, 0, &Cpu::new(), &PureRust)?;
         best = best.min(start.elapsed().as_secs_f64());
         let error = &a - &svd.product(&Cpu::new())?;
         residual = error.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>().sqrt();

@@ -9,9 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use checkpoints::{D, F, N, Raw, Tiny};
-use mcsmoe::checkpoint::{Checkpoint, Export, Factoring, WritePlan, Writer, Written};
+use mcsmoe::checkpoint::{Checkpoint, Export, Factoring, LayerInfo, WritePlan, Writer, Written};
 use mcsmoe::model::{Expert, Factored, Grouping, LayerId, MergedLayer, RoutingRule, Structure};
-use mcsmoe::stage::RankBudget;
+use mcsmoe::stage::{Kept, RankBudget};
 use mcsmoe::{Error, ErrorKind, Result};
 use ndarray::ArrayView2;
 use safetensors::Dtype;
@@ -236,22 +236,29 @@ fn plan_of(source: &Checkpoint) -> WritePlan {
 }
 
 /// Every row kept and a rank of 0: factors that are exact in every data type.
-fn all_rows(expert: &Expert) -> Vec<Factored> {
+fn all_rows(expert: &Expert) -> Vec<Option<Factored>> {
     let whole = |weight: ArrayView2<'_, f32>| {
         let index = (0..weight.nrows() as u32).collect();
-        Factored::sparse(weight.dim(), Structure::Rows, index, weight.to_owned()).unwrap()
+        Some(Factored::sparse(weight.dim(), Structure::Rows, index, weight.to_owned()).unwrap())
     };
     expert.view().linears().map(|(_, linear)| whole(linear.weight)).collect()
 }
 
 #[test]
 fn native_folders_hold_factors_where_projections_have_tensors_of_their_own() {
-    let rows = |rows| RankBudget { rank: 1, rows };
-    let factoring = Factoring { hidden: rows(F), down: rows(D) };
+    let rows = |rows| {
+        let (budget, structure) = (RankBudget { rank: 1, rows }, Structure::Rows);
+        Kept::Factors { budget, structure }
+    };
+    let factoring = |l: &LayerInfo| {
+        let mut expert = vec![rows(F); 1 + usize::from(l.gated)];
+        expert.push(rows(D));
+        Factoring::new(vec![expert; 2])
+    };
     for (layout, tiny) in checkpoints::all() {
         let (root, dir) = written(&tiny);
         let source = Checkpoint::open(&dir).unwrap();
-        let factored = source.layers().iter().map(|l| (l.id, factoring)).collect();
+        let factored = source.layers().iter().map(|l| (l.id, factoring(l))).collect();
         let plan = WritePlan { export: Export::Native, factored, ..plan_of(&source) };
         let plan = WritePlan { shard_bytes: 700, ..plan };
         let target = root.path().join("target");
@@ -297,6 +304,74 @@ fn expanded_folders_repeat_each_group() {
                 assert_eq!(big.read_expert(info.id, i).unwrap(), expected);
             }
         }
+    }
+}
+
+#[test]
+fn experts_of_a_smaller_size_are_written_where_a_runtime_can_know_it() {
+    let width = |key: &str| format!("\n  \"{key}\": {F},\n  \"odd\"");
+    for (layout, mut tiny) in checkpoints::all() {
+        tiny.config = tiny.config.replace("\n  \"odd\"", &width("intermediate_size"));
+        let (root, dir) = written(&tiny);
+        let source = Checkpoint::open(&dir).unwrap();
+        let plan = WritePlan { d_ff: Some(F - 1), ..plan_of(&source) };
+        let plan = WritePlan { export: Export::Native, ..plan };
+        let target = root.path().join("target");
+        if !source.can_hold_factors() {
+            let error = Writer::create(&source, &target, &plan).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{layout}: {error}");
+            continue;
+        }
+        let mut writer = Writer::create(&source, &target, &plan).unwrap();
+        for layer in source.layers() {
+            let mut merged = keep_dominants(&source, &plan, layer.id);
+            let kept: Vec<u32> = (0..F as u32 - 1).collect();
+            let small =
+                |e: &mcsmoe::model::Expert| mcsmoe::decompose::reduced(&e.view(), &kept).unwrap();
+            merged.experts = merged.experts.iter().map(small).collect();
+            writer.layer(&merged).unwrap();
+        }
+        writer.finish(&Value::Null).unwrap();
+        let small = Checkpoint::open(&target).unwrap();
+        assert!(small.layers().iter().all(|l| l.d_ff == F - 1), "{layout}");
+        assert_eq!(small.config().integer("intermediate_size").unwrap(), Some(F - 1));
+    }
+}
+
+#[test]
+fn a_size_that_is_not_the_experts_alone_is_refused() {
+    let refusal = |change: &dyn Fn(&mut Tiny)| {
+        let mut tiny = checkpoints::qwen();
+        change(&mut tiny);
+        let (root, dir) = written(&tiny);
+        let source = Checkpoint::open(&dir).unwrap();
+        let plan = WritePlan { d_ff: Some(F - 1), ..plan_of(&source) };
+        let created = Writer::create(&source, &root.path().join("target"), &plan);
+        created.err().map(|error| error.to_string())
+    };
+    let set = |t: &mut Tiny, line: String| {
+        t.config = t.config.replace("\n  \"odd\"", &format!("\n  {line},\n  \"odd\""));
+    };
+    let moe = format!("\"moe_intermediate_size\": {F}");
+    assert_eq!(refusal(&|t| set(t, moe.clone())), None);
+    for key in ["n_shared_experts", "moe_num_shared_experts"] {
+        let shared = refusal(&|t| set(t, format!("{moe},\n  \"{key}\": 1"))).unwrap();
+        assert!(shared.contains("of other layers too"), "{shared}");
+    }
+    let dense = refusal(&|t| {
+        t.config = t.config.replace("num_hidden_layers\": 2", "num_hidden_layers\": 3");
+        set(t, format!("\"intermediate_size\": {F}"));
+    });
+    assert!(dense.unwrap().contains("of other layers too"));
+    assert!(refusal(&|_| {}).unwrap().contains("moe_intermediate_size"));
+    let mut tiny = checkpoints::qwen();
+    set(&mut tiny, moe);
+    let (root, dir) = written(&tiny);
+    let source = Checkpoint::open(&dir).unwrap();
+    for bad in [0, F + 1] {
+        let plan = WritePlan { d_ff: Some(bad), ..plan_of(&source) };
+        let error = Writer::create(&source, &root.path().join("target"), &plan).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");
     }
 }
 

@@ -10,7 +10,7 @@ use mcsmoe::calibrate::write_stats;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::decompose::LineScore;
 use mcsmoe::linalg::singular_values;
-use mcsmoe::model::{Expert, LayerId, Role, RoutingStats};
+use mcsmoe::model::{Expert, LayerId, Role, RoutingStats, Structure};
 use mcsmoe::pipeline::{
     Calibration, CompressChoice, EvaluateOptions, ExportChoice, Keep, LayerReport, Observer,
     Output, Recipe, Report, Silent, Tokens, evaluate, merge_then_compress,
@@ -109,7 +109,11 @@ fn a_native_folder_holds_the_factors() {
     ] {
         let compress = match choice {
             "svd" => svd(8),
-            "sparse" => Some(CompressChoice::Sparse { rows: 0.5, score: MAGNITUDE }),
+            "sparse" => Some(CompressChoice::Sparse {
+                rows: 0.5,
+                score: MAGNITUDE,
+                structure: Structure::Rows,
+            }),
             _ => Recipe::preset("mc-smoe", Keep::Experts(4)).unwrap().compress,
         };
         let (native, expanded) = (dir.path().join(name), dir.path().join(format!("{name}-e")));
@@ -188,19 +192,22 @@ fn an_interrupted_compression_goes_on_to_the_same_bytes() {
     }
     let dir = tempfile::tempdir().unwrap();
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
-    let recipe = Recipe::preset("mc-smoe", Keep::Experts(4)).unwrap();
-    let stats = Calibration::from(fixture("mixtral-8e.stats.safetensors"));
-    let go = |name: &str, observer: &(dyn Observer + std::panic::RefUnwindSafe)| {
-        let output = Output::new(ExportChoice::Native).resuming();
-        let target = dir.path().join(name);
-        let pipeline = recipe.builder().unwrap().build().unwrap();
-        let run = || pipeline.run_calibrated(&source, &stats, &target, &output, observer);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
-    };
-    let whole = go("whole", &Silent).unwrap().unwrap();
-    assert!(go("cut", &Stop).is_err());
-    assert_eq!(go("cut", &Silent).unwrap().unwrap(), whole);
-    assert!(contents(&dir.path().join("cut")) == contents(&dir.path().join("whole")));
+    for preset in ["mc-smoe", "mc-smoe-budget"] {
+        let recipe = Recipe::preset(preset, Keep::Experts(4)).unwrap();
+        let stats = Calibration::from(fixture("mixtral-8e.stats.safetensors"));
+        let go = |name: &str, observer: &(dyn Observer + std::panic::RefUnwindSafe)| {
+            let output = Output::new(ExportChoice::Native).resuming();
+            let target = dir.path().join(format!("{preset}-{name}"));
+            let pipeline = recipe.builder().unwrap().build().unwrap();
+            let run = || pipeline.run_calibrated(&source, &stats, &target, &output, observer);
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+        };
+        let whole = go("whole", &Silent).unwrap().unwrap();
+        assert!(go("cut", &Stop).is_err());
+        assert_eq!(go("cut", &Silent).unwrap().unwrap(), whole);
+        let read = |name: &str| contents(&dir.path().join(format!("{preset}-{name}")));
+        assert!(read("cut") == read("whole"));
+    }
 }
 
 #[test]
@@ -231,11 +238,16 @@ fn a_full_budget_changes_nothing() {
     run(&recipe(None, Keep::Experts(3), ExportChoice::Stock), &plain).unwrap();
     let expected = matrices(&plain);
     for (i, full) in [
-        CompressChoice::LowRankSparse { rank: 4, rows: 1.0, score: MAGNITUDE },
+        CompressChoice::LowRankSparse {
+            rank: 4,
+            rows: 1.0,
+            score: MAGNITUDE,
+            structure: Structure::Rows,
+        },
         CompressChoice::Svd { rank: 128 },
         CompressChoice::WhitenedSvd { rank: 128 },
-        CompressChoice::Sparse { rows: 1.0, score: MAGNITUDE },
-        CompressChoice::Complement { rank: 64, rows: 0.75 },
+        CompressChoice::Sparse { rows: 1.0, score: MAGNITUDE, structure: Structure::Rows },
+        CompressChoice::Complement { rank: 64, rows: 0.75, structure: Structure::Rows },
     ]
     .into_iter()
     .enumerate()
@@ -261,9 +273,17 @@ fn moments_of_the_routed_tokens_lower_the_error() {
     let plain = error("svd", CompressChoice::Svd { rank: 16 });
     let white = error("white", CompressChoice::WhitenedSvd { rank: 16 });
     assert!(white < plain, "{white} {plain}");
-    let paper = CompressChoice::LowRankSparse { rank: 16, rows: 0.1, score: MAGNITUDE };
+    let paper = CompressChoice::LowRankSparse {
+        rank: 16,
+        rows: 0.1,
+        score: MAGNITUDE,
+        structure: Structure::Rows,
+    };
     let paper = error("paper", paper);
-    let ours = error("ours", CompressChoice::Complement { rank: 16, rows: 0.1 });
+    let ours = error(
+        "ours",
+        CompressChoice::Complement { rank: 16, rows: 0.1, structure: Structure::Rows },
+    );
     assert!(ours < paper, "{ours} {paper}");
 }
 
@@ -289,7 +309,7 @@ fn along_the_text_compression_follows_recovery() {
 #[test]
 fn the_same_bytes_at_one_and_two_threads() {
     let dir = tempfile::tempdir().unwrap();
-    let complement = CompressChoice::Complement { rank: 12, rows: 0.1 };
+    let complement = CompressChoice::Complement { rank: 12, rows: 0.1, structure: Structure::Rows };
     let recipe = recipe(Some(complement), Keep::Experts(4), ExportChoice::Native);
     let of = |threads: usize| {
         let target = dir.path().join(threads.to_string());
@@ -314,7 +334,14 @@ fn bad_budgets_are_refused_before_anything_is_read() {
         }
         fs::write(source.join(name), bytes).unwrap();
     }
-    let lrs = |rank, rows| Some(CompressChoice::LowRankSparse { rank, rows, score: MAGNITUDE });
+    let lrs = |rank, rows| {
+        Some(CompressChoice::LowRankSparse {
+            rank,
+            rows,
+            score: MAGNITUDE,
+            structure: Structure::Rows,
+        })
+    };
     for (compress, names) in [
         (svd(0), "rank of a compression: expected 1 or more"),
         (svd(129), "layers.0: rank: expected at most 128"),
@@ -323,7 +350,14 @@ fn bad_budgets_are_refused_before_anything_is_read() {
         (lrs(8, 1.5), "share of kept rows"),
         (lrs(8, -0.5), "share of kept rows"),
         (lrs(8, f64::NAN), "share of kept rows"),
-        (Some(CompressChoice::Sparse { rows: 2.0, score: MAGNITUDE }), "share of kept rows"),
+        (
+            Some(CompressChoice::Sparse {
+                rows: 2.0,
+                score: MAGNITUDE,
+                structure: Structure::Rows,
+            }),
+            "share of kept rows",
+        ),
     ] {
         let recipe = recipe(compress, Keep::Experts(4), ExportChoice::Native);
         let stats = fixture("mixtral-8e.stats.safetensors");
@@ -348,7 +382,9 @@ fn bad_budgets_are_refused_before_anything_is_read() {
     assert!(!target.exists());
     // Without them, the complement goes by magnitude. No stage sees a layer whole, and yet the
     // group-by-group path, which cannot compress, is not taken.
-    let report = with(CompressChoice::Complement { rank: 8, rows: 0.1 }).unwrap();
+    let report =
+        with(CompressChoice::Complement { rank: 8, rows: 0.1, structure: Structure::Rows })
+            .unwrap();
     assert!(report.compression.is_some() && report.layers[0].output_error.is_none());
 }
 
@@ -357,7 +393,10 @@ fn recipes_name_it() {
     let text = "preset = 'm-smoe'\nexport = 'stock'\nkeep = { experts = 4 }\n";
     let with = |line: &str| Recipe::from_toml(&format!("{text}{line}"));
     let found = with("compress = { method = 'complement', rank = 8 }").unwrap();
-    assert_eq!(found.compress, Some(CompressChoice::Complement { rank: 8, rows: 0.1 }));
+    assert_eq!(
+        found.compress,
+        Some(CompressChoice::Complement { rank: 8, rows: 0.1, structure: Structure::Rows })
+    );
     let paper = with("compress = { method = 'low-rank-sparse' }").unwrap();
     let preset = Recipe::preset("mc-smoe", Keep::Experts(4)).unwrap();
     assert_eq!(paper.compress, preset.compress);

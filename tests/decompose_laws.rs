@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
+#[allow(dead_code)]
+mod backends;
+
+use backends::contexts;
 use mcsmoe::decompose::platon::{ScoredLines, surviving_lines};
 use mcsmoe::decompose::ranks::{Allocation, Spectrum, allocate, by_energy, by_ratio};
 use mcsmoe::decompose::{
@@ -86,95 +90,105 @@ proptest! {
     fn truncated_svd_meets_eckart_and_young_with_equality(case in cases()) {
         let rank = case.budget.rank.max(1);
         let sigma = singular_values(case.w.view()).unwrap();
-        for svd in [SvdMethod::Full, SvdMethod::Gram, SvdMethod::Auto] {
-            let found = TruncatedSvd { svd }
-                .decompose(case.w.view(), None, &RankBudget::rank(rank), &Context::cpu(1))
-                .unwrap();
-            let (error, best) = (weight_error(&case, &found), energy(&sigma[rank..]));
-            prop_assert!((error - best).abs() <= 1e-5 * energy(&sigma), "{error} {best}");
+        for cx in contexts(1) {
+            for svd in [SvdMethod::Full, SvdMethod::Gram, SvdMethod::Auto] {
+                let found = TruncatedSvd { svd }
+                    .decompose(case.w.view(), None, &RankBudget::rank(rank), &cx)
+                    .unwrap();
+                let (error, best) = (weight_error(&case, &found), energy(&sigma[rank..]));
+                prop_assert!((error - best).abs() <= 1e-5 * energy(&sigma), "{error} {best}");
+            }
         }
     }
 
     #[test]
     fn whitened_svd_meets_its_identity_and_beats_the_plain_one(case in cases()) {
-        let (budget, cx) = (RankBudget::rank(case.budget.rank.max(1)), Context::cpu(1));
-        let how = Whitened { damping: 1e-6, svd: SvdMethod::Full };
-        let found = how.decompose(case.w.view(), Some(&case.moments), &budget, &cx).unwrap();
-        let whitening = Whitening::new(&case.moments, how.damping).unwrap();
-        prop_assert_eq!(whitening.damping(), how.damping);
-        let white = whitening.apply(case.w.view(), &Cpu::new()).unwrap();
-        let sigma = singular_values(white.view()).unwrap();
-        let gap = &case.w - &dense(&found);
-        let error = squared(whitening.apply(gap.view(), &Cpu::new()).unwrap().view());
-        let (best, all) = (energy(&sigma[budget.rank..]), energy(&sigma));
-        prop_assert!((error - best).abs() <= 1e-4 * best + 1e-6 * all, "{error} {best} {all}");
-        // The damping counts for the rest.
-        let plain = TruncatedSvd { svd: SvdMethod::Full };
-        let plain = plain.decompose(case.w.view(), None, &budget, &cx).unwrap();
-        let (ours, theirs) = (output_error(&case, &found), output_error(&case, &plain));
-        prop_assert!(ours <= theirs * (1.0 + 1e-3) + 1e-5 * all, "{ours} {theirs}");
+        for cx in contexts(1) {
+            let budget = RankBudget::rank(case.budget.rank.max(1));
+            let how = Whitened { damping: 1e-6, svd: SvdMethod::Full };
+            let found = how.decompose(case.w.view(), Some(&case.moments), &budget, &cx).unwrap();
+            let whitening = Whitening::new(&case.moments, how.damping, &cx).unwrap();
+            prop_assert_eq!(whitening.damping(), how.damping);
+            let white = whitening.apply(case.w.view(), &cx).unwrap();
+            let sigma = singular_values(white.view()).unwrap();
+            let gap = &case.w - &dense(&found);
+            let error = squared(whitening.apply(gap.view(), &cx).unwrap().view());
+            let (best, all) = (energy(&sigma[budget.rank..]), energy(&sigma));
+            prop_assert!((error - best).abs() <= 1e-4 * best + 1e-6 * all, "{error} {best} {all}");
+            // The damping counts for the rest.
+            let plain = TruncatedSvd { svd: SvdMethod::Full };
+            let plain = plain.decompose(case.w.view(), None, &budget, &cx).unwrap();
+            let (ours, theirs) = (output_error(&case, &found), output_error(&case, &plain));
+            prop_assert!(ours <= theirs * (1.0 + 1e-3) + 1e-5 * all, "{ours} {theirs}");
+        }
     }
 
     #[test]
     fn all_lines_kept_or_full_rank_give_the_matrix_back(case in cases()) {
-        let (m, n) = case.w.dim();
-        let all = RankBudget { rank: case.budget.rank, rows: case.structure.lines((m, n)) };
-        let full = RankBudget::rank(m.min(n));
-        let (structure, cx) = (case.structure, Context::cpu(1));
-        let reference = LowRankSparse { structure, ..LowRankSparse::default() };
-        let complement = Complement { structure, ..Complement::default() };
-        let stages: [&dyn Decomposer; 2] = [&reference, &complement];
-        for stage in stages {
-            for budget in [all, full] {
-                for moments in [None, Some(&case.moments)] {
-                    let found = stage.decompose(case.w.view(), moments, &budget, &cx).unwrap();
-                    let gap = (&case.w - &dense(&found)).mapv(f32::abs);
-                    // Whitening divides by the small singular values of the moments again.
-                    let tolerance = if moments.is_some() { 1e-3 } else { 1e-5 };
-                    prop_assert!(gap.iter().all(|&g| g <= tolerance), "{} {gap}", stage.name());
+        for cx in contexts(1) {
+            let (m, n) = case.w.dim();
+            let all = RankBudget { rank: case.budget.rank, rows: case.structure.lines((m, n)) };
+            let full = RankBudget::rank(m.min(n));
+            let structure = case.structure;
+            let reference = LowRankSparse { structure, ..LowRankSparse::default() };
+            let complement = Complement { structure, ..Complement::default() };
+            let stages: [&dyn Decomposer; 2] = [&reference, &complement];
+            for stage in stages {
+                for budget in [all, full] {
+                    for moments in [None, Some(&case.moments)] {
+                        let found = stage.decompose(case.w.view(), moments, &budget, &cx).unwrap();
+                        let gap = (&case.w - &dense(&found)).mapv(f32::abs);
+                        // Whitening divides by the small singular values of the moments again.
+                        let tolerance = if moments.is_some() { 1e-3 } else { 1e-5 };
+                        prop_assert!(gap.iter().all(|&g| g <= tolerance), "{} {gap}", stage.name());
+                    }
                 }
             }
+            let sparse = SparseOnly { structure, ..SparseOnly::default() };
+            let found = sparse.decompose(case.w.view(), None, &RankBudget { rank: 0, ..all }, &cx);
+            prop_assert_eq!(&dense(&found.unwrap()), &case.w);
         }
-        let sparse = SparseOnly { structure, ..SparseOnly::default() };
-        let found = sparse.decompose(case.w.view(), None, &RankBudget { rank: 0, ..all }, &cx);
-        prop_assert_eq!(dense(&found.unwrap()), case.w);
     }
 
     #[test]
     fn the_complement_is_never_worse_than_the_reference(case in cases()) {
-        let (structure, svd, cx) = (case.structure, SvdMethod::Full, Context::cpu(1));
-        let complement = Complement { structure, svd, damping: 1e-9, ..Complement::default() };
-        for score in [LineScore::Magnitude, LineScore::Energy] {
-            let reference = LowRankSparse { structure, score, svd };
-            for moments in [None, Some(&case.moments)] {
-                let run = |stage: &dyn Decomposer| {
-                    stage.decompose(case.w.view(), moments, &case.budget, &cx).unwrap()
-                };
-                let (ours, theirs) = (run(&complement), run(&reference));
-                prop_assert!(ours.parameters() <= theirs.parameters());
-                prop_assert_eq!(ours.indices().len(), theirs.indices().len());
-                let error = if moments.is_some() { output_error } else { weight_error };
-                let (ours, theirs) = (error(&case, &ours), error(&case, &theirs));
-                let scale = if moments.is_some() {
-                    squared(case.w.dot(&case.x.t()).view()) / case.x.nrows() as f64
-                } else {
-                    squared(case.w.view())
-                };
-                prop_assert!(ours <= theirs * (1.0 + 1e-4) + 1e-6 * scale, "{ours} {theirs}");
+        for cx in contexts(1) {
+            let (structure, svd) = (case.structure, SvdMethod::Full);
+            let complement = Complement { structure, svd, damping: 1e-9, ..Complement::default() };
+            for score in [LineScore::Magnitude, LineScore::Energy] {
+                let reference = LowRankSparse { structure, score, svd };
+                for moments in [None, Some(&case.moments)] {
+                    let run = |stage: &dyn Decomposer| {
+                        stage.decompose(case.w.view(), moments, &case.budget, &cx).unwrap()
+                    };
+                    let (ours, theirs) = (run(&complement), run(&reference));
+                    prop_assert!(ours.parameters() <= theirs.parameters());
+                    prop_assert_eq!(ours.indices().len(), theirs.indices().len());
+                    let error = if moments.is_some() { output_error } else { weight_error };
+                    let (ours, theirs) = (error(&case, &ours), error(&case, &theirs));
+                    let scale = if moments.is_some() {
+                        squared(case.w.dot(&case.x.t()).view()) / case.x.nrows() as f64
+                    } else {
+                        squared(case.w.view())
+                    };
+                    prop_assert!(ours <= theirs * (1.0 + 1e-4) + 1e-6 * scale, "{ours} {theirs}");
+                }
             }
         }
     }
 
     #[test]
     fn factors_act_as_the_matrix_that_they_multiply_to(case in cases()) {
-        let complement = Complement { structure: case.structure, ..Complement::default() };
-        let found =
-            complement.decompose(case.w.view(), None, &case.budget, &Context::cpu(1)).unwrap();
-        let y = found.forward(case.x.view(), &Cpu::new()).unwrap();
-        let expected = case.x.dot(&dense(&found).t());
-        let largest = expected.iter().fold(1.0f32, |l, x| l.max(x.abs()));
-        prop_assert!((&y - &expected).iter().all(|e| e.abs() <= 1e-5 * largest));
-        prop_assert!(found.parameters() <= case.budget.parameters(case.w.dim(), case.structure));
+        for cx in contexts(1) {
+            let complement = Complement { structure: case.structure, ..Complement::default() };
+            let found =
+                complement.decompose(case.w.view(), None, &case.budget, &cx).unwrap();
+            let y = found.forward(case.x.view(), &Cpu::new()).unwrap();
+            let expected = case.x.dot(&dense(&found).t());
+            let largest = expected.iter().fold(1.0f32, |l, x| l.max(x.abs()));
+            prop_assert!((&y - &expected).iter().all(|e| e.abs() <= 1e-5 * largest));
+            prop_assert!(found.parameters() <= case.budget.parameters(case.w.dim(), case.structure));
+        }
     }
 
     #[test]
@@ -241,8 +255,9 @@ fn run(
     w: &Array2<f32>,
     moments: &Moments,
     budget: RankBudget,
+    cx: &Context,
 ) -> Result<Factored> {
-    stage.decompose(w.view(), Some(moments), &budget, &Context::cpu(1))
+    stage.decompose(w.view(), Some(moments), &budget, cx)
 }
 
 #[test]
@@ -252,21 +267,21 @@ fn bad_input_is_a_typed_error_of_every_decomposer() {
     let (fits, wide) = (fits.unwrap(), wide.unwrap());
     let mut nan = w.clone();
     nan[[2, 1]] = f32::NAN;
-    for stage in all() {
+    for (stage, cx) in all().iter().flat_map(|s| contexts(1).into_iter().map(move |cx| (s, cx))) {
         let ok = match stage.name() {
             "sparse" => RankBudget { rank: 0, rows: 2 },
             _ => RankBudget::rank(2),
         };
-        assert!(run(&stage, &w, &fits, ok).is_ok(), "{}", stage.name());
+        assert!(run(stage, &w, &fits, ok, &cx).is_ok(), "{}", stage.name());
         let neither = RankBudget::rank(0);
         let (deep, tall) = (RankBudget { rank: 5, rows: 1 }, RankBudget { rank: 1, rows: 7 });
         for budget in [neither, deep, tall] {
-            let error = run(&stage, &w, &fits, budget).unwrap_err();
+            let error = run(stage, &w, &fits, budget, &cx).unwrap_err();
             assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");
         }
-        let error = run(&stage, &w, &wide, ok).unwrap_err();
+        let error = run(stage, &w, &wide, ok, &cx).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Shape { .. }), "{error}");
-        let error = run(&stage, &nan, &fits, ok).unwrap_err();
+        let error = run(stage, &nan, &fits, ok, &cx).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::NotFinite { .. }), "{error}");
     }
     let error = Whitened::default()
@@ -281,18 +296,19 @@ fn zero_matrices_and_singular_moments_are_decomposed() {
     let two_tokens = Moments::of(x.view(), &Cpu::new()).unwrap();
     let w = matrix(12, 8, &mut ChaCha8Rng::seed_from_u64(10));
     let zero = Array2::zeros((12, 8));
-    for stage in all() {
+    for (stage, cx) in all().iter().flat_map(|s| contexts(1).into_iter().map(move |cx| (s, cx))) {
         let budget = match stage.name() {
             "sparse" => RankBudget { rank: 0, rows: 2 },
             "svd" | "whitened-svd" => RankBudget::rank(2),
             _ => RankBudget { rank: 2, rows: 2 },
         };
-        let found = run(&stage, &zero, &two_tokens, budget).unwrap();
+        let found = run(stage, &zero, &two_tokens, budget, &cx).unwrap();
         assert_eq!(dense(&found), zero, "{}", stage.name());
-        run(&stage, &w, &two_tokens, budget).unwrap();
+        run(stage, &w, &two_tokens, budget, &cx).unwrap();
     }
     // Inputs in two dimensions: rank 2 is enough for their outputs.
-    let found = run(&Whitened::default(), &w, &two_tokens, RankBudget::rank(2)).unwrap();
+    let found =
+        run(&Whitened::default(), &w, &two_tokens, RankBudget::rank(2), &Context::cpu(1)).unwrap();
     let error = squared((&w - &dense(&found)).dot(&x.t()).view());
     assert!(error <= 1e-4 * squared(w.dot(&x.t()).view()), "{error}");
 }

@@ -72,7 +72,7 @@ impl Encoder {
         layer: LayerId,
         group: usize,
         expert: &Expert,
-        factors: Option<&[Factored]>,
+        factors: Option<&[Option<Factored>]>,
     ) -> Result<Encoded> {
         let (Some(out), Some(grouping)) =
             (self.plan.layers.get(&layer), self.groupings.get(&layer))
@@ -123,7 +123,7 @@ impl Encoder {
         &self,
         to: &[Projection],
         expert: &Expert,
-        factored: Option<&[Factored]>,
+        factored: Option<&[Option<Factored>]>,
     ) -> Result<Vec<Part>> {
         let mut slabs = BTreeMap::new();
         let mut parts = Vec::new();
@@ -142,7 +142,8 @@ impl Encoder {
             }
             if let Some(factors) = factors {
                 let missing = || Error::shape("expert", "factors of every projection", "none");
-                let factored = factored.and_then(|all| all.get(at)).ok_or_else(missing)?;
+                let factored =
+                    factored.and_then(|all| all.get(at)?.as_ref()).ok_or_else(missing)?;
                 parts.extend(self.factors(&factors, factored)?);
             } else {
                 let values = linear.weight.as_standard_layout();

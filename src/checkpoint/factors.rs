@@ -1,6 +1,7 @@
 //! A projection in factors on disk, in native folders: `{weight}.left` `(m, r)`, `{weight}.right`
 //! `(r, n)`, `{weight}.rows` `(k, n)` and `{weight}.row_index` `(k)`, ascending, for
-//! `W = L R + S` with `S` zero but for the rows. Either of `r` and `k` may be 0.
+//! `W = L R + S` with `S` zero but for the rows; `{weight}.columns` `(m, k)` and
+//! `{weight}.column_index` `(k)` instead where columns are kept. Either of `r` and `k` may be 0.
 
 use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
@@ -11,21 +12,33 @@ use super::scan_layer::Piece;
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::linalg::Cpu;
-use crate::model::{Factored, Role, Structure};
-use crate::stage::RankBudget;
+use crate::model::{Factored, Structure};
+use crate::stage::{Kept, RankBudget};
 
-/// What is kept of the matrices of a layer's experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// What is stored of the matrices of a layer's merged experts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Factoring {
-    /// Of gate and up.
-    pub hidden: RankBudget,
-    /// Of down.
-    pub down: RankBudget,
+    experts: Vec<Vec<Kept>>,
 }
 
 impl Factoring {
-    pub(super) fn of(&self, role: Role) -> RankBudget {
-        if role == Role::Down { self.down } else { self.hidden }
+    /// For each expert its matrices: gate (if any), up, down.
+    pub fn new(experts: Vec<Vec<Kept>>) -> Self {
+        Self { experts }
+    }
+
+    /// For each expert its matrices.
+    pub fn experts(&self) -> &[Vec<Kept>] {
+        &self.experts
+    }
+
+    /// The factors of matrix `at` of an expert; `None` when it stays dense.
+    pub(super) fn of(&self, expert: usize, at: usize) -> Option<(RankBudget, Structure)> {
+        match *self.experts.get(expert)?.get(at)? {
+            Kept::Dense => None,
+            Kept::Factors { budget, structure } => Some((budget, structure)),
+        }
     }
 }
 
@@ -35,12 +48,23 @@ pub(super) enum Factor {
     Left,
     Right,
     Rows,
-    Index,
+    RowIndex,
+    Columns,
+    ColumnIndex,
 }
 
 impl Factor {
     /// In the order in which they are written.
-    pub(super) const ALL: [Self; 4] = [Self::Left, Self::Right, Self::Rows, Self::Index];
+    pub(super) const ALL: [Self; 6] =
+        [Self::Left, Self::Right, Self::Rows, Self::RowIndex, Self::Columns, Self::ColumnIndex];
+
+    /// The kept lines of a structure, and their numbers.
+    pub(super) const fn of(structure: Structure) -> [Self; 2] {
+        match structure {
+            Structure::Rows => [Self::Rows, Self::RowIndex],
+            Structure::Columns => [Self::Columns, Self::ColumnIndex],
+        }
+    }
 
     /// What stands behind the weight's name.
     pub(super) const fn suffix(self) -> &'static str {
@@ -48,14 +72,16 @@ impl Factor {
             Self::Left => "left",
             Self::Right => "right",
             Self::Rows => "rows",
-            Self::Index => "row_index",
+            Self::RowIndex => "row_index",
+            Self::Columns => "columns",
+            Self::ColumnIndex => "column_index",
         }
     }
 }
 
-/// Whether a tensor holds the numbers of kept rows, which are no parameters.
+/// Whether a tensor holds the numbers of kept lines, which are no parameters.
 pub(super) fn is_index(name: &str) -> bool {
-    name.ends_with(".weight.row_index")
+    name.ends_with(".weight.row_index") || name.ends_with(".weight.column_index")
 }
 
 /// The tensors of a projection.
@@ -63,24 +89,26 @@ pub(super) fn is_index(name: &str) -> bool {
 pub(super) struct Factors {
     pub(super) left: Piece,
     pub(super) right: Piece,
-    pub(super) rows: Piece,
+    pub(super) structure: Structure,
+    /// The kept lines: `(k, n)` or `(m, k)`.
+    pub(super) lines: Piece,
     /// A row of `k`.
     pub(super) index: Piece,
 }
 
 impl Factors {
     pub(super) fn pieces(&self) -> [Piece; 4] {
-        [self.left, self.right, self.rows, self.index]
+        [self.left, self.right, self.lines, self.index]
     }
 
-    /// Checks shapes and types of four tensors, in the order of [`Factor::ALL`].
-    pub(super) fn scan(store: &Store, tensors: [Option<usize>; 4]) -> Result<Self> {
-        let piece = |at: usize, axes: usize| {
+    /// Checks shapes and types of the tensors, in the order of [`Factor::ALL`].
+    pub(super) fn scan(store: &Store, tensors: [Option<usize>; 6]) -> Result<Self> {
+        let piece = |factor: Factor, axes: usize| {
             let missing = || {
-                let name = Factor::ALL[at].suffix();
+                let name = factor.suffix();
                 malformed("factored projection", format!("there is no `{name}`"))
             };
-            let tensor = tensors[at].ok_or_else(missing)?;
+            let tensor = tensors[factor as usize].ok_or_else(missing)?;
             let (rows, cols) = match (axes, &store.entry(tensor).shape[..]) {
                 (2, &[rows, cols]) => (rows, cols),
                 (1, &[cols]) => (1, cols),
@@ -91,8 +119,15 @@ impl Factors {
             };
             Ok(Piece { tensor, start: 0, rows, cols })
         };
-        let (left, right) = (piece(0, 2)?, piece(1, 2)?);
-        let (rows, index) = (piece(2, 2)?, piece(3, 1)?);
+        let (left, right) = (piece(Factor::Left, 2)?, piece(Factor::Right, 2)?);
+        let held = |by: Structure| Factor::of(by).map(|f| tensors[f as usize].is_some());
+        let structure = match (held(Structure::Rows), held(Structure::Columns)) {
+            (_, [false, false]) => Structure::Rows,
+            ([false, false], _) => Structure::Columns,
+            _ => return Err(malformed("factored projection", "kept rows and kept columns")),
+        };
+        let [lines, index] = Factor::of(structure);
+        let (lines, index) = (piece(lines, 2)?, piece(index, 1)?);
         let fits =
             |piece: Piece, expected: (usize, usize)| match (piece.rows, piece.cols) == expected {
                 true => Ok(()),
@@ -100,42 +135,50 @@ impl Factors {
                     .in_tensor(&store.entry(piece.tensor).name),
             };
         fits(right, (left.cols, right.cols))?;
-        fits(rows, (index.cols, right.cols))?;
+        fits(lines, line_shape(structure, (left.rows, right.cols), index.cols))?;
         let entry = store.entry(index.tensor);
         if entry.dtype.name() != "I32" {
             let (found, supported) = (entry.dtype.name().into(), "I32".into());
-            let what = "data type of row numbers";
+            let what = "data type of the numbers of lines";
             return Err(ErrorKind::Unsupported { what, found, supported }.into())
                 .in_tensor(&entry.name);
         }
-        Ok(Self { left, right, rows, index })
+        Ok(Self { left, right, structure, lines, index })
     }
 
-    /// `L R + S`.
-    pub(super) fn dense(&self, store: &Store) -> Result<Array2<f32>> {
+    /// `L`, `R` and the kept lines.
+    pub(super) fn read(&self, store: &Store) -> Result<Factored> {
         let matrix =
             |piece: Piece| read::matrix((piece.rows, piece.cols), read::values(store, piece)?);
         let four = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         let index = store.bytes(self.index.tensor).chunks_exact(4).map(four).collect();
-        let (left, right, rows) = (matrix(self.left)?, matrix(self.right)?, matrix(self.rows)?);
+        let (left, right, lines) = (matrix(self.left)?, matrix(self.right)?, matrix(self.lines)?);
         let at = &store.entry(self.left.tensor).name;
-        Factored::new(left, right, Structure::Rows, index, rows)
-            .and_then(|factored| factored.to_dense(&Cpu::sequential()))
+        Factored::new(left, right, self.structure, index, lines)
             .in_tensor(at)
             .in_file(store.path(self.left.tensor))
     }
 
-    /// `L` and `R` with zeros up to the planned rank, and the rows; in the order of the pieces.
+    /// `L R + S`.
+    pub(super) fn dense(&self, store: &Store) -> Result<Array2<f32>> {
+        let at = &store.entry(self.left.tensor).name;
+        self.read(store)?
+            .to_dense(&Cpu::sequential())
+            .in_tensor(at)
+            .in_file(store.path(self.left.tensor))
+    }
+
+    /// `L` and `R` with zeros up to the planned rank, and the lines; in the order of the pieces.
     pub(super) fn values(&self, factored: &Factored) -> Result<[Vec<f32>; 3]> {
         let (rank, expected) = (factored.rank(), (self.left.rows, self.right.cols));
         let fits = factored.dim() == expected
             && rank <= self.left.cols
-            && factored.structure() == Structure::Rows
+            && factored.structure() == self.structure
             && factored.indices().len() == self.index.cols;
         if !fits {
             let expected = (expected, self.left.cols, self.index.cols);
             let found = (factored.dim(), rank, factored.indices().len());
-            return Err(Error::shape("factors (shape, rank, rows)", expected, found));
+            return Err(Error::shape("factors (shape, rank, lines)", expected, found));
         }
         let mut left = Array2::zeros((self.left.rows, self.left.cols));
         left.slice_mut(s![.., ..rank]).assign(&factored.left());
@@ -143,5 +186,13 @@ impl Factors {
         right.slice_mut(s![..rank, ..]).assign(&factored.right());
         let flat = |a: Array2<f32>| a.into_iter().collect();
         Ok([flat(left), flat(right), flat(factored.lines().to_owned())])
+    }
+}
+
+/// `(k, n)` or `(m, k)`: the shape of `k` kept lines of an `(m, n)` matrix.
+pub(super) const fn line_shape(by: Structure, (m, n): (usize, usize), k: usize) -> (usize, usize) {
+    match by {
+        Structure::Rows => (k, n),
+        Structure::Columns => (m, k),
     }
 }

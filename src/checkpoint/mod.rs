@@ -43,6 +43,7 @@ mod write_file;
 mod write_finish;
 mod write_layer;
 mod write_plan;
+mod write_size;
 mod write_target;
 
 pub use config::Config;
@@ -50,4 +51,5 @@ pub use encode::{Encoded, Encoder};
 pub use factors::Factoring;
 pub use open::{Checkpoint, LayerInfo};
 pub use write::{Export, WritePlan, Writer, Written};
+pub use write_size::Sizes;
 pub use write_target::Partial;

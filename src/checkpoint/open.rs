@@ -11,7 +11,8 @@ use super::store::Store;
 use super::{read, rule};
 use crate::error::{Error, Locate, Result};
 use crate::model::{
-    Activation, Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingRule,
+    Activation, Expert, FactoredLayer, Grouping, LayerId, MergedLayer, MoeLayer, Router,
+    RoutingRule,
 };
 use crate::par;
 
@@ -28,6 +29,8 @@ pub struct LayerInfo {
     pub d_ff: usize,
     /// How the router chooses.
     pub rule: RoutingRule,
+    /// Whether the experts have a gate.
+    pub gated: bool,
     /// The data type of the experts, by its safetensors name; `MXFP4` for pairs of 4-bit floats.
     pub dtype: String,
     /// Bytes of all experts on disk, their scales included, shared ones excluded.
@@ -151,6 +154,12 @@ impl Checkpoint {
         Ok(&self.layers[self.position(id)?])
     }
 
+    /// Whether a native folder can hold this checkpoint's experts in factors: every projection has
+    /// a tensor of its own.
+    pub fn can_hold_factors(&self) -> bool {
+        self.tensors.iter().flat_map(|l| l.experts.iter().flatten()).all(|p| self.own_tensors(p))
+    }
+
     /// Whether a projection is all of its tensor, as it lies in memory.
     pub(super) fn own_tensors(&self, projection: &Projection) -> bool {
         let shape = &self.store.entry(projection.weight.tensor).shape;
@@ -236,6 +245,24 @@ impl Checkpoint {
         MergedLayer::new(id, self.read_experts(id)?, grouping, self.read_router(id)?, None)
     }
 
+    /// A layer of a native folder whose experts lie in factors, with these; `None` for any other.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_expert`].
+    pub fn read_factored(&self, id: LayerId) -> Result<Option<FactoredLayer>> {
+        let tensors = &self.tensors[self.position(id)?];
+        if tensors.experts.iter().flatten().all(|projection| projection.factors.is_none()) {
+            return Ok(None);
+        }
+        let count = tensors.experts.len();
+        let experts = par::map(count, |i| {
+            read::expert_in_factors(&self.store, tensors, i, self.activation).in_layer(id)
+        })?;
+        let grouping = self.layer(id)?.merged.clone();
+        let grouping = grouping.unwrap_or_else(|| Grouping::identity(count));
+        Ok(Some(FactoredLayer { id, experts, grouping, router: self.read_router(id)? }))
+    }
+
     fn read_experts(&self, id: LayerId) -> Result<Vec<Expert>> {
         par::map(self.layer(id)?.experts, |i| self.read_expert(id, i))
     }
@@ -293,6 +320,7 @@ fn describe(
         d_model: down.map_or(0, |p| p.rows),
         d_ff: down.map_or(0, |p| p.cols),
         rule,
+        gated: layer.experts.first().is_some_and(|e| e.len() == 3),
         dtype: down.map_or("", |p| store.dtype_name(p.tensor)).to_owned(),
         expert_bytes: on_disk.map(|t| store.tensors()[t].bytes() as u64).sum(),
         expert_parameters: tensors.iter().map(|&t| store.parameters(t) as u64).sum(),

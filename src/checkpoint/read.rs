@@ -6,7 +6,10 @@ use super::quant;
 use super::scan_layer::{LayerTensors, Order, Piece, Projection};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Activation, Expert, Linear, Role, Router, RoutingRule, non_finite};
+use crate::model::{
+    Activation, Expert, FactoredExpert, FactoredLinear, Linear, Role, Router, RoutingRule, Weight,
+    non_finite,
+};
 
 /// The values of a part of a tensor, dequantised, all finite. The part is contiguous.
 ///
@@ -90,6 +93,38 @@ pub(super) fn expert(
     let missing = || Error::range("expert", "an up and a down projection", "none");
     let (up, down) = (up.ok_or_else(missing)?, down.ok_or_else(missing)?);
     Expert::new(gate, up, down, activation).in_expert(i)
+}
+
+/// Expert `i` of a layer with the factors that its projections lie in.
+pub(super) fn expert_in_factors(
+    store: &Store,
+    layer: &LayerTensors,
+    i: usize,
+    activation: Activation,
+) -> Result<FactoredExpert> {
+    let (mut gate, mut up, mut down) = (None, None, None);
+    for projection in layer.experts.get(i).into_iter().flatten() {
+        let Projection { role, weight, bias, order, factors } = *projection;
+        let shape = (weight.rows, weight.cols);
+        let mut slabs = Slabs { store, last: None };
+        let weight = match factors {
+            Some(factors) => factors.read(store).map(Weight::Factored),
+            None => {
+                slabs.piece(weight, shape, order).and_then(|w| matrix(shape, w)).map(Weight::Dense)
+            }
+        };
+        let bias = bias.map(|b| slabs.piece(b, (b.cols, 1), order.upright()));
+        let bias = bias.transpose().in_expert(i)?.map(Array1::from);
+        let linear = Some(FactoredLinear { weight: weight.in_expert(i)?, bias });
+        match role {
+            Role::Gate => gate = linear,
+            Role::Up => up = linear,
+            Role::Down => down = linear,
+        }
+    }
+    let missing = || Error::range("expert", "an up and a down projection", "none");
+    let (up, down) = (up.ok_or_else(missing)?, down.ok_or_else(missing)?);
+    FactoredExpert::new(gate, up, down, activation).in_expert(i)
 }
 
 /// The router of a layer.

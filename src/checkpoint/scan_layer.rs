@@ -148,7 +148,7 @@ pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTe
 struct Found {
     weight: Option<usize>,
     bias: Option<usize>,
-    factors: [Option<usize>; 4],
+    factors: [Option<usize>; 6],
 }
 
 /// The experts of a layout with tensors of their own: `0..N`, each complete.

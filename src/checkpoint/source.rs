@@ -15,7 +15,7 @@ use super::read;
 use super::scan_layer::{LayerTensors, Piece};
 use super::store::Store;
 use crate::error::{Error, Locate, Result};
-use crate::model::{LayerId, MergedLayer, Stack, TensorSource};
+use crate::model::{FactoredLayer, LayerId, MergedLayer, Stack, TensorSource};
 
 /// What a forward pass needs to know of the text model inside a checkpoint.
 #[derive(Debug)]
@@ -109,6 +109,14 @@ impl TensorSource for Checkpoint {
         let merged = self.read_merged(layer)?;
         Self::release(self, layer);
         Ok(merged)
+    }
+
+    fn moe_in_factors(&self, layer: LayerId) -> Result<Option<FactoredLayer>> {
+        let factored = self.read_factored(layer)?;
+        if factored.is_some() {
+            Self::release(self, layer);
+        }
+        Ok(factored)
     }
 
     fn is_moe(&self, layer: LayerId) -> bool {

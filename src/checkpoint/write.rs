@@ -41,6 +41,9 @@ pub struct WritePlan {
     /// Layers whose experts a native folder holds in factors, where every projection has a tensor
     /// of its own; elsewhere they are multiplied out.
     pub factored: BTreeMap<LayerId, Factoring>,
+    /// The width of all experts when it is not that of the source: the hidden units that are left.
+    /// Then every MoE layer is planned.
+    pub d_ff: Option<usize>,
     /// The size above which a new file is begun.
     pub shard_bytes: u64,
 }
@@ -49,8 +52,8 @@ impl WritePlan {
     /// A plan with the original top-k and routing groups and shards of 5 GB.
     pub fn new(export: Export, groupings: BTreeMap<LayerId, Grouping>) -> Self {
         let (top_k, flatten_groups, shard_bytes) = (None, false, 5_000_000_000);
-        let factored = BTreeMap::new();
-        Self { export, groupings, top_k, flatten_groups, factored, shard_bytes }
+        let (factored, d_ff) = (BTreeMap::new(), None);
+        Self { export, groupings, top_k, flatten_groups, factored, d_ff, shard_bytes }
     }
 }
 

@@ -7,7 +7,8 @@ use crate::model::{Grouping, LayerId, RoutingRule};
 
 /// Whether multi-token-prediction layers are left out.
 pub(super) fn drops_mtp(plan: &WritePlan) -> bool {
-    plan.export != Export::Expanded && plan.groupings.values().any(|g| !g.is_identity())
+    let merged = plan.groupings.values().any(|g| !g.is_identity());
+    plan.d_ff.is_some() || plan.export != Export::Expanded && merged
 }
 
 /// The rule of a layer's router in the target.
@@ -39,6 +40,11 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
         if grouping.experts() != experts {
             return Err(Error::shape("grouping", experts, grouping.experts())).in_layer(id);
         }
+        let planned = plan.factored.get(id).map_or(grouping.groups(), |f| f.experts().len());
+        if planned != grouping.groups() {
+            return Err(Error::shape("factors of experts", grouping.groups(), planned))
+                .in_layer(id);
+        }
         if plan.export == Export::Expanded && grouping.labels().contains(&None) {
             let found = "dropped experts, whose router rows would still choose them";
             return Err(unsupported("expanded export", found, "merged experts")).in_layer(id);
@@ -51,7 +57,33 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
             return Err(Error::range("experts per token (top-k)", expected, k)).in_layer(layer.id);
         }
     }
+    if let Some(d_ff) = plan.d_ff {
+        reduced(source, plan, d_ff)?;
+    }
     if plan.export == Export::Stock { uniform(source, plan).map(Some) } else { Ok(None) }
+}
+
+/// Refuses experts of another width where a runtime could not know it.
+fn reduced(source: &Checkpoint, plan: &WritePlan, d_ff: usize) -> Result<()> {
+    let refuse = |reason: &str| Err(ErrorKind::Recipe { reason: reason.into() }.into());
+    if !source.can_hold_factors() {
+        let kind = ErrorKind::Unsupported {
+            what: "layout for experts of a smaller size",
+            found: source.layout().into(),
+            supported: "layouts with a tensor for every projection".into(),
+        };
+        return Err(kind.into());
+    }
+    for layer in source.layers() {
+        if d_ff == 0 || d_ff > layer.d_ff {
+            let expected = format!("1 to {}", layer.d_ff);
+            return Err(Error::range("hidden units of experts", expected, d_ff)).in_layer(layer.id);
+        }
+        if !plan.groupings.contains_key(&layer.id) {
+            return refuse("experts of a smaller size need every MoE layer: protect none");
+        }
+    }
+    super::write_config::width_key(source).map(drop)
 }
 
 /// The number of experts of a stock export, the same in every layer and enough to route.

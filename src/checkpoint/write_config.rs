@@ -11,6 +11,10 @@ use crate::error::Result;
 /// What native folders call their architecture, so that no runtime takes them for the original.
 const ARCHITECTURE: &str = r#"["McsmoeModel"]"#;
 
+/// The spellings of the number of shared experts, as wide as the routed ones.
+const SHARED: [&str; 4] =
+    ["n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"];
+
 /// The text of the target's config; `experts` is the stock export's number of experts.
 pub(super) fn config(
     source: &Checkpoint,
@@ -48,10 +52,40 @@ pub(super) fn config(
             }
         }
     }
+    if let Some(d_ff) = plan.d_ff {
+        set(&[width_key(source)?], d_ff);
+    }
     match plan.export {
         Export::Native => native(config, plan, &everywhere),
         Export::Stock | Export::Expanded => config.edited(&everywhere, &[]),
     }
+}
+
+/// The key that says how wide experts are, and nothing else.
+pub(super) fn width_key(source: &Checkpoint) -> Result<&'static str> {
+    let config = source.config();
+    let width = source.layers().first().map_or(0, |layer| layer.d_ff);
+    let count = |key: &str| Ok::<_, crate::Error>(config.integer(key)?.unwrap_or(0));
+    let layers =
+        count("num_hidden_layers")?.max(count("num_layers")? + count("num_decoder_layers")?);
+    let dense = layers > source.layers().len();
+    let refuse = |key: &str| {
+        mismatch(key, "the size of routed experts alone, to reduce it", "one of other layers too")
+    };
+    if config.integer("moe_intermediate_size")? == Some(width) {
+        let mut shared = 0;
+        for key in SHARED {
+            shared += count(key)?;
+        }
+        let key = "moe_intermediate_size";
+        return if shared > 0 { Err(refuse(key)) } else { Ok(key) };
+    }
+    for key in ["intermediate_size", "d_ff"] {
+        if config.integer(key)? == Some(width) {
+            return if dense { Err(refuse(key)) } else { Ok(key) };
+        }
+    }
+    Err(mismatch("moe_intermediate_size", &format!("{width}, the size of experts"), "nothing"))
 }
 
 fn native(config: &Config, plan: &WritePlan, everywhere: &[Edit]) -> Result<String> {

@@ -1,12 +1,9 @@
 //! The end of a target: index, tokenizer, manifest, and the folder's name.
 
-use std::collections::BTreeSet;
-
 use serde_json::{Value, json};
 
 use super::factors::is_index;
 use super::folder::INDEX;
-use super::scan_layer::LayerTensors;
 use super::write::{Writer, Written};
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
@@ -76,7 +73,7 @@ impl Writer<'_> {
     }
 
     fn index(&self) -> Value {
-        let total: u64 = self.plan.outs.iter().map(|o| o.bytes as u64).sum();
+        let total = self.plan.bytes();
         let file = |i: usize| (self.plan.outs[i].name.clone(), self.file_name(i).into());
         let map: serde_json::Map<String, Value> = (0..self.plan.outs.len()).map(file).collect();
         json!({ "metadata": { "total_size": total }, "weight_map": map })
@@ -103,24 +100,15 @@ impl Writer<'_> {
 
     fn written(&self) -> Written {
         let outs = &self.plan.outs;
-        let merged: u64 = self
-            .plan
-            .layers
-            .values()
-            .map(|layer| layer.expert_tensors().iter().map(|&t| outs[t].bytes as u64).sum::<u64>())
-            .sum();
-        let others = self.source.tensors.iter().filter(|l| !self.plan.layers.contains_key(&l.id));
-        let copied: BTreeSet<usize> = others.flat_map(LayerTensors::expert_tensors).collect();
-        let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
         let size = |o: &super::write_plan::Out| match is_index(&o.name) {
             true => 0,
             false => o.shape.iter().product::<usize>() as u64,
         };
         Written {
             files: self.digests.keys().cloned().collect(),
-            bytes: outs.iter().map(|o| o.bytes as u64).sum(),
+            bytes: self.plan.bytes(),
             parameters: outs.iter().map(size).sum(),
-            expert_bytes: merged + copied.map(|o| o.bytes as u64).sum::<u64>(),
+            expert_bytes: self.plan.expert_bytes(self.source),
             dropped: self.plan.dropped.clone(),
         }
     }

@@ -7,14 +7,14 @@ use serde_json::json;
 
 use super::dequantise::{self, Plain};
 use super::dtype::Dtype;
-use super::factors::{Factor, Factoring, Factors};
+use super::factors::{Factor, Factoring, Factors, line_shape};
 use super::open::Checkpoint;
 use super::scan_layer::{LayerTensors, Order, Piece, Projection};
 use super::store::Store;
 use super::write::{Export, WritePlan};
 use super::write_check::{check, drops_mtp};
 use crate::error::Result;
-use crate::model::{Grouping, LayerId};
+use crate::model::{Grouping, LayerId, Role, Structure};
 use crate::stage::RankBudget;
 
 /// A tensor of the target.
@@ -72,7 +72,7 @@ impl Plan {
             } else if let Some((layer, grouping)) = owner.get(&tensor) {
                 let factoring = plan.factored.get(&layer.id);
                 let factoring = factoring.filter(|_| plan.export == Export::Native);
-                draft.layer(source, layer, grouping, plan.export, factoring);
+                draft.layer(source, layer, grouping, plan, factoring);
             } else if let Some(weight) = store.quantised().scaled(tensor) {
                 let reason = format!("{} is written dequantised", store.entry(weight).name);
                 dropped.push((found.entry.name.clone(), reason));
@@ -113,7 +113,7 @@ impl Draft {
         source: &Checkpoint,
         layer: &LayerTensors,
         grouping: &Grouping,
-        export: Export,
+        &WritePlan { export, d_ff, .. }: &WritePlan,
         factoring: Option<&Factoring>,
     ) {
         if self.layers.contains_key(&layer.id) {
@@ -142,33 +142,63 @@ impl Draft {
                 if export == Export::Expanded { grouping.labels()[slot] } else { Some(slot) };
             let dominant = group.map_or(slot, |g| grouping.dominants()[g]);
             let like = layer.experts[slot].iter().zip(&layer.experts[dominant]);
-            like.map(|(named, typed)| {
-                if let Some(factoring) = factoring.filter(|_| source.own_tensors(named)) {
-                    return self.factored(&source.store, named, typed, factoring);
-                }
-                let mut piece = |named: Piece, typed: Piece, axes: usize| {
-                    let Plain { name, mut shape, .. } =
-                        dequantise::plain(&source.store, named.tensor);
-                    let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
-                    let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                        if shape.len() > axes {
-                            shape[0] = slots;
-                        }
-                        self.push(name, dtype, shape, None)
-                    });
-                    let start = source.store.values(named.tensor, named.start) * dtype.alignment();
-                    Piece { tensor, start, ..named }
-                };
-                let weight = piece(named.weight, typed.weight, 2);
-                let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
-                let order = dequantise::order(&source.store, named);
-                Projection { role: named.role, weight, bias, order, factors: None }
-            })
-            .collect()
+            like.enumerate()
+                .map(|(at, (named, typed))| {
+                    let factoring = factoring.filter(|_| source.own_tensors(named));
+                    if let Some(kept) = factoring.and_then(|f| f.of(slot, at)) {
+                        return self.factored(&source.store, named, typed, kept);
+                    }
+                    let mut piece = |named: Piece, typed: Piece, axes: usize| {
+                        let Plain { name, mut shape, .. } =
+                            dequantise::plain(&source.store, named.tensor);
+                        let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
+                        let tensor = *fused.entry(named.tensor).or_insert_with(|| {
+                            if shape.len() > axes {
+                                shape[0] = slots;
+                            }
+                            self.push(name, dtype, shape, None)
+                        });
+                        let start =
+                            source.store.values(named.tensor, named.start) * dtype.alignment();
+                        Piece { tensor, start, ..named }
+                    };
+                    let mut weight = piece(named.weight, typed.weight, 2);
+                    let mut bias =
+                        named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
+                    if let Some(d_ff) = d_ff {
+                        self.narrow(named.role, &mut weight, bias.as_mut(), d_ff);
+                    }
+                    let order = dequantise::order(&source.store, named);
+                    Projection { role: named.role, weight, bias, order, factors: None }
+                })
+                .collect()
         });
         let experts = experts.collect();
         let id = layer.id;
         self.layers.insert(id, LayerTensors { id, router, router_bias, correction, experts });
+    }
+
+    /// Leaves `d_ff` hidden units to a projection with tensors of its own.
+    fn narrow(&mut self, role: Role, weight: &mut Piece, bias: Option<&mut Piece>, d_ff: usize) {
+        let mut cut = |piece: &mut Piece, axis: usize| {
+            let side = if axis == 0 { &mut piece.rows } else { &mut piece.cols };
+            *side = d_ff;
+            let out = &mut self.outs[piece.tensor];
+            let last = out.shape.len().saturating_sub(1);
+            if let Some(side) = out.shape.get_mut(axis.min(last)) {
+                *side = d_ff;
+            }
+            out.bytes = out.dtype.bytes(&out.shape).unwrap_or(0);
+        };
+        match role {
+            Role::Down => cut(weight, 1),
+            Role::Gate | Role::Up => {
+                cut(weight, 0);
+                if let Some(bias) = bias {
+                    cut(bias, 1);
+                }
+            }
+        }
     }
 
     /// The tensors of a projection in factors.
@@ -177,12 +207,11 @@ impl Draft {
         store: &Store,
         named: &Projection,
         typed: &Projection,
-        factoring: &Factoring,
+        (RankBudget { rank, rows }, structure): (RankBudget, Structure),
     ) -> Projection {
         let name = dequantise::plain(store, named.weight.tensor).name;
         let dtype = dequantise::plain(store, typed.weight.tensor).dtype;
         let (m, n) = (named.weight.rows, named.weight.cols);
-        let RankBudget { rank, rows } = factoring.of(named.role);
         let mut push = |factor: Factor, shape: Vec<usize>, dtype: Dtype| {
             let piece = match shape[..] {
                 [rows, cols] => Piece { tensor: 0, start: 0, rows, cols },
@@ -193,9 +222,11 @@ impl Draft {
         };
         let left = push(Factor::Left, vec![m, rank], dtype);
         let right = push(Factor::Right, vec![rank, n], dtype);
-        let kept = push(Factor::Rows, vec![rows, n], dtype);
-        let index = push(Factor::Index, vec![rows], Dtype::I32);
-        let factors = Some(Factors { left, right, rows: kept, index });
+        let [lines, index] = Factor::of(structure);
+        let shape = line_shape(structure, (m, n), rows);
+        let lines = push(lines, vec![shape.0, shape.1], dtype);
+        let index = push(index, vec![rows], Dtype::I32);
+        let factors = Some(Factors { left, right, structure, lines, index });
         let bias = named.bias.zip(typed.bias).map(|(named, typed)| {
             let Plain { name, shape, .. } = dequantise::plain(store, named.tensor);
             let dtype = dequantise::plain(store, typed.tensor).dtype;
@@ -251,8 +282,8 @@ fn renumber(layer: &mut LayerTensors, rank: &[usize]) {
     }
     for projection in layer.experts.iter_mut().flatten() {
         projection.weight.tensor = rank[projection.weight.tensor];
-        if let Some(Factors { left, right, rows, index }) = &mut projection.factors {
-            [left, right, rows, index].into_iter().for_each(|p| p.tensor = rank[p.tensor]);
+        if let Some(Factors { left, right, lines, index, .. }) = &mut projection.factors {
+            [left, right, lines, index].into_iter().for_each(|p| p.tensor = rank[p.tensor]);
         }
         if let Some(bias) = &mut projection.bias {
             bias.tensor = rank[bias.tensor];

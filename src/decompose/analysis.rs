@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::error::Result;
-use crate::linalg::{Randomized, eigenvalues, rsvd};
+use crate::linalg::{Randomized, rsvd};
 use crate::model::Finite;
 use crate::stage::Context;
 
@@ -33,10 +33,10 @@ pub fn stable_rank(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<f64> {
         let tall = if weight.nrows() < weight.ncols() { weight.reversed_axes() } else { weight };
         let mut gram = Array2::zeros((short, short));
         cx.compute().add_gram(tall, &mut gram)?;
-        eigenvalues(gram.view())?.first().copied().unwrap_or(total)
+        cx.factorise().eigenvalues(gram.view())?.first().copied().unwrap_or(total)
     } else {
         let how = Randomized { oversampling: 31, tolerance: 5e-7, products: 60 };
-        let svd = rsvd(weight, 1, &how, cx.seed(), cx.compute())?.svd;
+        let svd = rsvd(weight, 1, &how, cx.seed(), cx.compute(), cx.factorise())?.svd;
         svd.s.first().map_or(total, |&s| f64::from(s).powi(2))
     };
     Ok(total / largest)

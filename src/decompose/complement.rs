@@ -75,22 +75,29 @@ impl Problem<'_> {
         let whitening = match (by, self.moments) {
             (Structure::Columns, Some(moments)) => {
                 let mean = moments.mean().select(ndarray::Axis(0), &rest);
-                own = Whitening::of(mean.select(ndarray::Axis(1), &rest), self.how.damping)?;
+                own = Whitening::of(mean.select(ndarray::Axis(1), &rest), self.how.damping, cx)?;
                 Some(&own)
             }
             _ => self.whitening.as_ref(),
         };
         let white = match whitening {
-            Some(whitening) => whitening.apply(part.view(), cx.compute())?,
+            Some(whitening) => whitening.apply(part.view(), cx)?,
             None => part,
         };
         let rank = self.budget.rank.min(white.nrows()).min(white.ncols());
-        let svd = truncated_svd(white.view(), rank, self.how.svd, cx.seed(), cx.compute())?;
+        let svd = truncated_svd(
+            white.view(),
+            rank,
+            self.how.svd,
+            cx.seed(),
+            cx.compute(),
+            cx.factorise(),
+        )?;
         let total: f64 = squares(white.view(), Structure::Rows).iter().sum();
         let captured: f64 = svd.s.iter().map(|&s| f64::from(s).powi(2)).sum();
         let (left, right) = svd.into_balanced();
         let right = match whitening {
-            Some(whitening) => whitening.undo(right.view())?,
+            Some(whitening) => whitening.undo(right.view(), cx)?,
             None => right,
         };
         Ok(Fit { kept, left, right, loss: (total - captured).max(0.0) })
@@ -107,10 +114,9 @@ impl Problem<'_> {
 
     /// `‖w S − proj(w S)‖²` of every row, on the span of the whitened `R`.
     fn off_rows(&self, fit: &Fit) -> Result<Vec<f64>> {
-        let compute = self.cx.compute();
         let (white, right) = match &self.whitening {
             None => (self.weight.to_owned(), fit.right.clone()),
-            Some(w) => (w.apply(self.weight, compute)?, w.apply(fit.right.view(), compute)?),
+            Some(w) => (w.apply(self.weight, self.cx)?, w.apply(fit.right.view(), self.cx)?),
         };
         off_span(white.view(), right.view(), self.cx)
     }
@@ -184,7 +190,7 @@ impl Complement {
     ) -> Result<Problem<'a>> {
         check(weight, moments, budget, self.structure)?;
         let whitening = match (self.structure, moments) {
-            (Structure::Rows, Some(moments)) => Some(Whitening::new(moments, self.damping)?),
+            (Structure::Rows, Some(moments)) => Some(Whitening::new(moments, self.damping, cx)?),
             _ => None,
         };
         Ok(Problem { weight, moments, whitening, budget: *budget, how: self, cx })
@@ -194,7 +200,7 @@ impl Complement {
 /// Squared distance of every row of `A: (p, q)` from the span of the rows of `B: (r, q)`.
 fn off_span(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
     let mut off = squares(a, Structure::Rows);
-    let span = crate::linalg::qr(b.t())?.q;
+    let span = cx.factorise().qr(b.t())?.q;
     let mut inside = Array2::zeros((a.nrows(), span.ncols()));
     cx.compute().gemm(1.0, a, span.view(), 0.0, inside.view_mut())?;
     for (off, inside) in off.iter_mut().zip(squares(inside.view(), Structure::Rows)) {

@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::check;
 use super::score::{LineScore, check_scores, top};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::{SvdMethod, truncated_svd};
-use crate::model::{Factored, Structure};
+use crate::model::{Factored, Finite, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
 /// `W ≈ L R + S`: the low-rank part is the truncated SVD of all of `W`, `S` the `rows` lines of
@@ -43,7 +43,7 @@ impl LowRankSparse {
         rank: usize,
         cx: &Context,
     ) -> Result<(Array2<f32>, Array2<f32>, Array2<f32>)> {
-        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute())?;
+        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?;
         let (left, right) = svd.into_balanced();
         let mut residual = weight.to_owned();
         if rank > 0 {
@@ -68,6 +68,31 @@ impl LowRankSparse {
         check_scores(importance, self.structure.lines(weight.dim()))?;
         let (left, right, residual) = self.split(weight, budget.rank, cx)?;
         self.keep(left, right, &residual, top(importance, budget.rows))
+    }
+
+    /// The decomposition that keeps the lines of largest mean `|S ⊙ ∇S|`: what the loss would
+    /// lose without them, to first order. `gradient` is `∇W = ∇S` of the loss, `(m, n)`. Over
+    /// several steps of training [`Sensitivity`](super::platon::Sensitivity) smooths these scores.
+    ///
+    /// # Errors
+    /// As [`Decomposer::decompose`]; [`ErrorKind::Shape`](crate::ErrorKind::Shape) or
+    /// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a gradient that does not fit.
+    pub fn by_sensitivity(
+        &self,
+        weight: ArrayView2<'_, f32>,
+        gradient: ArrayView2<'_, f32>,
+        budget: &RankBudget,
+        cx: &Context,
+    ) -> Result<Factored> {
+        check(weight, None, budget, self.structure)?;
+        if gradient.dim() != weight.dim() {
+            return Err(Error::shape("gradient of a matrix", weight.dim(), gradient.dim()));
+        }
+        gradient.check_finite("gradient of a matrix")?;
+        let (left, right, residual) = self.split(weight, budget.rank, cx)?;
+        let product = &residual * &gradient;
+        let scores = LineScore::Magnitude.of(product.view(), self.structure, None, cx)?;
+        self.keep(left, right, &residual, top(&scores, budget.rows))
     }
 
     fn keep(
@@ -98,7 +123,7 @@ impl Decomposer for LowRankSparse {
     ) -> Result<Factored> {
         check(weight, moments, budget, self.structure)?;
         let (left, right, residual) = self.split(weight, budget.rank, cx)?;
-        let scores = self.score.of(residual.view(), self.structure, moments, cx.compute())?;
+        let scores = self.score.of(residual.view(), self.structure, moments, cx)?;
         self.keep(left, right, &residual, top(&scores, budget.rows))
     }
 

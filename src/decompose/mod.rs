@@ -5,6 +5,7 @@
 //! |---|---|---|---|
 //! | [`TruncatedSvd`] | `W` | nothing | unused |
 //! | [`Whitened`] | `W`, error weighed by the inputs | nothing | required |
+//! | [`LowRank`] | `W`, error weighed by the inputs if known | nothing | optional |
 //! | [`LowRankSparse`] | all of `W` (the paper) | rows or columns of `W − L R` | score only |
 //! | [`Complement`] | the lines that are not kept | rows or columns of `W` | optional |
 //! | [`SparseOnly`] | – | rows or columns of `W` | score only |
@@ -14,6 +15,7 @@
 
 pub mod analysis;
 mod complement;
+mod low_rank;
 mod low_rank_sparse;
 mod neurons;
 pub mod platon;
@@ -26,6 +28,7 @@ mod whitened;
 mod whitening;
 
 pub use complement::Complement;
+pub use low_rank::LowRank;
 pub use low_rank_sparse::LowRankSparse;
 pub use neurons::{around_neurons, kept_neurons, neuron_scores, reduced};
 pub use score::LineScore;

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use super::Whitening;
 use crate::error::{Error, ErrorKind, Result};
-use crate::linalg::eigenvalues;
 use crate::model::Finite;
 use crate::stage::{Context, Moments};
 
@@ -58,6 +57,9 @@ pub struct Spectrum {
     pub sigma: Vec<f64>,
     /// How much an error counts: the expert's usage, or its mass of squared router weights.
     pub weight: f64,
+    /// What one number costs, in the unit of the budget: 1 where that is in parameters, the size
+    /// of the data type where it is in bytes.
+    pub unit: usize,
 }
 
 impl Spectrum {
@@ -78,7 +80,7 @@ impl Spectrum {
         let white = match moments {
             Some(moments) => {
                 moments.check_width(matrix.ncols())?;
-                Some(Whitening::new(moments, damping)?.apply(matrix, cx.compute())?)
+                Some(Whitening::new(moments, damping, cx)?.apply(matrix, cx)?)
             }
             None => None,
         };
@@ -86,21 +88,22 @@ impl Spectrum {
         let tall = if a.nrows() < a.ncols() { a.reversed_axes() } else { a };
         let mut gram = Array2::zeros((tall.ncols(), tall.ncols()));
         cx.compute().add_gram(tall, &mut gram)?;
-        let sigma = eigenvalues(gram.view())?.iter().map(|x| x.max(0.0).sqrt()).collect();
-        Ok(Self { shape: matrix.dim(), sigma, weight })
+        let sigma =
+            cx.factorise().eigenvalues(gram.view())?.iter().map(|x| x.max(0.0).sqrt()).collect();
+        Ok(Self { shape: matrix.dim(), sigma, weight, unit: 1 })
     }
 
-    /// Parameters of rank `r`.
+    /// Of rank `r`.
     fn cost(&self, r: usize) -> usize {
-        r * (self.shape.0 + self.shape.1)
+        self.unit * r * (self.shape.0 + self.shape.1)
     }
 
-    /// Parameters of the dense matrix.
+    /// Of the dense matrix.
     fn dense(&self) -> usize {
-        self.shape.0 * self.shape.1
+        self.unit * self.shape.0 * self.shape.1
     }
 
-    /// The largest rank that takes fewer parameters than the matrix.
+    /// The largest rank that costs less than the matrix.
     fn most(&self) -> usize {
         let each = self.cost(1).max(1);
         (self.dense().saturating_sub(1) / each).min(self.sigma.len())
@@ -136,30 +139,32 @@ struct Step {
     cost: usize,
 }
 
-/// Spends `parameters` over all matrices where they save most error.
+/// Spends a budget over all matrices where it saves most error: parameters, or bytes with the
+/// [unit](Spectrum::unit) of each.
 ///
 /// From rank `least` everywhere, the step with the largest gain per cost is taken as long as it
-/// fits: one more rank gains `w σ_{r+1}²` for `m + n` parameters. Gains of a matrix fall, so that
+/// fits: one more rank gains `w σ_{r+1}²` for `m + n` numbers. Gains of a matrix fall, so that
 /// the greedy choice is optimal up to the last steps. A matrix whose next rank would not pay
-/// becomes dense. What is left of the budget is less than the largest `m + n`, unless all is
-/// dense. Ties go to the earlier matrix.
+/// becomes dense. What is left of the budget is less than the largest rank costs, unless all
+/// is dense. Ties go to the earlier matrix.
 ///
 /// # Errors
 /// [`ErrorKind::Budget`] when rank `least` is already too much: the message has the least
 /// reachable size. [`ErrorKind::OutOfRange`] for a weight that is negative or not finite or
 /// singular values that do not fall or are too few.
-pub fn allocate(spectra: &[Spectrum], parameters: usize, least: usize) -> Result<Vec<Allocation>> {
+pub fn allocate(spectra: &[Spectrum], budget: usize, least: usize) -> Result<Vec<Allocation>> {
     spectra.iter().try_for_each(check)?;
     let floor = |s: &Spectrum| match least <= s.most() {
         true => Allocation::Rank(least),
         false => Allocation::Dense,
     };
     let mut chosen: Vec<_> = spectra.iter().map(floor).collect();
-    let start: usize = chosen.iter().zip(spectra).map(|(a, s)| a.parameters(s.shape)).sum();
-    let Some(mut left) = parameters.checked_sub(start) else {
+    let cost = |(a, s): (&Allocation, &Spectrum)| s.unit * a.parameters(s.shape);
+    let start: usize = chosen.iter().zip(spectra).map(cost).sum();
+    let Some(mut left) = budget.checked_sub(start) else {
         let reason = format!(
-            "the least reachable size is {start} parameters, at rank {least} in every matrix; \
-             {parameters} were asked for"
+            "the least reachable size is {start}, at rank {least} in every matrix; {budget} were \
+             asked for"
         );
         return Err(ErrorKind::Budget { reason }.into());
     };
@@ -220,7 +225,7 @@ mod tests {
     use ndarray::array;
 
     fn spectrum(shape: (usize, usize), sigma: &[f64], weight: f64) -> Spectrum {
-        Spectrum { shape, sigma: sigma.to_vec(), weight }
+        Spectrum { shape, sigma: sigma.to_vec(), weight, unit: 1 }
     }
 
     fn error(spectra: &[Spectrum], chosen: &[Allocation]) -> f64 {
@@ -292,8 +297,13 @@ mod tests {
         assert_eq!(allocate(&spectra, 24, 1).unwrap()[0], Allocation::Dense);
         let scarce = allocate(&spectra, 15, 1).unwrap_err();
         assert!(matches!(scarce.kind(), ErrorKind::Budget { .. }), "{scarce}");
-        assert!(scarce.to_string().contains("least reachable size is 16 parameters"), "{scarce}");
+        assert!(scarce.to_string().contains("least reachable size is 16, at rank 1"), "{scarce}");
         assert_eq!(allocate(&spectra, 0, 0).unwrap(), [Allocation::Rank(0); 2]);
+        // In bytes: one matrix of halves, one of floats; the same gain costs half in the first.
+        let (mut half, mut float) = (spectra[0].clone(), spectra[1].clone());
+        (half.unit, float.unit) = (2, 4);
+        let chosen = allocate(&[float, half], 32 + 16 + 16, 1).unwrap();
+        assert_eq!(chosen, [Allocation::Rank(1), Allocation::Dense]);
     }
 
     #[test]

@@ -5,9 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::whitening::Whitening;
 use crate::error::{Error, Result};
-use crate::linalg::Compute;
 use crate::model::{Finite, Structure};
-use crate::stage::Moments;
+use crate::stage::{Context, Moments};
 
 /// The score of a row `s_a` (or column) of the residual `S`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -31,7 +30,7 @@ impl LineScore {
         residual: ArrayView2<'_, f32>,
         structure: Structure,
         moments: Option<&Moments>,
-        compute: &dyn Compute,
+        cx: &Context,
     ) -> Result<Vec<f64>> {
         match (self, moments) {
             (Self::Magnitude, _) => Ok(lines(residual, structure, |x| x.abs(), true)),
@@ -41,7 +40,7 @@ impl LineScore {
                 Ok(plain.iter().zip(moments.rms()).map(|(s, rms)| s * rms * rms).collect())
             }
             (Self::Energy, Some(moments)) => {
-                let white = Whitening::new(moments, 0.0)?.apply(residual, compute)?;
+                let white = Whitening::new(moments, 0.0, cx)?.apply(residual, cx)?;
                 Ok(lines(white.view(), structure, |x| x * x, false))
             }
         }
@@ -87,15 +86,15 @@ pub(super) fn check_scores(scores: &[f64], count: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::Cpu;
     use ndarray::array;
 
     #[test]
     fn scores_by_hand() {
         let s = array![[1.0, -3.0], [2.0, 0.0]];
         let moments = Moments::new(array![[4.0, 1.0], [1.0, 9.0]], 1).unwrap();
-        let of =
-            |score: LineScore, by, moments| score.of(s.view(), by, moments, &Cpu::new()).unwrap();
+        let of = |score: LineScore, by, moments| {
+            score.of(s.view(), by, moments, &Context::cpu(0)).unwrap()
+        };
         let (rows, columns) = (Structure::Rows, Structure::Columns);
         assert_eq!(of(LineScore::Magnitude, rows, None), [2.0, 1.0]);
         assert_eq!(of(LineScore::Magnitude, columns, Some(&moments)), [1.5, 1.5]);

@@ -154,12 +154,13 @@ impl SharedBasis {
         cx: &Context,
     ) -> Result<(Array2<f32>, Array2<f32>)> {
         let fit = |a: ArrayView2<'_, f32>| -> Result<_> {
-            Ok(truncated_svd(a, rank, self.svd, cx.seed(), cx.compute())?.into_balanced())
+            Ok(truncated_svd(a, rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?
+                .into_balanced())
         };
         let Some(moments) = moments else { return fit(delta) };
-        let whitening = Whitening::new(moments, self.damping)?;
-        let (left, right) = fit(whitening.apply(delta, cx.compute())?.view())?;
-        Ok((left, whitening.undo(right.view())?))
+        let whitening = Whitening::new(moments, self.damping, cx)?;
+        let (left, right) = fit(whitening.apply(delta, cx)?.view())?;
+        Ok((left, whitening.undo(right.view(), cx)?))
     }
 }
 

@@ -40,7 +40,7 @@ impl Decomposer for SparseOnly {
         if budget.rank > 0 {
             return Err(Error::range("rank of sparse, which has no low rank", 0, budget.rank));
         }
-        let scores = self.score.of(weight, self.structure, moments, cx.compute())?;
+        let scores = self.score.of(weight, self.structure, moments, cx)?;
         let kept = top(&scores, budget.rows);
         let lines = self.structure.pick(weight, &kept);
         Factored::sparse(weight.dim(), self.structure, kept, lines)

@@ -35,7 +35,8 @@ impl Decomposer for TruncatedSvd {
     ) -> Result<Factored> {
         check(weight, moments, budget, Structure::Rows)?;
         no_lines("svd", budget)?;
-        let svd = truncated_svd(weight, budget.rank, self.svd, cx.seed(), cx.compute())?;
+        let svd =
+            truncated_svd(weight, budget.rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?;
         let (left, right) = svd.into_balanced();
         Factored::low_rank(left, right)
     }

@@ -60,10 +60,17 @@ impl Decomposer for Whitened {
             needs: "second moments of the inputs".into(),
             remedy: "collect them, or use svd, which does without".into(),
         })?;
-        let whitening = Whitening::new(moments, self.damping)?;
-        let white = whitening.apply(weight, cx.compute())?;
-        let svd = truncated_svd(white.view(), budget.rank, self.svd, cx.seed(), cx.compute())?;
+        let whitening = Whitening::new(moments, self.damping, cx)?;
+        let white = whitening.apply(weight, cx)?;
+        let svd = truncated_svd(
+            white.view(),
+            budget.rank,
+            self.svd,
+            cx.seed(),
+            cx.compute(),
+            cx.factorise(),
+        )?;
         let (left, right) = svd.into_balanced();
-        Factored::low_rank(left, whitening.undo(right.view())?)
+        Factored::low_rank(left, whitening.undo(right.view(), cx)?)
     }
 }

@@ -3,8 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::error::{Error, Result};
-use crate::linalg::{Compute, cholesky, solve_lower_transposed};
-use crate::stage::Moments;
+use crate::stage::{Context, Moments};
 
 /// A lower Cholesky factor `S` of `C = Σ x xᵀ / tokens + ε (tr/n) I = S Sᵀ`, in `f64`.
 ///
@@ -32,12 +31,12 @@ impl Whitening {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a negative damping;
     /// [`ErrorKind::Numerical`](crate::ErrorKind::Numerical) when no damping up to 1 makes the
     /// moments positive definite, which means that they are not those of any inputs.
-    pub fn new(moments: &Moments, damping: f64) -> Result<Self> {
-        Self::of(moments.mean(), damping)
+    pub fn new(moments: &Moments, damping: f64, cx: &Context) -> Result<Self> {
+        Self::of(moments.mean(), damping, cx)
     }
 
     /// The same from a mean second moment.
-    pub(super) fn of(mut mean: Array2<f64>, damping: f64) -> Result<Self> {
+    pub(super) fn of(mut mean: Array2<f64>, damping: f64, cx: &Context) -> Result<Self> {
         if damping.is_nan() || damping < 0.0 {
             return Err(Error::range("damping", "0 or more", damping));
         }
@@ -50,7 +49,7 @@ impl Whitening {
         let mut tried = damping;
         loop {
             mean.diag_mut().assign(&plain.mapv(|x| x + tried * scale));
-            match cholesky(mean.view()) {
+            match cx.factorise().cholesky(mean.view()) {
                 Ok(lower) => return Ok(Self { lower, damping: tried }),
                 Err(error) if tried >= DAMPING.1 => return Err(error),
                 Err(_) => tried = (tried * 10.0).max(DAMPING.0),
@@ -67,10 +66,10 @@ impl Whitening {
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the widths differ.
-    pub fn apply(&self, weight: ArrayView2<'_, f32>, compute: &dyn Compute) -> Result<Array2<f32>> {
+    pub fn apply(&self, weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Array2<f32>> {
         let mut out = Array2::zeros((weight.nrows(), self.lower.ncols()));
         let lower = self.lower.mapv(|x| x as f32);
-        compute.gemm(1.0, weight, lower.view(), 0.0, out.view_mut())?;
+        cx.compute().gemm(1.0, weight, lower.view(), 0.0, out.view_mut())?;
         Ok(out)
     }
 
@@ -78,9 +77,9 @@ impl Whitening {
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the widths differ.
-    pub fn undo(&self, right: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+    pub fn undo(&self, right: ArrayView2<'_, f32>, cx: &Context) -> Result<Array2<f32>> {
         let rhs = right.t().mapv(f64::from);
-        let solved = solve_lower_transposed(self.lower.view(), rhs.view())?;
+        let solved = cx.factorise().solve_lower_transposed(self.lower.view(), rhs.view())?;
         Ok(solved.t().mapv(|x| x as f32))
     }
 }
@@ -93,32 +92,35 @@ mod tests {
 
     #[test]
     fn the_norm_after_whitening_is_the_norm_of_the_output() {
+        let cx = Context::cpu(0);
         let x = array![[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [2.0, 0.25, 1.0], [1.0, 1.0, 1.0]];
         let w = array![[0.5, -1.0, 2.0], [3.0, 0.0, 1.0]];
         let moments = Moments::of(x.view(), &Cpu::new()).unwrap();
-        let white = Whitening::new(&moments, 0.0).unwrap();
-        let rotated = white.apply(w.view(), &Cpu::new()).unwrap();
+        let white = Whitening::new(&moments, 0.0, &cx).unwrap();
+        let rotated = white.apply(w.view(), &cx).unwrap();
         let square = |a: &Array2<f32>| a.iter().map(|x| x * x).sum::<f32>();
         approx::assert_relative_eq!(square(&rotated), square(&w.dot(&x.t())) / 4., epsilon = 1e-5);
-        approx::assert_abs_diff_eq!(white.undo(rotated.view()).unwrap(), w, epsilon = 1e-5);
+        approx::assert_abs_diff_eq!(white.undo(rotated.view(), &cx).unwrap(), w, epsilon = 1e-5);
         assert_eq!(white.damping(), 0.0);
     }
 
     #[test]
     fn singular_moments_are_regularised_and_said_so() {
+        let cx = Context::cpu(0);
         let one_token = Moments::of(array![[1.0, 2.0, 3.0]].view(), &Cpu::new()).unwrap();
-        let white = Whitening::new(&one_token, 0.0).unwrap();
+        let white = Whitening::new(&one_token, 0.0, &cx).unwrap();
         assert!(white.damping() > 0.0 && white.damping() <= 1e-6, "{}", white.damping());
         let zero = Moments::new(Array2::zeros((2, 2)), 5).unwrap();
-        let white = Whitening::new(&zero, 1e-6).unwrap();
+        let white = Whitening::new(&zero, 1e-6, &cx).unwrap();
         let w = array![[1.0, 2.0]];
-        assert_eq!(white.apply(w.view(), &Cpu::new()).unwrap(), w);
+        assert_eq!(white.apply(w.view(), &cx).unwrap(), w);
     }
 
     #[test]
     fn what_is_no_moment_is_refused() {
+        let cx = Context::cpu(0);
         let indefinite = Moments::new(array![[1.0, 0.0], [9.0, 1.0]], 1).unwrap();
-        assert!(Whitening::new(&indefinite, 0.0).is_err());
-        assert!(Whitening::new(&indefinite, -1.0).is_err());
+        assert!(Whitening::new(&indefinite, 0.0, &cx).is_err());
+        assert!(Whitening::new(&indefinite, -1.0, &cx).is_err());
     }
 }

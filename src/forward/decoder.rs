@@ -54,7 +54,7 @@ impl DecoderLayer {
         let d = spec.d_model;
         let mlp = if source.is_moe(id) {
             let shared = Shared::load(&mlp, spec)?.map(Box::new);
-            Mlp::Sparse { layer: Box::new(source.moe(id)?), shared, capacity: None }
+            Mlp::sparse(source, id, shared, None)?
         } else {
             let Some(f) = spec.d_dense else {
                 let keys = super::keys::Keys::root(source.config());

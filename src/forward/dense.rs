@@ -4,6 +4,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 
 use super::load::Loader;
 use super::math::{activate, gated, sigmoid};
+use super::moe::Kernel;
 use super::scratch::{Pool, Scratch};
 use super::spec::{SharedSpec, Spec};
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ pub(super) const BLOCK: usize = 512;
 ///
 /// The weight is applied to the hidden activations, which are fewer than the outputs where experts
 /// are narrow, and to the bias of the down projection.
-pub(super) fn weighted_expert<'a>(
+fn weighted_expert<'a>(
     expert: &ExpertView<'_>,
     x: ArrayView2<'_, f32>,
     weights: Option<&[f32]>,
@@ -47,6 +48,18 @@ pub(super) fn weighted_expert<'a>(
         }
     }
     Ok(out)
+}
+
+impl Kernel for Expert {
+    fn weighted<'a>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        weights: &[f32],
+        pool: &'a Pool,
+        compute: &dyn Compute,
+    ) -> Result<Scratch<'a>> {
+        weighted_expert(&self.view(), x, Some(weights), pool, compute)
+    }
 }
 
 /// `X Wᵀ + b`.

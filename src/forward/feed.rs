@@ -5,10 +5,14 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2};
 
 use super::dense::{Shared, add_expert};
-use super::moe::{Choice, Routed, route, routed_sum, routed_sum_watched};
+use super::moe::{Choice, Routed, Watched, route, sum_of};
 use super::norm::RmsNorm;
 use crate::error::{Locate, Result};
-use crate::model::{Expert, Finite, LayerId, MergedLayer, MoeLayer, OutputSums};
+use crate::model::{
+    Expert, FactoredExpert, FactoredLayer, Finite, LayerId, MergedLayer, MoeLayer, OutputSums,
+    TensorSource,
+};
+use crate::par;
 use crate::stage::Context;
 
 /// What a pass shows of a sparse layer, for all windows at once.
@@ -58,8 +62,10 @@ pub enum Mlp {
     Dense(Box<Expert>),
     /// Routed experts and, in some families, a shared one.
     Sparse {
-        /// The routed experts.
+        /// The routed experts; none, but their router, where they are in factors.
         layer: Box<MergedLayer>,
+        /// The routed experts of a native folder that holds them in factors, as they lie.
+        factored: Option<Vec<FactoredExpert>>,
         /// The shared expert.
         shared: Option<Box<Shared>>,
         /// Tokens per window that an expert takes (Switch).
@@ -68,9 +74,27 @@ pub enum Mlp {
 }
 
 impl Mlp {
+    /// Reads the routed experts of a layer.
+    pub(super) fn sparse(
+        source: &dyn TensorSource,
+        id: LayerId,
+        shared: Option<Box<Shared>>,
+        capacity: Option<usize>,
+    ) -> Result<Self> {
+        let Some(FactoredLayer { id, experts, grouping, router }) = source.moe_in_factors(id)?
+        else {
+            let layer = Box::new(source.moe(id)?);
+            return Ok(Self::Sparse { layer, factored: None, shared, capacity });
+        };
+        let (none, narrowed, factors) = (Vec::new(), None, None);
+        let layer = MergedLayer { id, experts: none, grouping, router, narrowed, factors };
+        Ok(Self::Sparse { layer: Box::new(layer), factored: Some(experts), shared, capacity })
+    }
+
     /// `hidden ← hidden + MLP(X)` for `X: (t, d_model)`, the normalised hidden states.
     ///
-    /// `substitute` stands in for the routed experts; shared experts stay.
+    /// `substitute` stands in for the routed experts; shared experts stay. Experts in factors are
+    /// not multiplied out, unless there is an observer to see them.
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when widths do not fit, and the observer's.
@@ -83,29 +107,27 @@ impl Mlp {
         observer: Option<&mut dyn Observer>,
         cx: &Context,
     ) -> Result<()> {
-        let (layer, shared, capacity) = match self {
+        let (layer, factored, shared, capacity) = match self {
             Self::Dense(expert) => return add_expert(&expert.view(), x, None, hidden, cx),
-            Self::Sparse { layer, shared, capacity } => (layer, shared, capacity),
-        };
-        let (layer, choice) = substitute.unwrap_or((layer, Choice::Mapped));
-        let routed = route(layer, choice, x, windows, *capacity, cx)?;
-        let (experts, visits) = (&layer.experts, &routed.visits);
-        let (output, outputs) = match observer.as_ref().is_some_and(|o| o.watches_outputs()) {
-            false => (routed_sum(experts, visits, x, cx)?, None),
-            true => {
-                let (output, outputs) = routed_sum_watched(experts, visits, x, cx)?;
-                (output, Some(outputs))
+            Self::Sparse { layer, factored, shared, capacity } => {
+                (layer, factored.as_deref(), shared, capacity)
             }
         };
+        let factored = factored.filter(|_| substitute.is_none());
+        let (layer, choice) = substitute.unwrap_or((layer, Choice::Mapped));
+        let routed = route(layer, choice, x, windows, *capacity, cx)?;
+        let watched = observer.as_ref().is_some_and(|o| o.watches_outputs());
+        let (output, outputs) = output(layer, factored, &routed, x, watched, cx)?;
         if let Some(observer) = observer {
+            let whole = factored.map(|experts| multiplied_out(layer, experts, cx)).transpose()?;
             observer.observe(&Observation {
                 id: layer.id,
-                layer,
+                layer: whole.as_ref().unwrap_or(layer),
                 windows,
                 inputs: x,
                 routed: &routed,
                 output: output.view(),
-                outputs: outputs.as_deref(),
+                outputs: watched.then_some(&outputs[..]),
             })?;
         }
         *hidden += &output;
@@ -115,6 +137,32 @@ impl Mlp {
             None => Ok(()),
         }
     }
+}
+
+/// `Σ_e w_e(x) E_e(x)` of the layer's own experts.
+fn output(
+    layer: &MergedLayer,
+    factored: Option<&[FactoredExpert]>,
+    routed: &Routed,
+    x: ArrayView2<'_, f32>,
+    watched: bool,
+    cx: &Context,
+) -> Result<Watched> {
+    match factored {
+        None => sum_of(&layer.experts, &routed.visits, x, watched, cx),
+        Some(experts) => sum_of(experts, &routed.visits, x, watched, cx),
+    }
+}
+
+fn multiplied_out(
+    layer: &MergedLayer,
+    experts: &[FactoredExpert],
+    cx: &Context,
+) -> Result<MergedLayer> {
+    let dense =
+        par::map(experts.len(), |i| experts[i].to_expert(cx.per_task().compute()).in_expert(i))?;
+    let (grouping, router) = (layer.grouping.clone(), layer.router.clone());
+    MergedLayer::new(layer.id, dense, grouping, router, None)
 }
 
 /// `h ← h + M(norm h)`.
@@ -140,7 +188,8 @@ impl FeedForward {
         &self.mlp
     }
 
-    /// The routed experts; `None` in a dense layer.
+    /// The routed experts and their router; `None` in a dense layer. Experts in factors are not
+    /// among them.
     pub fn moe(&self) -> Option<&MergedLayer> {
         match &self.mlp {
             Mlp::Dense(_) => None,
@@ -151,8 +200,8 @@ impl FeedForward {
     /// Takes the routed experts and their router out, as a layer that was never merged; what is
     /// left computes with a substitute only. `None` in a dense or a merged layer.
     pub fn take_moe(&mut self) -> Option<MoeLayer> {
-        let Mlp::Sparse { layer, .. } = &mut self.mlp else { return None };
-        if !layer.grouping.is_identity() {
+        let Mlp::Sparse { layer, factored, .. } = &mut self.mlp else { return None };
+        if !layer.grouping.is_identity() || factored.is_some() {
             return None;
         }
         let experts = std::mem::take(&mut layer.experts);
@@ -170,9 +219,10 @@ impl FeedForward {
         windows: &[Range<usize>],
         cx: &Context,
     ) -> Result<Option<Array2<f32>>> {
-        let Mlp::Sparse { layer, capacity, .. } = &self.mlp else { return Ok(None) };
+        let Mlp::Sparse { layer, factored, capacity, .. } = &self.mlp else { return Ok(None) };
         let routed = route(layer, Choice::Mapped, x, windows, *capacity, cx).in_layer(self.id)?;
-        routed_sum(&layer.experts, &routed.visits, x, cx).in_layer(self.id).map(Some)
+        let sum = output(layer, factored.as_deref(), &routed, x, false, cx).in_layer(self.id)?;
+        Ok(Some(sum.0))
     }
 
     /// `norm h`, the input of router and experts: `(t, d_model)`.

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::dense::{BLOCK, weighted_expert};
+use super::dense::BLOCK;
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
+use crate::linalg::Compute;
 use crate::model::{Expert, MergedLayer, OutputSums, Router, Routing, close_dropped};
 use crate::par;
 use crate::stage::Context;
@@ -63,7 +64,7 @@ pub fn route(
     let routing = routing.in_layer(layer.id)?;
     let kept = capacity.map(|capacity| within_capacity(&routing, router, windows, capacity));
     let room = |t, slot| kept.as_ref().is_none_or(|kept| kept[[t, slot]]);
-    let visits = routing.visits_where(&map, layer.experts.len(), room);
+    let visits = routing.visits_where(&map, layer.grouping.groups(), room);
     Ok(Routed { logits, routing, kept, visits })
 }
 
@@ -100,7 +101,7 @@ pub fn routed_sum(
     x: ArrayView2<'_, f32>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
-    Ok(sum(experts, visits, x, false, cx)?.0)
+    Ok(sum_of(experts, visits, x, false, cx)?.0)
 }
 
 /// [`routed_sum`] and, for each expert, norms and sum of its outputs before the weights: what
@@ -114,24 +115,40 @@ pub fn routed_sum_watched(
     visits: &[Vec<(usize, f32)>],
     x: ArrayView2<'_, f32>,
     cx: &Context,
-) -> Result<(Array2<f32>, Vec<OutputSums>)> {
-    sum(experts, visits, x, true, cx)
+) -> Result<Watched> {
+    sum_of(experts, visits, x, true, cx)
 }
 
-fn sum(
-    experts: &[Expert],
+/// The sum, and what each expert gave before the weights.
+pub type Watched = (Array2<f32>, Vec<OutputSums>);
+
+/// What an expert does with a block of tokens.
+pub(super) trait Kernel: Sync {
+    /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
+    fn weighted<'a>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        weights: &[f32],
+        pool: &'a Pool,
+        compute: &dyn Compute,
+    ) -> Result<Scratch<'a>>;
+}
+
+/// [`routed_sum`] of experts of any kind, or [`routed_sum_watched`].
+pub(super) fn sum_of<E: Kernel>(
+    experts: &[E],
     visits: &[Vec<(usize, f32)>],
     x: ArrayView2<'_, f32>,
     watched: bool,
     cx: &Context,
-) -> Result<(Array2<f32>, Vec<OutputSums>)> {
+) -> Result<Watched> {
     /// Values of expert outputs that are held at once: 32 MiB. Threads wait for each other
     /// at the end of a wave, so waves are long, and blocks are short.
     const HELD: usize = 1 << 23;
     if experts.len() != visits.len() {
         return Err(Error::shape("visits per expert", experts.len(), visits.len()));
     }
-    let jobs: Vec<Job<'_>> = experts
+    let jobs: Vec<Job<'_, E>> = experts
         .iter()
         .zip(visits)
         .enumerate()
@@ -168,14 +185,14 @@ fn sum(
 }
 
 /// A block of one expert's tokens.
-struct Job<'a> {
+struct Job<'a, E> {
     index: usize,
-    expert: &'a Expert,
+    expert: &'a E,
     visits: &'a [(usize, f32)],
     watched: bool,
 }
 
-impl Job<'_> {
+impl<E: Kernel> Job<'_, E> {
     /// The weighted outputs and, if watched, what they were before.
     fn run<'p>(
         &self,
@@ -191,12 +208,12 @@ impl Job<'_> {
             row.assign(&x.row(*t));
         }
         let weights: Vec<f32> = self.visits.iter().map(|(_, w)| *w).collect();
-        let (expert, gathered) = (self.expert.view(), gathered.view());
+        let (gathered, compute) = (gathered.view(), cx.compute());
         if !self.watched {
-            let out = weighted_expert(&expert, gathered, Some(&weights), pool, cx.compute())?;
+            let out = self.expert.weighted(gathered, &weights, pool, compute)?;
             return Ok((out, OutputSums::default()));
         }
-        let mut out = weighted_expert(&expert, gathered, None, pool, cx.compute())?;
+        let mut out = self.expert.weighted(gathered, &vec![1.0; weights.len()], pool, compute)?;
         let sums = OutputSums::of(out.view());
         for (row, w) in out.values().chunks_exact_mut(x.ncols().max(1)).zip(weights) {
             row.iter_mut().for_each(|y| *y *= w);
@@ -206,7 +223,11 @@ impl Job<'_> {
 }
 
 /// Adds the outputs of jobs to their tokens: in parallel over tokens, in job order for each.
-fn scatter(jobs: &[Job<'_>], parts: &[(Scratch<'_>, OutputSums)], out: &mut Array2<f32>) {
+fn scatter<E: Sync>(
+    jobs: &[Job<'_, E>],
+    parts: &[(Scratch<'_>, OutputSums)],
+    out: &mut Array2<f32>,
+) {
     const ROWS: usize = 128;
     let d = out.ncols();
     let Some(values) = out.as_slice_mut() else { return };

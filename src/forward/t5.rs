@@ -147,8 +147,7 @@ impl SwitchBlock {
         let decoder = id.stack == Stack::Decoder;
         let last = layers.at(if decoder { "2" } else { "1" });
         let mlp = if source.is_moe(id) {
-            let layer = Box::new(source.moe(id)?);
-            Mlp::Sparse { layer, shared: None, capacity: Some(spec.capacity) }
+            Mlp::sparse(source, id, None, Some(spec.capacity))?
         } else {
             let size = (spec.d_model, spec.d_ff);
             Mlp::Dense(Box::new(last.at("mlp").two(size, spec.activation)?))

@@ -3,7 +3,8 @@
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
 //! [`solve_spd`], [`solve_lower`]). Factorisations run on one thread: give each parallel task its
-//! own matrix. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
+//! own matrix. [`Factorise`] is all of them as an object: [`PureRust`], or `Lapack` with the feature
+//! `lapack`. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
 
 mod assign;
 mod bridge;
@@ -14,6 +15,9 @@ mod cpu;
 mod cross;
 mod eigh;
 mod exp;
+mod factorise;
+#[cfg(feature = "lapack")]
+mod lapack;
 mod qr;
 mod rsvd;
 mod svd;
@@ -28,6 +32,9 @@ pub use cpu::Cpu;
 pub use cross::add_cross;
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
+pub use factorise::{Factorise, PureRust};
+#[cfg(feature = "lapack")]
+pub use lapack::Lapack;
 pub use qr::{Qr, qr};
 pub use rsvd::{Randomized, RandomizedSvd, rsvd};
 pub use svd::{Svd, singular_values, svd};

@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
 use super::compute::Compute;
-use super::eigh::eigenvalues;
-use super::qr::qr;
+use super::factorise::Factorise;
 use super::svd::Svd;
 use super::truncated::{from_subspace, gram_svd};
 use crate::error::{Error, Result};
@@ -78,6 +77,7 @@ pub fn rsvd(
     how: &Randomized,
     seed: u64,
     compute: &dyn Compute,
+    factorise: &dyn Factorise,
 ) -> Result<RandomizedSvd> {
     let (m, n) = a.dim();
     if rank > m.min(n) {
@@ -90,7 +90,7 @@ pub fn rsvd(
     let total: f64 = a.iter().map(|&x| f64::from(x).powi(2)).sum();
     let width = rank + how.oversampling.max(rank);
     if rank == 0 || total == 0.0 || width >= m.min(n) {
-        return exact(a, rank, total, 0, compute);
+        return exact(a, rank, total, 0, compute, factorise);
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut basis = Array2::from_shape_simple_fn((n, width), || rng.random_range(-1.0f32..1.0));
@@ -101,27 +101,32 @@ pub fn rsvd(
         let mut product = Array2::zeros((side.nrows(), width));
         compute.gemm(1.0, side, basis.view(), 0.0, product.view_mut())?;
         if products > 1 {
-            energies.push(captured(product.view(), rank, compute)?);
+            energies.push(captured(product.view(), rank, compute, factorise)?);
         }
         let excess = excess(&energies, total);
         if excess.is_some_and(|excess| excess <= how.tolerance) {
-            let svd = from_subspace(product.view(), basis.view(), rank, compute)?;
+            let svd = from_subspace(product.view(), basis.view(), rank, compute, factorise)?;
             let svd = if forward { svd } else { svd.transposed() };
             let residual = residual(&svd, total);
             let excess = excess.unwrap_or(0.0);
             return Ok(RandomizedSvd { svd, residual, excess, products, fell_back: false });
         }
-        basis = qr(product.view())?.q;
+        basis = factorise.qr(product.view())?.q;
         forward = !forward;
     }
-    exact(a, rank, total, how.products, compute)
+    exact(a, rank, total, how.products, compute, factorise)
 }
 
 /// `Σ_{i ≤ rank} s_i²` of the product of a matrix with an orthonormal basis.
-fn captured(product: ArrayView2<'_, f32>, rank: usize, compute: &dyn Compute) -> Result<f64> {
+fn captured(
+    product: ArrayView2<'_, f32>,
+    rank: usize,
+    compute: &dyn Compute,
+    factorise: &dyn Factorise,
+) -> Result<f64> {
     let mut gram = Array2::zeros((product.ncols(), product.ncols()));
     compute.add_gram(product, &mut gram)?;
-    Ok(eigenvalues(gram.view())?.iter().take(rank).sum())
+    Ok(factorise.eigenvalues(gram.view())?.iter().take(rank).sum())
 }
 
 /// The estimated excess over the optimum, when there are enough gains to tell.
@@ -151,8 +156,9 @@ fn exact(
     total: f64,
     products: usize,
     compute: &dyn Compute,
+    factorise: &dyn Factorise,
 ) -> Result<RandomizedSvd> {
-    let svd = gram_svd(a, rank, compute)?;
+    let svd = gram_svd(a, rank, compute, factorise)?;
     let residual = residual(&svd, total);
     Ok(RandomizedSvd { svd, residual, excess: 0.0, products, fell_back: true })
 }
@@ -160,8 +166,8 @@ fn exact(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::Cpu;
     use crate::linalg::svd::singular_values;
+    use crate::linalg::{Cpu, PureRust};
 
     fn flat(m: usize, n: usize) -> Array2<f32> {
         let mut rng = ChaCha8Rng::seed_from_u64(5);
@@ -180,7 +186,7 @@ mod tests {
             let best = optimum(&a, rank);
             for tolerance in [1e-2, 1e-3] {
                 let how = Randomized { tolerance, products: 40, ..Randomized::default() };
-                let found = rsvd(a.view(), rank, &how, 3, &Cpu::new()).unwrap();
+                let found = rsvd(a.view(), rank, &how, 3, &Cpu::new(), &PureRust).unwrap();
                 assert!(!found.fell_back, "{m} {n} {rank} {tolerance}");
                 let error = &a - &found.svd.product(&Cpu::new()).unwrap();
                 let true_residual = error.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>().sqrt();
@@ -195,11 +201,11 @@ mod tests {
     fn it_falls_back_when_the_tolerance_is_missed_or_cannot_be_seen() {
         let a = flat(200, 160);
         let hurried = Randomized { tolerance: 1e-9, products: 4, ..Randomized::default() };
-        let found = rsvd(a.view(), 10, &hurried, 3, &Cpu::new()).unwrap();
+        let found = rsvd(a.view(), 10, &hurried, 3, &Cpu::new(), &PureRust).unwrap();
         assert!(found.fell_back && found.products == 4);
         assert!(found.residual <= optimum(&a, 10) * (1.0 + 1e-5));
         let low = flat(200, 5).dot(&flat(5, 160));
-        let found = rsvd(low.view(), 5, &Randomized::default(), 3, &Cpu::new()).unwrap();
+        let found = rsvd(low.view(), 5, &Randomized::default(), 3, &Cpu::new(), &PureRust).unwrap();
         assert!(found.fell_back);
         let error = &low - &found.svd.product(&Cpu::new()).unwrap();
         assert!(error.iter().all(|e| e.abs() < 2e-5));
@@ -211,7 +217,7 @@ mod tests {
         let run = |threads, seed| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let how = Randomized::default();
-            pool.install(|| rsvd(a.view(), 6, &how, seed, &Cpu::new())).unwrap()
+            pool.install(|| rsvd(a.view(), 6, &how, seed, &Cpu::new(), &PureRust)).unwrap()
         };
         assert_eq!(run(1, 1), run(4, 1));
         assert_ne!(run(1, 1).svd, run(1, 2).svd);
@@ -220,7 +226,9 @@ mod tests {
     #[test]
     fn settings_out_of_range_are_errors() {
         let how = Randomized { tolerance: f64::NAN, ..Randomized::default() };
-        assert!(rsvd(flat(4, 4).view(), 1, &how, 0, &Cpu::new()).is_err());
-        assert!(rsvd(flat(4, 4).view(), 5, &Randomized::default(), 0, &Cpu::new()).is_err());
+        assert!(rsvd(flat(4, 4).view(), 1, &how, 0, &Cpu::new(), &PureRust).is_err());
+        assert!(
+            rsvd(flat(4, 4).view(), 5, &Randomized::default(), 0, &Cpu::new(), &PureRust).is_err()
+        );
     }
 }

@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
 use super::compute::Compute;
-use super::eigh::eigh;
+use super::factorise::Factorise;
 use super::rsvd::{Randomized, rsvd};
-use super::svd::{Svd, svd};
+use super::svd::Svd;
 use crate::error::{Error, Result};
 
 /// How the leading singular triplets are found.
@@ -18,7 +18,7 @@ pub enum SvdMethod {
     /// an eighth of the short side, else [`SvdMethod::Gram`].
     #[default]
     Auto,
-    /// All triplets, then the leading ones: [`svd()`].
+    /// All triplets, then the leading ones: [`Factorise::svd`].
     Full,
     /// Eigenvectors of the Gram matrix of the short side, formed in `f64`. The projection on them
     /// is the best approximation to 1e-6 of its residual; two to three times as fast as `Full`.
@@ -47,15 +47,16 @@ pub fn truncated_svd(
     method: SvdMethod,
     seed: u64,
     compute: &dyn Compute,
+    factorise: &dyn Factorise,
 ) -> Result<Svd> {
     let short = a.nrows().min(a.ncols());
     if rank > short {
         return Err(Error::range("rank", format!("at most {short}"), rank));
     }
     match method.resolved(short, rank) {
-        SvdMethod::Gram => gram_svd(a, rank, compute),
-        SvdMethod::Randomized(how) => Ok(rsvd(a, rank, &how, seed, compute)?.svd),
-        SvdMethod::Auto | SvdMethod::Full => Ok(svd(a)?.truncated(rank)),
+        SvdMethod::Gram => gram_svd(a, rank, compute, factorise),
+        SvdMethod::Randomized(how) => Ok(rsvd(a, rank, &how, seed, compute, factorise)?.svd),
+        SvdMethod::Auto | SvdMethod::Full => Ok(factorise.svd(a)?.truncated(rank)),
     }
 }
 
@@ -71,19 +72,24 @@ impl SvdMethod {
 }
 
 /// The leading triplets from the eigenvectors of the short side's Gram matrix.
-pub(super) fn gram_svd(a: ArrayView2<'_, f32>, rank: usize, compute: &dyn Compute) -> Result<Svd> {
+pub(super) fn gram_svd(
+    a: ArrayView2<'_, f32>,
+    rank: usize,
+    compute: &dyn Compute,
+    factorise: &dyn Factorise,
+) -> Result<Svd> {
     check_finite("matrix of an SVD", a)?;
     let tall = a.nrows() >= a.ncols();
     let a_tall = if tall { a } else { a.reversed_axes() };
     let n = a_tall.ncols();
     let mut gram = Array2::zeros((n, n));
     compute.add_gram(a_tall, &mut gram)?;
-    let vectors = eigh(gram.view())?.vectors;
+    let vectors = factorise.eigh(gram.view())?.vectors;
     drop(gram);
     let basis = vectors.slice(s![.., ..rank]).mapv(|x| x as f32);
     let mut product = Array2::zeros((a_tall.nrows(), rank));
     compute.gemm(1.0, a_tall, basis.view(), 0.0, product.view_mut())?;
-    let svd = from_subspace(product.view(), basis.view(), rank, compute)?;
+    let svd = from_subspace(product.view(), basis.view(), rank, compute, factorise)?;
     Ok(if tall { svd } else { svd.transposed() })
 }
 
@@ -97,8 +103,9 @@ pub(super) fn from_subspace(
     basis: ArrayView2<'_, f32>,
     rank: usize,
     compute: &dyn Compute,
+    factorise: &dyn Factorise,
 ) -> Result<Svd> {
-    let inner = svd(product)?.truncated(rank);
+    let inner = factorise.svd(product)?.truncated(rank);
     let mut vt = Array2::zeros((inner.s.len(), basis.nrows()));
     compute.gemm(1.0, inner.vt.view(), basis.t(), 0.0, vt.view_mut())?;
     Ok(Svd { u: inner.u, s: inner.s, vt })
@@ -107,7 +114,7 @@ pub(super) fn from_subspace(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::{Cpu, qr};
+    use crate::linalg::{Cpu, PureRust, qr};
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -146,7 +153,8 @@ mod tests {
                     (SvdMethod::Randomized(Randomized::default()), 5e-3),
                 ];
                 for (method, excess) in methods {
-                    let f = truncated_svd(a.view(), rank, method, 7, &Cpu::new()).unwrap();
+                    let f =
+                        truncated_svd(a.view(), rank, method, 7, &Cpu::new(), &PureRust).unwrap();
                     assert_eq!((f.u.dim(), f.vt.dim()), ((m, rank), (rank, n)));
                     let found = residual(&a, &f);
                     assert!(
@@ -170,12 +178,15 @@ mod tests {
             SvdMethod::Randomized(Randomized::default()),
         ];
         for method in methods {
-            let error = truncated_svd(a.view(), 10, method, 0, &Cpu::new()).unwrap_err();
+            let error = truncated_svd(a.view(), 10, method, 0, &Cpu::new(), &PureRust).unwrap_err();
             assert!(error.to_string().contains("rank: expected at most 9, found 10"), "{error}");
         }
         a[[3, 4]] = f32::NAN;
         for method in methods {
-            assert!(truncated_svd(a.view(), 2, method, 0, &Cpu::new()).is_err(), "{method:?}");
+            assert!(
+                truncated_svd(a.view(), 2, method, 0, &Cpu::new(), &PureRust).is_err(),
+                "{method:?}"
+            );
         }
     }
 
@@ -184,10 +195,11 @@ mod tests {
         for method in
             [SvdMethod::Full, SvdMethod::Gram, SvdMethod::Randomized(Randomized::default())]
         {
-            let f = truncated_svd(matrix(20, 9, 3).view(), 0, method, 0, &Cpu::new()).unwrap();
+            let f = truncated_svd(matrix(20, 9, 3).view(), 0, method, 0, &Cpu::new(), &PureRust)
+                .unwrap();
             assert_eq!((f.u.dim(), f.vt.dim()), ((20, 0), (0, 9)));
             let zero = Array2::zeros((150, 140));
-            let f = truncated_svd(zero.view(), 3, method, 0, &Cpu::new()).unwrap();
+            let f = truncated_svd(zero.view(), 3, method, 0, &Cpu::new(), &PureRust).unwrap();
             assert_eq!((residual(&zero, &f), f.s), (0.0, vec![0.0; 3]));
         }
     }

@@ -160,8 +160,9 @@ pub struct MergedLayer {
     /// The router over the merged experts, `m` rows.
     pub narrowed: Option<Router>,
     /// For each expert the factors of its matrices, gate (if any), up, down, when they are those
-    /// of a compression; a native export keeps them. Whoever changes the experts clears them.
-    pub factors: Option<Vec<Vec<Factored>>>,
+    /// of a compression, `None` for a matrix that stayed dense; a native export keeps them. Whoever
+    /// changes the experts clears them.
+    pub factors: Option<Vec<Vec<Option<Factored>>>>,
 }
 
 impl MergedLayer {

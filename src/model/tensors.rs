@@ -2,6 +2,7 @@
 
 use ndarray::{Array1, Array2};
 
+use super::factored_expert::FactoredLayer;
 use super::layer::{LayerId, MergedLayer};
 use crate::error::Result;
 
@@ -33,6 +34,14 @@ pub trait TensorSource: Sync {
     /// # Errors
     /// When the layer is not sparse or its tensors do not form a layer.
     fn moe(&self, layer: LayerId) -> Result<MergedLayer>;
+
+    /// A MoE layer whose experts lie in factors, as they lie; `None` for any other layer.
+    ///
+    /// # Errors
+    /// As [`moe`](Self::moe).
+    fn moe_in_factors(&self, _layer: LayerId) -> Result<Option<FactoredLayer>> {
+        Ok(None)
+    }
 
     /// Whether this layer is sparse.
     fn is_moe(&self, layer: LayerId) -> bool;
@@ -67,6 +76,10 @@ impl<T: TensorSource + ?Sized> TensorSource for &T {
 
     fn moe(&self, layer: LayerId) -> Result<MergedLayer> {
         (**self).moe(layer)
+    }
+
+    fn moe_in_factors(&self, layer: LayerId) -> Result<Option<FactoredLayer>> {
+        (**self).moe_in_factors(layer)
     }
 
     fn is_moe(&self, layer: LayerId) -> bool {

@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
-use super::compress::{Compressor, MatrixBudget};
+use super::compress::Compressor;
+use super::matrix_budget::{CompressionBudget, MatrixBudget};
+use super::neurons::Neurons;
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
+use super::shared_deltas::SharedDeltas;
 use crate::align::Reference;
+use crate::decompose::LowRankSparse;
 use crate::error::{Error, ErrorKind, Result};
-use crate::linalg::{Compute, Cpu};
+use crate::linalg::{Compute, Cpu, Factorise};
 use crate::stage::{
     Aligner, Context, Decomposer, Grouper, Merger, Recoverer, RouterMerger, Similarity,
 };
@@ -51,6 +55,7 @@ pub struct PipelineBuilder {
     top_k: Option<usize>,
     skip_error: bool,
     compute: Option<Arc<dyn Compute>>,
+    factorise: Option<Arc<dyn Factorise>>,
     seed: u64,
     recipe: Option<serde_json::Value>,
 }
@@ -114,9 +119,30 @@ impl PipelineBuilder {
     pub fn compressor(
         mut self,
         decomposer: impl Decomposer + 'static,
-        budget: MatrixBudget,
+        budget: impl Into<CompressionBudget>,
     ) -> Self {
-        self.compressor = Some(Compressor { decomposer: Box::new(decomposer), budget });
+        let (decomposer, budget) = (Box::new(decomposer), budget.into());
+        self.compressor = Some(Compressor::Each { decomposer, budget });
+        self
+    }
+
+    /// [`compressor`](Self::compressor) with [`LowRankSparse`], of which the lines stay that matter
+    /// most to the loss: [`LowRankSparse::by_sensitivity`], with the gradients in the statistics,
+    /// added up over the members of a group in their common order.
+    pub fn sensitive(mut self, method: LowRankSparse, budget: MatrixBudget) -> Self {
+        self.compressor = Some(Compressor::Sensitive { method, budget });
+        self
+    }
+
+    /// Compresses every merged expert, after recovery, by whole hidden units instead.
+    pub fn neurons(mut self, neurons: Neurons) -> Self {
+        self.compressor = Some(Compressor::Neurons(neurons));
+        self
+    }
+
+    /// Splits every merged and recovered layer into a base and deltas instead.
+    pub fn shared_deltas(mut self, shared: SharedDeltas) -> Self {
+        self.compressor = Some(Compressor::Shared(shared));
         self
     }
 
@@ -157,6 +183,12 @@ impl PipelineBuilder {
         self
     }
 
+    /// Who factorises; [`PureRust`](crate::linalg::PureRust) unless given.
+    pub fn factorise(mut self, factorise: Arc<dyn Factorise>) -> Self {
+        self.factorise = Some(factorise);
+        self
+    }
+
     /// Seed of every random choice; 0 unless given.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -177,6 +209,10 @@ impl PipelineBuilder {
             ErrorKind::Recipe { reason: format!("a pipeline needs a {part}") }.into()
         };
         let compute = self.compute.unwrap_or_else(|| Arc::new(Cpu::new()));
+        let mut cx = Context::on(compute, self.seed);
+        if let Some(factorise) = self.factorise {
+            cx = cx.with_factorise(factorise);
+        }
         Ok(Pipeline {
             similarity: self.similarity.ok_or_else(|| missing("similarity"))?,
             alignment: self.alignment,
@@ -191,7 +227,7 @@ impl PipelineBuilder {
             routing_groups: self.routing_groups,
             top_k: self.top_k,
             measure_error: !self.skip_error,
-            cx: Context::on(compute, self.seed),
+            cx,
             recipe: self.recipe,
         })
     }

@@ -4,11 +4,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::builder::PipelineBuilder;
-use super::compress::MatrixBudget;
 use super::policy::AlignWhen;
 use crate::align::{ActivationMatching, Reference, WeightMatching};
-use crate::decompose::{Complement, LineScore, LowRankSparse, SparseOnly, TruncatedSvd, Whitened};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::group::{
     Absorb, Agglomerative, Dominant, KMeans, LayerScale, Linkage, Prune, RandomGroups,
     Representative, Spread, TaskSpecific,
@@ -101,85 +99,33 @@ impl RecoverChoice {
     }
 }
 
-/// In what factors the matrices of merged experts are kept; see [`crate::decompose`]. `rank` is 32
-/// and `rows`, the share of dense rows, 0.1 (the paper) unless given.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "method", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum CompressChoice {
-    /// Truncated SVD plus the rows it misses most (the paper).
-    LowRankSparse {
-        /// `r`.
-        #[serde(default = "paper_rank")]
-        rank: usize,
-        /// Share of rows, in (0, 1].
-        #[serde(default = "tenth")]
-        rows: f64,
-        /// Which rows stay.
-        #[serde(default)]
-        score: LineScore,
-    },
-    /// Truncated SVD.
-    Svd {
-        /// `r`.
-        #[serde(default = "paper_rank")]
-        rank: usize,
-    },
-    /// Low rank fitted to the outputs on samples, which it needs.
-    WhitenedSvd {
-        /// `r`.
-        #[serde(default = "paper_rank")]
-        rank: usize,
-    },
-    /// Dense rows, and low rank fitted to the others.
-    Complement {
-        /// `r`.
-        #[serde(default = "paper_rank")]
-        rank: usize,
-        /// Share of rows, in (0, 1].
-        #[serde(default = "tenth")]
-        rows: f64,
-    },
-    /// Dense rows only.
-    Sparse {
-        /// Share of rows, in (0, 1].
-        #[serde(default = "tenth")]
-        rows: f64,
-        /// Which rows stay.
-        #[serde(default)]
-        score: LineScore,
-    },
+/// Who factorises matrices; see [`crate::linalg::Factorise`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FactoriseChoice {
+    /// This crate's own functions, the same bits everywhere.
+    #[default]
+    PureRust,
+    /// LAPACK, in builds with the feature `lapack`.
+    Lapack,
 }
 
-fn paper_rank() -> usize {
-    32
-}
-
-impl CompressChoice {
-    /// `low-rank-sparse` of rank 32 with 10 % of the rows.
-    pub(super) fn paper() -> Self {
-        Self::LowRankSparse { rank: paper_rank(), rows: tenth(), score: LineScore::default() }
-    }
-
+impl FactoriseChoice {
     pub(super) fn add_to(self, b: PipelineBuilder) -> Result<PipelineBuilder> {
-        let budget = |rank: usize, rows: Option<f64>| match rank {
-            0 => Err(Error::range("rank of a compression", "1 or more", rank)),
-            rank => Ok(MatrixBudget { rank, rows }),
-        };
-        Ok(match self {
-            Self::LowRankSparse { rank, rows, score } => {
-                let method = LowRankSparse { score, ..LowRankSparse::default() };
-                b.compressor(method, budget(rank, Some(rows))?)
+        match self {
+            Self::PureRust => Ok(b),
+            #[cfg(feature = "lapack")]
+            Self::Lapack => Ok(b.factorise(std::sync::Arc::new(crate::linalg::Lapack))),
+            #[cfg(not(feature = "lapack"))]
+            Self::Lapack => Err(crate::error::ErrorKind::Unsupported {
+                what: "factorisations",
+                found: "lapack".into(),
+                supported: "pure-rust; lapack in a build with the feature lapack-openblas-system \
+                            or one of its kin"
+                    .into(),
             }
-            Self::Svd { rank } => b.compressor(TruncatedSvd::default(), budget(rank, None)?),
-            Self::WhitenedSvd { rank } => b.compressor(Whitened::default(), budget(rank, None)?),
-            Self::Complement { rank, rows } => {
-                b.compressor(Complement::default(), budget(rank, Some(rows))?)
-            }
-            Self::Sparse { rows, score } => {
-                let method = SparseOnly { score, ..SparseOnly::default() };
-                b.compressor(method, MatrixBudget { rank: 0, rows: Some(rows) })
-            }
-        })
+            .into()),
+        }
     }
 }
 

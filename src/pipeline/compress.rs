@@ -2,70 +2,184 @@
 //! multiplied out again, so that every export holds the function of the factors; a native one holds
 //! the factors themselves.
 
+use std::collections::BTreeMap;
+
 use ndarray::{Array2, ArrayView2, Axis};
 
+use super::matrix_budget::{CompressionBudget, MatrixBudget};
+use super::neurons::Neurons;
 use super::report::{self, Change, CompressionReport, Kind, StableRanks};
+use super::shared_deltas::SharedDeltas;
 use crate::checkpoint::Factoring;
+use crate::decompose::LowRankSparse;
 use crate::decompose::analysis::{mean_change, stable_rank};
-use crate::error::{Locate, Result};
-use crate::model::{Expert, Factored, Grouping, MergedLayer, MoeLayer, Role};
+use crate::error::{Error, Locate, Result};
+use crate::model::{
+    Expert, ExpertTensors, Factored, Grouping, LayerId, MergedLayer, MoeLayer, Role, RoutingStats,
+};
 use crate::par;
-use crate::stage::{Context, Decomposer, Moments, Needs, RankBudget, Stage};
+use crate::stage::{Context, Decomposer, Kept, Moments, Needs, RankBudget};
 
-/// What is kept of every matrix `(m, n)` of every merged expert.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MatrixBudget {
-    /// Rank of the low-rank part; 0 for none.
-    pub rank: usize,
-    /// Share of the `m` rows that stay dense, in (0, 1], rounded up to whole rows; `None` for none.
-    pub rows: Option<f64>,
-}
-
-impl MatrixBudget {
-    /// Rank and number of rows for one matrix.
-    ///
-    /// # Errors
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside (0, 1], a rank
-    /// above `min(m, n)`, or neither.
-    pub fn of(&self, dim: (usize, usize)) -> Result<RankBudget> {
-        let mut budget = RankBudget::rank(self.rank);
-        if let Some(share) = self.rows {
-            budget = budget.with_share(dim.0, share)?;
-        }
-        budget.check(dim, dim.0)?;
-        Ok(budget)
-    }
-}
-
-/// A decomposer and what it may keep.
+/// How a merged layer is compressed.
 #[derive(Debug)]
-pub(super) struct Compressor {
-    pub(super) decomposer: Box<dyn Decomposer>,
-    pub(super) budget: MatrixBudget,
+pub(super) enum Compressor {
+    /// Matrix by matrix.
+    Each {
+        /// How.
+        decomposer: Box<dyn Decomposer>,
+        /// To what.
+        budget: CompressionBudget,
+    },
+    /// Matrix by matrix, the lines kept that matter most to the loss.
+    Sensitive {
+        /// How.
+        method: LowRankSparse,
+        /// To what.
+        budget: MatrixBudget,
+    },
+    /// By whole hidden units.
+    Neurons(Neurons),
+    /// Around one base for all experts.
+    Shared(SharedDeltas),
 }
 
-/// A matrix multiplied out, and what is told of it.
+/// What a size budget leaves of every matrix, layer by layer.
+pub(super) type Ranks = BTreeMap<LayerId, Factoring>;
+
+/// A matrix as it will be, and what is told of it.
 struct Done {
-    weight: Array2<f32>,
-    factored: Factored,
-    merged: f64,
-    compressed: f64,
+    /// Multiplied out; `None` for one that stays.
+    weight: Option<Array2<f32>>,
+    factored: Option<Factored>,
+    ranks: Ranked,
+}
+
+/// What the report needs of a matrix.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ranked {
+    /// Numbers before.
+    pub(super) dense: usize,
+    /// Numbers stored.
+    pub(super) parameters: usize,
+    /// Stable rank before.
+    pub(super) merged: f64,
+    /// Stable rank after.
+    pub(super) compressed: f64,
+}
+
+/// What a compression of a layer can go by.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Given<'a> {
+    /// Of the layer's tokens.
+    pub(super) inputs: Option<ArrayView2<'a, f32>>,
+    /// Of the loss by the merged experts' weights.
+    pub(super) gradients: Option<&'a ExpertTensors>,
+    /// Whether the narrowed router chooses.
+    pub(super) narrowed: bool,
+    /// Under a size budget.
+    pub(super) ranks: Option<&'a Ranks>,
+}
+
+/// The tokens that go to a layer's experts; none where no method asks for them.
+pub(super) struct Tokens<'a> {
+    pub(super) inputs: Option<ArrayView2<'a, f32>>,
+    visited: Vec<Vec<(usize, f32)>>,
+}
+
+impl Tokens<'_> {
+    /// Second moments of what goes into a matrix of expert `e`.
+    pub(super) fn moments(
+        &self,
+        e: usize,
+        expert: &Expert,
+        role: Role,
+        cx: &Context,
+    ) -> Result<Option<Moments>> {
+        let Some(x) = self.inputs else { return Ok(None) };
+        moments(expert, role, x, &self.visited[e], cx).map(Some)
+    }
 }
 
 impl Compressor {
     /// Fails when a layer's matrices cannot be kept to the budget; reads no weight.
     pub(super) fn check(&self, (d_ff, d_model): (usize, usize)) -> Result<()> {
-        self.factoring((d_ff, d_model)).map(drop)
+        match self {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. }
+            | Self::Sensitive { budget, .. } => {
+                budget.of((d_ff, d_model))?;
+                budget.of((d_model, d_ff)).map(drop)
+            }
+            Self::Each { budget: CompressionBudget::Size(budget), .. } => budget.check(),
+            Self::Neurons(neurons) => neurons.check((d_ff, d_model)),
+            Self::Shared(shared) => shared.check((d_ff, d_model)),
+        }
     }
 
-    /// What a native folder holds of a layer's matrices.
-    pub(super) fn factoring(&self, (d_ff, d_model): (usize, usize)) -> Result<Factoring> {
-        let (hidden, down) = (self.budget.of((d_ff, d_model))?, self.budget.of((d_model, d_ff))?);
-        Ok(Factoring { hidden, down })
+    /// What is stored of the matrices of `groups` merged experts, `gated` or not; `ranks` are those
+    /// of a size budget. `None` when they are stored as they are multiplied out.
+    pub(super) fn factoring(
+        &self,
+        id: LayerId,
+        groups: usize,
+        gated: bool,
+        (d_ff, d_model): (usize, usize),
+        ranks: Option<&Ranks>,
+    ) -> Result<Option<Factoring>> {
+        let same = |hidden: Kept, down: Kept| {
+            let mut expert = vec![hidden; 1 + usize::from(gated)];
+            expert.push(down);
+            Some(Factoring::new(vec![expert; groups]))
+        };
+        match self {
+            Self::Each { budget: CompressionBudget::Matrix(budget), .. }
+            | Self::Sensitive { budget, .. } => {
+                let structure = budget.structure;
+                let of = |dim| Ok::<_, Error>(Kept::Factors { budget: budget.of(dim)?, structure });
+                Ok(same(of((d_ff, d_model))?, of((d_model, d_ff))?))
+            }
+            Self::Each { budget: CompressionBudget::Size(_), .. } => {
+                let planned = ranks.and_then(|ranks| ranks.get(&id)).cloned();
+                planned.ok_or_else(|| Error::range("layer", "one with planned ranks", id)).map(Some)
+            }
+            Self::Neurons(neurons) => {
+                Ok(neurons.kept(d_ff)?.and_then(|(hidden, down)| same(hidden, down)))
+            }
+            Self::Shared(_) => Ok(None),
+        }
+    }
+
+    /// The hidden units that are left of `d_ff`, when there is nothing else left.
+    pub(super) fn reduced(&self, d_ff: usize) -> Result<Option<usize>> {
+        match self {
+            Self::Neurons(neurons) if neurons.rank == 0 => neurons.count(d_ff).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Each { decomposer, .. } => decomposer.name(),
+            Self::Sensitive { .. } => "low-rank-sensitive",
+            Self::Neurons(_) => "neurons",
+            Self::Shared(_) => "shared-basis",
+        }
     }
 
     pub(super) fn needs(&self) -> Needs {
-        self.decomposer.needs()
+        match self {
+            Self::Each { decomposer, .. } => decomposer.needs(),
+            Self::Sensitive { .. } => Needs::GRADIENTS,
+            Self::Neurons(_) | Self::Shared(_) => Needs::NONE,
+        }
+    }
+
+    /// Whether samples make a difference.
+    pub(super) fn uses_moments(&self) -> bool {
+        match self {
+            Self::Each { decomposer, .. } => decomposer.uses_moments(),
+            Self::Sensitive { .. } => false,
+            Self::Neurons(_) | Self::Shared(_) => true,
+        }
     }
 
     /// Stable ranks before merging: for every group and role the mean over the group's members.
@@ -95,8 +209,9 @@ impl Compressor {
             .collect())
     }
 
-    /// The layer with every matrix replaced by its `L R + S`, experts that stayed alone included;
-    /// biases and routers are kept. `original` is [`Compressor::original`] of the layer before.
+    /// The layer with every matrix replaced by its `L R + S`, or its experts by what else the
+    /// method makes of them, experts that stayed alone included; biases and routers are kept.
+    /// `original` is [`Compressor::original`] of the layer before.
     ///
     /// Methods that weigh errors by second moments get those of the tokens among `inputs` that
     /// visit the expert: the inputs themselves for gate and up, the merged expert's hidden
@@ -107,64 +222,129 @@ impl Compressor {
     /// activations of an expert's tokens for every thread.
     pub(super) fn compress(
         &self,
-        mut layer: MergedLayer,
+        layer: MergedLayer,
         original: &[f64],
-        inputs: Option<ArrayView2<'_, f32>>,
-        narrowed: bool,
+        given: Given<'_>,
         cx: &Context,
     ) -> Result<(MergedLayer, CompressionReport)> {
-        let inputs = inputs.filter(|x| self.decomposer.uses_moments() && x.nrows() > 0);
+        let Given { inputs, gradients, narrowed, ranks } = given;
+        let inputs = inputs.filter(|x| self.uses_moments() && x.nrows() > 0);
         let visited = match inputs {
             None => Vec::new(),
             Some(x) => layer.visits(narrowed, x, cx.compute())?,
         };
+        let tokens = Tokens { inputs, visited };
+        match self {
+            Self::Each { decomposer, .. } => {
+                let of = |e: usize,
+                          role: Role,
+                          weight: ArrayView2<'_, f32>,
+                          budget: &RankBudget,
+                          cx: &Context| {
+                    let moments = tokens.moments(e, &layer.experts[e], role, cx)?;
+                    decomposer.decompose(weight, moments.as_ref(), budget, cx)
+                };
+                let (done, ranks) = self.each(&layer, ranks, &of, cx)?;
+                replace(layer, original, done, ranks)
+            }
+            Self::Sensitive { method, .. } => {
+                let gradients = RoutingStats::need(&gradients, self.name(), "gradients")?;
+                let of = |e: usize,
+                          role: Role,
+                          weight: ArrayView2<'_, f32>,
+                          budget: &RankBudget,
+                          cx: &Context| {
+                    let gradient = gradients.get(e).and_then(|g| g.view().linear(role));
+                    let gradient = gradient.map(|g| g.weight).filter(|g| g.dim() == weight.dim());
+                    let missing = || Error::shape("gradients", weight.dim(), "others");
+                    method.by_sensitivity(weight, gradient.ok_or_else(missing)?, budget, cx)
+                };
+                let (done, ranks) = self.each(&layer, ranks, &of, cx)?;
+                replace(layer, original, done, ranks)
+            }
+            Self::Neurons(neurons) => neurons.compress(layer, original, &tokens, cx),
+            Self::Shared(shared) => shared.compress(layer, original, &tokens, cx),
+        }
+    }
+
+    fn each(
+        &self,
+        layer: &MergedLayer,
+        ranks: Option<&Ranks>,
+        of: &Decompose<'_>,
+        cx: &Context,
+    ) -> Result<(Vec<Done>, usize)> {
+        let (view, groups) = (layer.experts[0].view(), layer.experts.len());
+        let (gated, dim) = (view.gate.is_some(), view.up.weight.dim());
+        let planned = self.factoring(layer.id, groups, gated, dim, ranks)?;
         let jobs = matrices(&layer.experts);
+        let roles = jobs.len() / groups;
         let inner = cx.per_task();
         let done = par::map(jobs.len(), |i| {
             let (e, role) = jobs[i];
-            let expert = &layer.experts[e];
-            let moments = match inputs {
-                None => None,
-                Some(x) => Some(moments(expert, role, x, &visited[e], &inner).in_expert(e)?),
+            let view = layer.experts[e].view();
+            let weight = view.linear(role).unwrap_or(view.up).weight;
+            let kept = planned.as_ref().and_then(|p| p.experts().get(e)?.get(i % roles)).copied();
+            let of_one = || match kept {
+                Some(Kept::Factors { budget, .. }) => {
+                    factored(weight, of(e, role, weight, &budget, &inner)?, &inner)
+                }
+                _ => stays(weight, &inner),
             };
-            self.one(expert, role, moments.as_ref(), &inner).in_expert(e)
+            of_one().in_expert(e)
         })?;
-        let report = describe(&layer, original, &done);
-        let roles = jobs.len() / layer.experts.len();
-        let (weights, factors): (Vec<_>, Vec<_>) =
-            done.into_iter().map(|d| (d.weight, d.factored)).unzip();
-        let mut factors = factors.into_iter();
-        let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
-        layer.factors = Some(layer.experts.iter().map(of_one).collect());
-        let mut weights = weights.into_iter();
-        let experts = std::mem::take(&mut layer.experts);
-        layer.experts = experts
-            .into_iter()
-            .map(|expert| with_weights(expert, &mut weights))
-            .collect::<Result<_>>()?;
-        Ok((layer, report))
-    }
-
-    fn one(
-        &self,
-        expert: &Expert,
-        role: Role,
-        moments: Option<&Moments>,
-        cx: &Context,
-    ) -> Result<Done> {
-        let view = expert.view();
-        let weight = view.linear(role).unwrap_or(view.up).weight;
-        let budget = self.budget.of(weight.dim())?;
-        let factored = self.decomposer.decompose(weight, moments, &budget, cx)?;
-        let dense = factored.to_dense(cx.compute())?;
-        let merged = stable_rank(weight, cx)?;
-        let compressed = stable_rank(dense.view(), cx)?;
-        Ok(Done { weight: dense, factored, merged, compressed })
+        Ok((done, roles))
     }
 }
 
+/// How matrix `role` of expert `e` is decomposed.
+type Decompose<'a> =
+    dyn Fn(usize, Role, ArrayView2<'_, f32>, &RankBudget, &Context) -> Result<Factored> + Sync + 'a;
+
+/// The layer with `roles` matrices an expert replaced.
+fn replace(
+    mut layer: MergedLayer,
+    original: &[f64],
+    done: Vec<Done>,
+    roles: usize,
+) -> Result<(MergedLayer, CompressionReport)> {
+    let told: Vec<Ranked> = done.iter().map(|d| d.ranks).collect();
+    let report = describe(&layer, original, &told);
+    let (weights, factors): (Vec<_>, Vec<_>) =
+        done.into_iter().map(|d| (d.weight, d.factored)).unzip();
+    let mut factors = factors.into_iter();
+    let of_one = |_: &Expert| factors.by_ref().take(roles).collect();
+    layer.factors = Some(layer.experts.iter().map(of_one).collect());
+    layer.experts = with_all_weights(std::mem::take(&mut layer.experts), weights)?;
+    Ok((layer, report))
+}
+
+/// Experts with their matrices replaced, in the order of [`matrices`], where there are any.
+pub(super) fn with_all_weights(
+    experts: Vec<Expert>,
+    weights: Vec<Option<Array2<f32>>>,
+) -> Result<Vec<Expert>> {
+    let mut weights = weights.into_iter();
+    experts.into_iter().map(|expert| with_weights(expert, &mut weights)).collect()
+}
+
+fn factored(weight: ArrayView2<'_, f32>, factored: Factored, cx: &Context) -> Result<Done> {
+    let product = factored.to_dense(cx.compute())?;
+    let (dense, parameters) = (weight.len(), factored.parameters());
+    let (merged, compressed) = (stable_rank(weight, cx)?, stable_rank(product.view(), cx)?);
+    let ranks = Ranked { dense, parameters, merged, compressed };
+    Ok(Done { weight: Some(product), factored: Some(factored), ranks })
+}
+
+/// A matrix that stays dense.
+fn stays(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Done> {
+    let (rank, dense) = (stable_rank(weight, cx)?, weight.len());
+    let ranks = Ranked { dense, parameters: dense, merged: rank, compressed: rank };
+    Ok(Done { weight: None, factored: None, ranks })
+}
+
 /// Every matrix of some experts, expert by expert.
-fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
+pub(super) fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
     let roles = |(e, expert): (usize, &Expert)| {
         expert.view().linears().map(|(role, _)| (e, role)).collect::<Vec<_>>()
     };
@@ -172,7 +352,7 @@ fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
 }
 
 /// Of what goes into a matrix.
-fn moments(
+pub(super) fn moments(
     expert: &Expert,
     role: Role,
     inputs: ArrayView2<'_, f32>,
@@ -193,22 +373,32 @@ fn moments(
     }
 }
 
-/// The expert with its matrices replaced by the next ones of `weights`.
-fn with_weights(expert: Expert, weights: &mut dyn Iterator<Item = Array2<f32>>) -> Result<Expert> {
+/// The expert with its matrices replaced by the next ones of `weights`, where there are any.
+fn with_weights(
+    expert: Expert,
+    weights: &mut dyn Iterator<Item = Option<Array2<f32>>>,
+) -> Result<Expert> {
     let activation = expert.view().activation;
     let (mut gate, mut up, mut down) = expert.into_parts();
     for (linear, weight) in gate.iter_mut().chain([&mut up, &mut down]).zip(weights) {
-        linear.weight = weight;
+        if let Some(weight) = weight {
+            linear.weight = weight;
+        }
     }
     Expert::new(gate, up, down, activation)
 }
 
-fn describe(layer: &MergedLayer, original: &[f64], done: &[Done]) -> CompressionReport {
+/// The report on a layer whose matrices became `done`; `layer` is it before.
+pub(super) fn describe(
+    layer: &MergedLayer,
+    original: &[f64],
+    done: &[Ranked],
+) -> CompressionReport {
     let experts = layer.experts.len() as u64;
     let kind = Kind::of(&layer.experts[0]);
     let dense = experts * kind.parameters;
-    let matrices: u64 = done.iter().map(|d| d.weight.len() as u64).sum();
-    let factors: u64 = done.iter().map(|d| d.factored.parameters() as u64).sum();
+    let matrices: u64 = done.iter().map(|d| d.dense as u64).sum();
+    let factors: u64 = done.iter().map(|d| d.parameters as u64).sum();
     // What is no matrix, biases, is kept as it is.
     let parameters = Change { before: dense, after: dense - matrices + factors };
     let router = layer.narrowed.as_ref().unwrap_or(&layer.router);

@@ -4,6 +4,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
+use super::compress::Given;
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
 use super::recovery;
@@ -11,8 +12,8 @@ use super::report::{self, Change, Kind, LayerReport, OutputError};
 use crate::align;
 use crate::error::{Error, Locate, Result};
 use crate::model::{
-    Expert, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation, Router, RoutingRule,
-    RoutingStats, SimilarityMatrix,
+    Expert, ExpertTensors, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation,
+    Router, RoutingRule, RoutingStats, SimilarityMatrix,
 };
 use crate::par;
 use crate::stage::{
@@ -123,7 +124,13 @@ pub(super) fn merge_layer(
     let before = Before::of(&layer, stats, plan, cx)?;
     let ranks = plan.compressor.map(|c| c.original(&layer, grouping, cx)).transpose()?;
     let view = LayerView::of(&layer, stats);
-    let groups = merge_groups(&view, measured, grouping, plan, cx)?;
+    let (groups, permutations) = merge_groups(&view, measured, grouping, plan, cx)?;
+    let gradients = match plan.compressor {
+        Some(c) if c.needs().contains(Needs::GRADIENTS) => {
+            Some(gradients(&view, grouping, &permutations, cx)?)
+        }
+        _ => None,
+    };
     let narrowed = match plan.router {
         None => None,
         Some(router) => Some(narrow(router, &view, grouping, plan, cx)?),
@@ -141,8 +148,9 @@ pub(super) fn merge_layer(
     let mut compression = None;
     if let (Some(compressor), Some(ranks)) = (plan.compressor, ranks) {
         let inputs = stats.samples.as_ref().map(|s| s.inputs.view());
-        let narrowed = plan.router.is_some();
-        let (layer, found) = compressor.compress(merged, &ranks, inputs, narrowed, cx)?;
+        let (gradients, narrowed) = (gradients.as_ref(), plan.router.is_some());
+        let given = Given { inputs, gradients, narrowed, ranks: plan.ranks };
+        let (layer, found) = compressor.compress(merged, &ranks, given, cx)?;
         (merged, compression) = (layer, Some(found));
     }
     let error = before.error_of(&merged, cx)?;
@@ -151,18 +159,38 @@ pub(super) fn merge_layer(
     Ok((merged, LayerReport { compression, ..report }))
 }
 
-/// The merged expert of every group of several; `None` for an expert that stays alone.
+/// `Σ_i P_i(∇W_i)` over the members of every group: the gradient of the loss by the weights of an
+/// expert that stands for all of them, where the members are alike.
+fn gradients(
+    view: &LayerView<'_>,
+    grouping: &Grouping,
+    permutations: &[Permutation],
+    cx: &Context,
+) -> Result<ExpertTensors> {
+    let all = RoutingStats::need(&view.stats.gradients, "low-rank-sensitive", "gradients")?;
+    let inner = cx.per_task();
+    par::map(grouping.groups(), |g| {
+        let missing = || Error::shape("gradients of the experts", permutations.len(), all.len());
+        let term = |&i: &usize| Some((1.0, all.get(i)?.view(), permutations.get(i)?));
+        let terms: Option<Vec<_>> = grouping.members(g).iter().map(term).collect();
+        Expert::weighted_sum(&terms.ok_or_else(missing)?, inner.compute())
+            .in_expert(grouping.dominants()[g])
+    })
+}
+
+/// The merged expert of every group of several, `None` for an expert that stays alone; and how the
+/// hidden units of all were lined up, of which a lone expert keeps its own order.
 fn merge_groups(
     view: &LayerView<'_>,
     measured: &Measured,
     grouping: &Grouping,
     plan: &Plan<'_>,
     cx: &Context,
-) -> Result<Vec<Option<Expert>>> {
+) -> Result<(Vec<Option<Expert>>, Vec<Permutation>)> {
     let all: Vec<ExpertView<'_>> = view.experts("merge")?.iter().map(Expert::view).collect();
-    let permutations = line_up(view, measured, grouping, plan, &all, cx)?;
+    let mut permutations = line_up(view, measured, grouping, plan, &all, cx)?;
     let inner = cx.per_task();
-    par::map(grouping.groups(), |g| {
+    let merged = par::map(grouping.groups(), |g| {
         let indices = grouping.members(g);
         if indices.len() == 1 {
             return Ok(None);
@@ -178,7 +206,13 @@ fn merge_groups(
             permutations: &permutations,
         };
         merge_one(plan.merger, &members, &inner).in_expert(dominant).map(Some)
-    })
+    })?;
+    for g in 0..grouping.groups() {
+        if let [alone] = grouping.members(g)[..] {
+            permutations[alone] = Permutation::identity(all[alone].d_ff());
+        }
+    }
+    Ok((merged, permutations))
 }
 
 /// Moves the experts that stay alone, bit for bit and in their own order, to their groups.

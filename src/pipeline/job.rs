@@ -6,6 +6,7 @@ use std::path::Path;
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file;
+use super::compress::Ranks;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
@@ -14,6 +15,7 @@ use super::passes::Decided;
 use super::policy::{AlignWhen, LayerShape, RoutingGroupPolicy};
 use super::report::{Change, LayerReport, Report, WrittenReport};
 use super::run::Output;
+use super::size::Room;
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::align;
 use crate::calibrate::StatsFile;
@@ -74,7 +76,9 @@ impl Pipeline {
             }
         };
         let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
-        let plan = self.write_plan(job, groupings)?;
+        let mut plan = self.write_plan(job, groupings);
+        let ranks = self.job_ranks(&folder, job, &plan, fresh.as_ref(), samples, &mut journal)?;
+        self.factor(job, &mut plan, ranks.as_ref())?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         let followed = job.tokens.filter(|_| self.recoverer.is_some());
@@ -91,10 +95,11 @@ impl Pipeline {
                 reports.insert(id, report);
             }
         }
-        let decided = match fresh {
+        let mut decided = match fresh {
             Some(decided) => decided,
             None => self.rest(&folder, job, &plan, &reports)?,
         };
+        decided.ranks = ranks;
         let new = if self.streams(samples, job) {
             let line = &mut |report: &LayerReport, digest| {
                 journal.write(&Line::Layer(Box::new(report.clone()), digest))
@@ -143,7 +148,7 @@ impl Pipeline {
         let ids: Vec<LayerId> = job.ids.iter().filter(open).copied().collect();
         let measured = self.measure(folder, &ids, job.observer)?;
         let groupings = ids.iter().filter_map(|id| plan.groupings.get(id).cloned()).collect();
-        Ok(Decided { ids, measured, groupings })
+        Ok(Decided { ids, measured, groupings, ranks: None })
     }
 
     /// Whether no stage has to see a whole layer at once.
@@ -158,26 +163,60 @@ impl Pipeline {
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
-    fn write_plan(
-        &self,
-        job: &Job<'_>,
-        groupings: BTreeMap<LayerId, Grouping>,
-    ) -> Result<WritePlan> {
+    fn write_plan(&self, job: &Job<'_>, groupings: BTreeMap<LayerId, Grouping>) -> WritePlan {
         let output = job.output;
-        let mut factored = BTreeMap::new();
-        if let Some(compressor) = &self.compressor {
-            for layer in job.source.layers().iter().filter(|l| groupings.contains_key(&l.id)) {
-                factored.insert(layer.id, compressor.factoring((layer.d_ff, layer.d_model))?);
-            }
-        }
-        Ok(WritePlan {
+        WritePlan {
             export: output.export.into(),
             groupings,
             top_k: self.top_k,
             flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
-            factored,
+            factored: BTreeMap::new(),
+            d_ff: None,
             shard_bytes: output.shard_bytes,
-        })
+        }
+    }
+
+    /// Writes the compressor's factors into the plan.
+    fn factor(&self, job: &Job<'_>, plan: &mut WritePlan, ranks: Option<&Ranks>) -> Result<()> {
+        let Some(compressor) = &self.compressor else { return Ok(()) };
+        for layer in job.source.layers() {
+            let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
+            let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
+            let kept = compressor.factoring(layer.id, groups, layer.gated, dim, ranks);
+            if let Some(kept) = kept.in_layer(layer.id)? {
+                plan.factored.insert(layer.id, kept);
+            }
+            plan.d_ff = compressor.reduced(layer.d_ff)?.or(plan.d_ff);
+        }
+        Ok(())
+    }
+
+    /// The ranks of a size budget, or those that the run that is resumed has found.
+    fn job_ranks(
+        &self,
+        folder: &Folder<'_>,
+        job: &Job<'_>,
+        plan: &WritePlan,
+        fresh: Option<&Decided>,
+        samples: bool,
+        journal: &mut Journal,
+    ) -> Result<Option<Ranks>> {
+        let Some(budget) = self.size_budget() else { return Ok(None) };
+        if let Some(known) = journal.ranks.take() {
+            return Ok(Some(known.into_iter().collect()));
+        }
+        let room = Room::of_folder(budget, job.source, plan)?;
+        let again;
+        let decided = match fresh {
+            Some(decided) => decided,
+            None => {
+                again = self.rest(folder, job, plan, &BTreeMap::new())?;
+                &again
+            }
+        };
+        let ranks = self.ranks(folder, decided, (budget, &room), samples, job.observer)?;
+        journal.write(&Line::Ranks(ranks.clone().into_iter().collect()))?;
+        Ok(Some(ranks))
     }
 }
 

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fingerprint::Fingerprint;
 use super::report::{LayerReport, Report};
+use crate::checkpoint::Factoring;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId};
 
@@ -28,6 +29,8 @@ pub(super) enum Line {
     Statistics(String),
     /// The groups of all layers that are merged.
     Groups(Vec<(LayerId, Grouping)>),
+    /// Under a size budget, what is left of the matrices of all layers that are merged.
+    Ranks(Vec<(LayerId, Factoring)>),
     /// A layer that was written, and SHA-256 of its tensors.
     Layer(Box<LayerReport>, String),
     /// Everything is in the folder: what is left is to give it its name.
@@ -41,6 +44,7 @@ pub(super) struct Journal {
     file: File,
     pub(super) statistics: Option<String>,
     pub(super) groups: Option<Vec<(LayerId, Grouping)>>,
+    pub(super) ranks: Option<Vec<(LayerId, Factoring)>>,
     pub(super) layers: BTreeMap<LayerId, (LayerReport, String)>,
 }
 
@@ -68,8 +72,8 @@ impl Journal {
             // Where files cannot be locked, a second run is the user's to avoid.
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
-        let (statistics, groups, layers) = (None, None, BTreeMap::new());
-        let mut journal = Self { path: path.clone(), file, statistics, groups, layers };
+        let (statistics, groups, ranks, layers) = (None, None, None, BTreeMap::new());
+        let mut journal = Self { path: path.clone(), file, statistics, groups, ranks, layers };
         let lines = journal.read().map_err(io("read journal")).in_file(&path)?;
         match lines.split_first() {
             None if is_empty(folder).in_file(folder)? => {
@@ -88,6 +92,7 @@ impl Journal {
             match line {
                 Line::Statistics(sha256) => journal.statistics = Some(sha256),
                 Line::Groups(groups) => journal.groups = Some(groups),
+                Line::Ranks(ranks) => journal.ranks = Some(ranks),
                 Line::Layer(report, digest) => {
                     journal.layers.insert(report.layer, (*report, digest));
                 }

@@ -16,6 +16,7 @@ mod calibration;
 mod choice;
 mod compare;
 mod compress;
+mod compress_choice;
 mod decide;
 mod engine;
 mod evaluate;
@@ -23,6 +24,8 @@ mod fingerprint;
 mod greedy;
 mod job;
 mod journal;
+mod matrix_budget;
+mod neurons;
 mod observe;
 mod pass;
 mod passes;
@@ -32,6 +35,8 @@ mod recipe;
 mod recovery;
 mod report;
 mod run;
+mod shared_deltas;
+mod size;
 mod states;
 mod stream;
 mod subject;
@@ -41,13 +46,15 @@ pub use builder::{Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file};
 pub use calibration::Calibration;
 pub use choice::{
-    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
     SimilarityChoice,
 };
 pub use compare::{Comparison, LayerError, compare};
-pub use compress::MatrixBudget;
+pub use compress_choice::CompressChoice;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
+pub use matrix_budget::{CompressionBudget, MatrixBudget};
+pub use neurons::Neurons;
 pub use observe::{Observer, Phase, Silent};
 pub use passes::Merged;
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
@@ -57,6 +64,8 @@ pub use report::{
     WrittenReport,
 };
 pub use run::{Output, merge_then_compress};
+pub use shared_deltas::SharedDeltas;
+pub use size::{Portion, Size, SizeBudget};
 pub use tokens::{CalibrateOptions, Tokens};
 
 /// Indented JSON.

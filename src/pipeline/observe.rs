@@ -9,6 +9,8 @@ use crate::model::LayerId;
 pub enum Phase {
     /// First pass: statistics, similarity, layer-wide alignment.
     Measure,
+    /// Between them, for a size budget: merged once to see the spectra of its matrices.
+    Budget,
     /// Second pass: alignment inside groups, merge, router.
     Merge,
 }
@@ -17,6 +19,7 @@ impl std::fmt::Display for Phase {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Measure => "measure",
+            Self::Budget => "budget",
             Self::Merge => "merge",
         })
     }

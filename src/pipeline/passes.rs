@@ -1,11 +1,13 @@
 //! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
 
 use super::builder::{Pipeline, PipelineBuilder};
+use super::compress::{Compressor, Ranks};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
 use super::observe::{Observer, Phase, Silent};
 use super::policy::{LayerShape, Plan, check_narrowed};
 use super::report::{CompressionReport, LayerReport, Report};
+use super::size::Room;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{
     Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
@@ -77,7 +79,12 @@ impl Pipeline {
         let matrices = |l: &MoeLayer| (l.id(), l.experts()[0].view().up.weight.dim());
         self.check_compression(layers.iter().map(matrices))?;
         let samples = stats.iter().all(|s| s.samples.is_some());
-        let decided = self.decide(&source, &shapes, observer)?;
+        let mut decided = self.decide(&source, &shapes, observer)?;
+        if let Some(budget) = self.size_budget() {
+            let room = Room::of_layers(budget, layers, &decided)?;
+            decided.ranks =
+                Some(self.ranks(&source, &decided, (budget, &room), samples, observer)?);
+        }
         let mut merged = Vec::with_capacity(layers.len());
         let reports = self.merge(&source, &decided, samples, observer, &mut |layer, _| {
             merged.push(layer);
@@ -107,12 +114,13 @@ impl Pipeline {
     }
 
     pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
-        let weighs = self.compressor.as_ref().is_some_and(|c| c.decomposer.uses_moments());
+        let weighs = self.compressor.as_ref().is_some_and(Compressor::uses_moments);
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
             recoverer: self.recoverer.as_deref(),
             compressor: self.compressor.as_ref(),
+            ranks: None,
             moments: samples && weighs,
             alignment: self.alignment.as_ref(),
             routing_groups: self.routing_groups,
@@ -177,7 +185,7 @@ impl Pipeline {
             narrow,
             &self.cx,
         )?;
-        Ok(Decided { ids, measured, groupings })
+        Ok(Decided { ids, measured, groupings, ranks: None })
     }
 
     /// First pass over some layers.
@@ -208,7 +216,7 @@ impl Pipeline {
         observer: &dyn Observer,
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
-        let plan = self.plan(samples);
+        let plan = Plan { ranks: decided.ranks.as_ref(), ..self.plan(samples) };
         self.hand_on(decided, observer, sink, &mut |measured, grouping| {
             engine::merge(source, measured, grouping, &plan, &self.cx)
         })
@@ -259,7 +267,7 @@ impl Pipeline {
             stages.push(name("recover", recoverer));
         }
         if let Some(compressor) = &self.compressor {
-            stages.push(name("compress", &compressor.decomposer));
+            stages.push(format!("compress {}", compressor.name()));
         }
         Report {
             mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
@@ -267,6 +275,7 @@ impl Pipeline {
             recipe: self.recipe.clone(),
             stages,
             device: self.cx.compute().name().into(),
+            factorise: self.cx.factorise().name().into(),
             seed: self.cx.seed(),
             tokens: 0,
             experts: Report::total(&layers, |l| l.experts),
@@ -287,6 +296,8 @@ pub(super) struct Decided {
     pub(super) ids: Vec<LayerId>,
     pub(super) measured: Vec<Measured>,
     pub(super) groupings: Vec<Grouping>,
+    /// Under a size budget.
+    pub(super) ranks: Option<Ranks>,
 }
 
 struct InMemory<'a> {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::compress::Compressor;
+use super::compress::{Compressor, Ranks};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};
@@ -83,6 +83,8 @@ pub(super) struct Plan<'a> {
     pub(super) recoverer: Option<&'a dyn Recoverer>,
     /// What compresses the merged and recovered layer.
     pub(super) compressor: Option<&'a Compressor>,
+    /// What a size budget leaves of the matrices.
+    pub(super) ranks: Option<&'a Ranks>,
     /// Whether the compressor gets second moments; needs samples.
     pub(super) moments: bool,
     /// Whether output errors are measured; needs samples.

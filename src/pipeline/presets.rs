@@ -1,6 +1,7 @@
 //! The named recipes.
 
-use super::choice::{AlignChoice, CompressChoice, GroupChoice, RecoverChoice};
+use super::choice::{AlignChoice, FactoriseChoice, GroupChoice, RecoverChoice};
+use super::compress_choice::CompressChoice;
 use super::policy::{AlignWhen, Constraints, Keep, RoutingGroupPolicy};
 use super::recipe::{ExportChoice, Recipe};
 use crate::align::Reference;
@@ -13,7 +14,7 @@ use crate::recover::{Distill, LeastSquares};
 use crate::similarity::{ExpertOutputs, RouterLogits, TokenOutputs};
 
 pub(super) const NAMES: &[&str] =
-    &["m-smoe", "hc-smoe", "reap", "ream", "fast", "balanced", "best", "mc-smoe"];
+    &["m-smoe", "hc-smoe", "reap", "ream", "fast", "balanced", "best", "mc-smoe", "mc-smoe-budget"];
 
 pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
     let base = m_smoe(name, keep);
@@ -41,6 +42,8 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
         "m-smoe" => base.clone(),
         // The same, and rank 32 with a tenth of the rows dense: §3, "merge, then compress".
         "mc-smoe" => Recipe { compress: Some(CompressChoice::paper()), ..base },
+        // Ours: the same merge, and ranks that spend a fifth of the expert bytes where they pay.
+        "mc-smoe-budget" => Recipe { compress: Some(CompressChoice::fifth()), ..base },
         // Chen et al., arXiv 2410.08589: mean expert outputs, average linkage, no alignment.
         "hc-smoe" => Recipe {
             similarity: ExpertOutputs::default().into(),
@@ -113,6 +116,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         routing_groups: RoutingGroupPolicy::Keep,
         top_k: None,
         measure_error: true,
+        factorise: FactoriseChoice::default(),
         seed: 0,
         shard_bytes: 5_000_000_000,
     }

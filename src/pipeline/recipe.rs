@@ -13,9 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::builder::{Pipeline, PipelineBuilder};
 use super::choice::{
-    AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
+    AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
     SimilarityChoice,
 };
+use super::compress_choice::CompressChoice;
 use super::policy::{Constraints, Keep, RoutingGroupPolicy};
 use super::presets;
 use crate::checkpoint::Export;
@@ -65,6 +66,9 @@ pub struct Recipe {
     /// Whether each layer's output error on the samples is measured and reported.
     #[serde(default = "yes")]
     pub measure_error: bool,
+    /// Who factorises matrices.
+    #[serde(default)]
+    pub factorise: FactoriseChoice,
     /// Seed of every random choice.
     #[serde(default)]
     pub seed: u64,
@@ -187,6 +191,10 @@ impl Recipe {
     }
 
     /// The pipeline that this recipe describes. A stage of one's own can replace any part.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a compression of rank 0, [`ErrorKind::Unsupported`] for
+    /// LAPACK in a build without it.
     pub fn builder(&self) -> Result<PipelineBuilder> {
         let stock = self.export == ExportChoice::Stock;
         // The paper spreads the budget over layers; a stock folder cannot.
@@ -200,6 +208,7 @@ impl Recipe {
             .recover_tokens(self.recover_tokens)
             .seed(self.seed)
             .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
+        builder = self.factorise.add_to(builder)?;
         builder = self.similarity.add_to(builder);
         builder = self.align.add_to(builder);
         builder = self.group.add_to(builder, spread);

@@ -8,6 +8,7 @@ use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
+use super::compress::{Given, Ranks};
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::pass::{Block, Pass};
@@ -112,7 +113,7 @@ impl Pipeline {
             bookmarks.open(&mut pass, id)?;
         }
         self.hand_on(decided, job.observer, sink, &mut |measured, grouping| {
-            let made = self.reach(&mut pass, measured, grouping, job)?;
+            let made = self.reach(&mut pass, measured, grouping, decided.ranks.as_ref(), job)?;
             bookmarks.set(&mut pass, measured.summary.id)?;
             Ok(made)
         })
@@ -124,11 +125,12 @@ impl Pipeline {
         pass: &mut Pass<'_, Checkpoint>,
         measured: &Measured,
         grouping: &Grouping,
+        kept: Option<&Ranks>,
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
         while let Some(mut block) = pass.next()? {
             if block.id() == measured.summary.id {
-                return self.recovered(pass, &mut block, measured, grouping, job);
+                return self.recovered(pass, &mut block, measured, grouping, kept, job);
             }
             pass.each(|hidden, encoded| {
                 block.attend(hidden, encoded, &self.cx)?;
@@ -144,6 +146,7 @@ impl Pipeline {
         block: &mut Block,
         measured: &Measured,
         grouping: &Grouping,
+        kept: Option<&Ranks>,
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
         let (seen, layer) = self.look(pass, block)?;
@@ -163,7 +166,8 @@ impl Pipeline {
             }
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
-                let done = compressor.compress(merged, &ranks, seen, narrowed, &self.cx)?;
+                let given = Given { inputs: seen, narrowed, ranks: kept, ..Given::default() };
+                let done = compressor.compress(merged, &ranks, given, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
             }
             let error = task.error(&merged, &self.cx)?;

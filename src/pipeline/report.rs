@@ -151,6 +151,9 @@ pub struct Report {
     pub stages: Vec<String>,
     /// The device that computed.
     pub device: String,
+    /// Who factorised: `pure-rust`, `lapack`, or the name of one's own.
+    #[serde(default)]
+    pub factorise: String,
     /// Seed of every random choice.
     pub seed: u64,
     /// Tokens that the statistics were gathered on.

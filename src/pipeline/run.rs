@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::builder::Pipeline;
 use super::calibration::{Calibration, Given};
+use super::compress::Compressor;
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
@@ -146,6 +147,7 @@ impl Pipeline {
         observer: &dyn Observer,
     ) -> Result<Report> {
         self.check_export(output.export)?;
+        self.check_layout(source, output.export)?;
         let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
         let (active, _) = self.checked(&shapes)?;
         let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
@@ -182,6 +184,16 @@ impl Pipeline {
     }
 
     fn check_export(&self, export: ExportChoice) -> Result<()> {
+        if self.size_budget().is_some() && export != ExportChoice::Native {
+            let reason = "a size budget is met by the factors of a native export; the others hold \
+                          matrices multiplied out";
+            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
+        }
+        if matches!(self.compressor, Some(Compressor::Shared(_))) && export == ExportChoice::Native
+        {
+            let reason = "native folders hold no base that experts share: export stock or expanded";
+            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
+        }
         let reason = match (export, self.router.is_some()) {
             (ExportChoice::Stock, false) => "a stock export needs a router stage",
             (ExportChoice::Native | ExportChoice::Expanded, true) => {
@@ -190,6 +202,22 @@ impl Pipeline {
             _ => return Ok(()),
         };
         Err(ErrorKind::Recipe { reason: reason.into() }.into())
+    }
+
+    /// Factors in a native folder need tensors of their own.
+    fn check_layout(&self, source: &Checkpoint, export: ExportChoice) -> Result<()> {
+        let compresses = self.compressor.is_some() && export == ExportChoice::Native;
+        if !compresses || source.can_hold_factors() {
+            return Ok(());
+        }
+        let kind = ErrorKind::Unsupported {
+            what: "layout for factors in a native folder",
+            found: source.layout().into(),
+            supported: "layouts with a tensor for every projection; of this one, stock and \
+                        expanded exports, which hold the factors multiplied out"
+                .into(),
+        };
+        Err(kind.into())
     }
 
     /// Every stage's needs against what the file holds, before any weight is read.

@@ -102,7 +102,7 @@ impl LeastSquares {
         ridges.sort_by(|a, b| b.total_cmp(a));
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
         if features.width() <= self.dense_limit {
-            let solutions = cholesky(&features, &residual, &lambdas)?;
+            let solutions = cholesky(&features, &residual, &lambdas, cx)?;
             let mut best = Best::new(task, &merged, cx)?;
             for deltas in &solutions {
                 best.offer(task, deltas, cx)?;

@@ -4,7 +4,6 @@ use ndarray::{Array2, s};
 
 use super::features::Features;
 use crate::error::Result;
-use crate::linalg::solve_spd;
 use crate::par;
 use crate::stage::Context;
 
@@ -16,13 +15,14 @@ pub(super) fn cholesky(
     features: &Features,
     residual: &Array2<f32>,
     lambdas: &[f64],
+    cx: &Context,
 ) -> Result<Vec<Deltas>> {
     let gram = features.gram()?;
     let rhs = features.wide_moments(residual)?;
     par::map(lambdas.len(), |i| {
         let mut ridged = gram.clone();
         ridged.diag_mut().mapv_inplace(|x| x + lambdas[i]);
-        let solution = solve_spd(ridged.view(), rhs.view())?;
+        let solution = cx.factorise().solve_spd(ridged.view(), rhs.view())?;
         let mut first = 0;
         let deltas = features.parts.iter().map(|part| {
             let rows = first..first + part.hidden.ncols();

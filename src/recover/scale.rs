@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use super::features::{Features, common};
 use super::least_squares::check_ridges;
 use crate::error::{Locate, Result};
-use crate::linalg::solve_spd;
 use crate::model::{Expert, MergedLayer};
 use crate::par;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
@@ -63,7 +62,7 @@ impl Scale {
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
         let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
         let outputs = outputs(&features, &merged, cx)?;
-        let Some(steps) = steps(&features, &outputs, &residual, self.ridge)? else {
+        let Some(steps) = steps(&features, &outputs, &residual, self.ridge, cx)? else {
             return Ok(merged);
         };
         let mut scaled = merged.clone();
@@ -98,6 +97,7 @@ fn steps(
     outputs: &[Array2<f32>],
     residual: &Array2<f32>,
     ridge: f64,
+    cx: &Context,
 ) -> Result<Option<Vec<f64>>> {
     let m = outputs.len();
     let rows = par::map(m, |i| {
@@ -118,7 +118,7 @@ fn steps(
         return Ok(None);
     }
     gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
-    Ok(Some(solve_spd(gram.view(), rhs.view())?.column(0).to_vec()))
+    Ok(Some(cx.factorise().solve_spd(gram.view(), rhs.view())?.column(0).to_vec()))
 }
 
 fn dot(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::linalg::{Compute, Cpu};
+use crate::linalg::{Compute, Cpu, Factorise, PureRust};
 
-/// Where a stage runs: a device and a seed. No globals, no environment.
+/// Where a stage runs: a device, who factorises, and a seed. No globals, no environment.
 #[derive(Debug, Clone)]
 pub struct Context {
     compute: Arc<dyn Compute>,
+    factorise: Arc<dyn Factorise>,
     seed: u64,
 }
 
@@ -17,9 +18,22 @@ impl Context {
         Self::on(Arc::new(Cpu::new()), seed)
     }
 
-    /// A given device.
+    /// A given device; factorisations are always solved on the CPU.
     pub fn on(compute: Arc<dyn Compute>, seed: u64) -> Self {
-        Self { compute, seed }
+        Self { compute, factorise: Arc::new(PureRust), seed }
+    }
+
+    /// The same with another implementation of the factorisations.
+    #[must_use]
+    pub fn with_factorise(self, factorise: Arc<dyn Factorise>) -> Self {
+        Self { factorise, ..self }
+    }
+
+    /// The same with LAPACK for the factorisations.
+    #[cfg(feature = "lapack")]
+    #[must_use]
+    pub fn with_lapack(self) -> Self {
+        self.with_factorise(Arc::new(crate::linalg::Lapack))
     }
 
     /// The device.
@@ -27,9 +41,14 @@ impl Context {
         &*self.compute
     }
 
+    /// Who factorises.
+    pub fn factorise(&self) -> &dyn Factorise {
+        &*self.factorise
+    }
+
     /// The same context for use inside a task that runs in parallel with others.
     pub fn per_task(&self) -> Self {
-        Self { compute: self.compute.per_task(), seed: self.seed }
+        Self { compute: self.compute.per_task(), ..self.clone() }
     }
 
     /// The seed of every random choice.

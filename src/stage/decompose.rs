@@ -162,6 +162,31 @@ impl RankBudget {
     }
 }
 
+/// What is stored of a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kept {
+    /// All of it, as it is.
+    Dense,
+    /// `L R + S`.
+    Factors {
+        /// At most this rank, and this number of lines.
+        budget: RankBudget,
+        /// Which lines.
+        structure: Structure,
+    },
+}
+
+impl Kept {
+    /// Numbers stored of an `(m, n)` matrix.
+    pub const fn parameters(&self, (m, n): (usize, usize)) -> usize {
+        match self {
+            Self::Dense => m * n,
+            Self::Factors { budget, structure } => budget.parameters((m, n), *structure),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,7 +21,7 @@ use crate::model::{
 };
 
 pub use context::Context;
-pub use decompose::{Moments, RankBudget};
+pub use decompose::{Kept, Moments, RankBudget};
 pub use needs::Needs;
 pub use recovery::Recovery;
 pub use view::{AlignPair, LayerSummary, LayerView, Members};

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use super::correction::keep_loads;
 use super::{DominantRow, MeanRow, narrowed_rule};
 use crate::error::{Error, Result};
-use crate::linalg::solve_spd;
 use crate::model::{Grouping, Router, Samples, Score};
 use crate::stage::{Context, LayerView, Needs, RouterMerger, Stage};
 
@@ -160,7 +159,7 @@ impl LogSumExpFit {
         let mut gram = gram.slice(s![..width, ..width]).to_owned();
         let lambda = self.ridge * gram.diag().sum() / width as f64;
         gram.diag_mut().mapv_inplace(|x| x + lambda);
-        Ok(solve_spd(gram.view(), rhs.view())?.t().mapv(|x| x as f32))
+        Ok(cx.factorise().solve_spd(gram.view(), rhs.view())?.t().mapv(|x| x as f32))
     }
 }
 

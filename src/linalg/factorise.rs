@@ -1,0 +1,143 @@
+//! Who factorises: pure Rust by default, LAPACK where it was asked for.
+
+use std::fmt::Debug;
+
+use ndarray::{Array2, ArrayView2};
+
+use super::cholesky::{cholesky, solve_spd};
+use super::eigh::{Eigh, eigenvalues, eigh};
+use super::qr::{Qr, qr};
+use super::svd::{Svd, singular_values, svd};
+use super::triangular::{solve_lower, solve_lower_transposed};
+use crate::error::Result;
+
+/// The dense factorisations and solves. Object-safe; the stages reach it through their context.
+///
+/// Views may have any strides. Every implementation refuses the same input with the same kind of
+/// error and orders values the same way: largest first. Two of them agree on products and values
+/// to rounding, never on the signs of vectors.
+pub trait Factorise: Debug + Send + Sync {
+    /// The name for reports, e.g. `pure-rust`.
+    fn name(&self) -> &str;
+
+    /// The thin SVD of `A: (m, n)`; see [`svd()`].
+    ///
+    /// # Errors
+    /// As [`svd()`].
+    fn svd(&self, a: ArrayView2<'_, f32>) -> Result<Svd>;
+
+    /// Its singular values alone; see [`singular_values`].
+    ///
+    /// # Errors
+    /// As [`singular_values`].
+    fn singular_values(&self, a: ArrayView2<'_, f32>) -> Result<Vec<f32>>;
+
+    /// The thin QR factorisation of `A: (m, n)`; see [`qr()`].
+    ///
+    /// # Errors
+    /// As [`qr()`].
+    fn qr(&self, a: ArrayView2<'_, f32>) -> Result<Qr>;
+
+    /// The eigendecomposition of a symmetric `A: (n, n)`; see [`eigh()`].
+    ///
+    /// # Errors
+    /// As [`eigh()`].
+    fn eigh(&self, a: ArrayView2<'_, f64>) -> Result<Eigh>;
+
+    /// Its eigenvalues alone; see [`eigenvalues`].
+    ///
+    /// # Errors
+    /// As [`eigenvalues`].
+    fn eigenvalues(&self, a: ArrayView2<'_, f64>) -> Result<Vec<f64>>;
+
+    /// The lower Cholesky factor of `G: (n, n)`; see [`cholesky()`].
+    ///
+    /// # Errors
+    /// As [`cholesky()`].
+    fn cholesky(&self, gram: ArrayView2<'_, f64>) -> Result<Array2<f64>>;
+
+    /// Solves `G X = B` by Cholesky; see [`solve_spd`].
+    ///
+    /// # Errors
+    /// As [`solve_spd`].
+    fn solve_spd(&self, gram: ArrayView2<'_, f64>, rhs: ArrayView2<'_, f64>)
+    -> Result<Array2<f64>>;
+
+    /// Solves `L X = B`; see [`solve_lower`].
+    ///
+    /// # Errors
+    /// As [`solve_lower`].
+    fn solve_lower(
+        &self,
+        lower: ArrayView2<'_, f64>,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>>;
+
+    /// Solves `Lᵀ X = B`; see [`solve_lower_transposed`].
+    ///
+    /// # Errors
+    /// As [`solve_lower_transposed`].
+    fn solve_lower_transposed(
+        &self,
+        lower: ArrayView2<'_, f64>,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>>;
+}
+
+/// The functions of this module: pure Rust, on one thread, the same bits at any number of threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PureRust;
+
+impl Factorise for PureRust {
+    fn name(&self) -> &str {
+        "pure-rust"
+    }
+
+    fn svd(&self, a: ArrayView2<'_, f32>) -> Result<Svd> {
+        svd(a)
+    }
+
+    fn singular_values(&self, a: ArrayView2<'_, f32>) -> Result<Vec<f32>> {
+        singular_values(a)
+    }
+
+    fn qr(&self, a: ArrayView2<'_, f32>) -> Result<Qr> {
+        qr(a)
+    }
+
+    fn eigh(&self, a: ArrayView2<'_, f64>) -> Result<Eigh> {
+        eigh(a)
+    }
+
+    fn eigenvalues(&self, a: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
+        eigenvalues(a)
+    }
+
+    fn cholesky(&self, gram: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
+        cholesky(gram)
+    }
+
+    fn solve_spd(
+        &self,
+        gram: ArrayView2<'_, f64>,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>> {
+        solve_spd(gram, rhs)
+    }
+
+    fn solve_lower(
+        &self,
+        lower: ArrayView2<'_, f64>,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>> {
+        solve_lower(lower, rhs)
+    }
+
+    fn solve_lower_transposed(
+        &self,
+        lower: ArrayView2<'_, f64>,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>> {
+        solve_lower_transposed(lower, rhs)
+    }
+}

@@ -1,0 +1,18 @@
+//! Every implementation of the factorisations in this build; laws hold for each of them.
+
+use std::sync::Arc;
+
+use mcsmoe::linalg::{Factorise, PureRust};
+use mcsmoe::stage::Context;
+
+pub fn backends() -> Vec<Arc<dyn Factorise>> {
+    vec![
+        Arc::new(PureRust),
+        #[cfg(feature = "lapack")]
+        Arc::new(mcsmoe::linalg::Lapack),
+    ]
+}
+
+pub fn contexts(seed: u64) -> Vec<Context> {
+    backends().into_iter().map(|b| Context::cpu(seed).with_factorise(b)).collect()
+}
