@@ -153,8 +153,9 @@ impl Checkpoint {
 
     /// Whether a projection is all of its tensor, as it lies in memory.
     pub(super) fn own_tensors(&self, projection: &Projection) -> bool {
-        let shape = &self.store.entry(projection.weight.tensor).shape;
-        projection.order == Order::PLAIN && shape.len() == 2
+        let Projection { weight, order, .. } = projection;
+        let shape = &self.store.entry(weight.tensor).shape;
+        *order == Order::PLAIN && *shape == [weight.rows, weight.cols]
     }
 
     pub(super) fn position(&self, id: LayerId) -> Result<usize> {

@@ -12,6 +12,8 @@ enum Renormalise {
     Never,
     /// As a key says; else this.
     Key(&'static str, bool),
+    /// By the norm of the order that a key tells, 1 where it is absent; `null` for never.
+    Norm(&'static str),
 }
 
 /// Group-limited routing by `n_group` and `topk_group`, which default to these.
@@ -43,6 +45,7 @@ const SOFTMAX_OF_TOP_K: &[&str] =
 const NORM: &str = "norm_topk_prob";
 const SCALE: &str = "routed_scaling_factor";
 const SWITCH: &str = "switch_transformers";
+const NLLB: &str = "nllb-moe";
 
 const fn sigmoid(
     families: &'static [&'static str],
@@ -61,9 +64,26 @@ const fn sigmoid(
 
 const POLICIES: &[Policy] = &[
     softmax(
-        &["mixtral", "minimax", "qwen3_5_moe", "qwen3_5_moe_text", "hunyuan_v1_moe"],
+        &[
+            "mixtral",
+            "minimax",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "qwen3_vl_moe",
+            "qwen3_vl_moe_text",
+            "hunyuan_v1_moe",
+            NLLB,
+        ],
         Renormalise::Always,
     ),
+    softmax(&["dbrx"], Renormalise::Norm("moe_normalize_expert_weights")),
+    // The weight is on the expert's input, which no rule says; the choice is the same.
+    Policy {
+        groups: None,
+        scale: None,
+        renormalise: Renormalise::Never,
+        ..sigmoid(&["llama4", "llama4_text"], 1.0, (1, 1))
+    },
     // By `p + correction` where there is one; the weight is `p` over the sum.
     softmax(&["ernie4_5_moe"], Renormalise::Always),
     softmax(&["qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo"], Renormalise::Key(NORM, false)),
@@ -111,11 +131,16 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         Some(policy) => policy,
         None => generic(config, corrected)?,
     };
-    let top_k = if family == SWITCH { 1 } else { config.top_k()? };
+    let top_k = match family {
+        SWITCH => 1,
+        NLLB => 2,
+        _ => config.top_k()?,
+    };
     let renormalise = match policy.renormalise {
         Renormalise::Always => true,
         Renormalise::Never => false,
         Renormalise::Key(key, default) => config.flag(key)?.unwrap_or(default),
+        Renormalise::Norm(key) => by_norm(config, key)?,
     };
     let scale = match policy.scale {
         Some((key, default)) => config.float(key)?.unwrap_or(default),
@@ -126,6 +151,20 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         None => None,
     };
     Ok(RoutingRule { score: policy.score, top_k, renormalise, scale: scale as f32, groups })
+}
+
+/// Whether the weights are divided by their 1-norm.
+fn by_norm(config: &Config, key: &'static str) -> Result<bool> {
+    let inner = config.value().get("ffn_config").unwrap_or(config.value());
+    match inner.get(key) {
+        None => Ok(true),
+        Some(norm) if norm.is_null() => Ok(false),
+        Some(norm) if norm.as_f64() == Some(1.0) => Ok(true),
+        Some(norm) => {
+            let (found, supported) = (format!("the {norm}-norm"), "the 1-norm".into());
+            Err(ErrorKind::Unsupported { what: "norm of the weights", found, supported }.into())
+        }
+    }
 }
 
 fn generic(config: &Config, corrected: bool) -> Result<Policy> {
@@ -171,8 +210,12 @@ pub(super) fn activation(config: &Config, layout: &Layout) -> Result<Activation>
         let limit = config.float("swiglu_limit")?.unwrap_or(7.0) as f32;
         return Ok(Activation::ClampedSwiglu { alpha, limit });
     }
-    for key in ["hidden_act", "dense_act_fn", "hidden_activation"] {
-        match config.string(key)? {
+    let keys = ["hidden_act", "dense_act_fn", "hidden_activation", "activation_function"];
+    // DBRX names it in an object.
+    let named = config.get("ffn_act_fn").and_then(|object| object.get("name")?.as_str());
+    let found = keys.iter().map(|key| config.string(key)).collect::<Result<Vec<_>>>()?;
+    for name in found.into_iter().chain([named]) {
+        match name {
             None => {}
             Some("silu" | "swish") => return Ok(Activation::Silu),
             Some("gelu") => return Ok(Activation::Gelu),
@@ -221,6 +264,21 @@ mod tests {
         let v2 = of("deepseek_v2", &limited, false);
         assert_eq!((v2.renormalise, v2.scale), (false, 1.5));
         assert_eq!(v2.groups, groups(GroupScore::Max));
+    }
+
+    #[test]
+    fn the_order_of_the_norm_is_in_the_blocks_own_keys() {
+        let norm = |norm: &str| {
+            let keys = format!(r#""moe_top_k": 2{norm}"#);
+            let config = Config::parse(format!(r#"{{"ffn_config": {{{keys}}}}}"#)).unwrap();
+            rule(&config, "dbrx", false).map(|rule| (rule.renormalise, rule.top_k))
+        };
+        assert_eq!(norm("").unwrap(), (true, 2));
+        assert_eq!(norm(r#", "moe_normalize_expert_weights": 1.0"#).unwrap(), (true, 2));
+        assert_eq!(norm(r#", "moe_normalize_expert_weights": null"#).unwrap(), (false, 2));
+        assert!(norm(r#", "moe_normalize_expert_weights": 2"#).is_err());
+        assert_eq!(of("nllb-moe", "", false), RoutingRule::softmax(2, true));
+        assert_eq!(of("llama4_text", "", false).score, Score::Sigmoid);
     }
 
     #[test]

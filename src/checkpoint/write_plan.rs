@@ -146,22 +146,26 @@ impl Draft {
                 if let Some(factoring) = factoring.filter(|_| source.own_tensors(named)) {
                     return self.factored(&source.store, named, typed, factoring);
                 }
-                let mut piece = |named: Piece, typed: Piece, axes: usize| {
+                let order = dequantise::order(&source.store, named);
+                let mut piece = |named: Piece, typed: Piece, order: Order| {
                     let Plain { name, mut shape, .. } =
                         dequantise::plain(&source.store, named.tensor);
                     let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
                     let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                        if shape.len() > axes {
-                            shape[0] = slots;
+                        // How many experts share it, in bands of its first axis.
+                        let slab = order.slab(named).cols.max(1);
+                        let shared = shape.iter().product::<usize>() / slab;
+                        if shared > 1 {
+                            shape[0] = shape[0] / shared * slots;
                         }
                         self.push(name, dtype, shape, None)
                     });
                     let start = source.store.values(named.tensor, named.start) * dtype.alignment();
                     Piece { tensor, start, ..named }
                 };
-                let weight = piece(named.weight, typed.weight, 2);
-                let bias = named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
-                let order = dequantise::order(&source.store, named);
+                let weight = piece(named.weight, typed.weight, order);
+                let biases = named.bias.zip(typed.bias);
+                let bias = biases.map(|(named, typed)| piece(named, typed, order.upright()));
                 Projection { role: named.role, weight, bias, order, factors: None }
             })
             .collect()
