@@ -80,11 +80,12 @@ impl Checkpoint {
         let mut store = Store::open(dir)?;
         store.find_quantised(&config, &path)?;
         let hidden_layers = config.integer("num_hidden_layers").in_file(&path)?;
+        let maps = native.as_ref().map(|n| &n.expert_map);
+        let merged = |id| maps.and_then(|maps| maps.get(&id)).map(Grouping::groups);
         let Scan { layout, layers: tensors, mtp } =
-            scan::scan(&store, hidden_layers).in_file(dir)?;
+            scan::scan(&store, hidden_layers, merged).in_file(dir)?;
         let activation = rule::activation(&config, layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
-        let maps = native.as_ref().map(|n| &n.expert_map);
         let info = |layer: &LayerTensors| {
             let merged = maps.and_then(|maps| maps.get(&layer.id));
             check_counts(&store, layer, count, merged).in_layer(layer.id).in_file(&path)?;

@@ -56,11 +56,18 @@ pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<V
     Ok((0..n).map(expert).collect())
 }
 
-/// The experts of a flat layout: `(N f, d)`, down transposed.
-pub(super) fn flat(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projection>>> {
-    let &[n, d] = &store.entry(router).shape[..] else {
+/// The experts of a flat layout: `(N f, d)`, down transposed; `merged` of them, else as many as
+/// router rows.
+pub(super) fn flat(
+    store: &Store,
+    block: &Block,
+    router: usize,
+    merged: Option<usize>,
+) -> Result<Vec<Vec<Projection>>> {
+    let &[rows, d] = &store.entry(router).shape[..] else {
         return Err(Error::shape("router weight", "[N, d]", &store.entry(router).shape));
     };
+    let n = merged.unwrap_or(rows);
     let find = |role: Role| {
         let mut parts = block.parts.iter().filter(|(part, _)| *part == Part::Flat(role));
         let missing = || malformed(FORMAT, format!("there is no {role} projection"));

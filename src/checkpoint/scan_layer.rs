@@ -119,8 +119,13 @@ impl LayerTensors {
     }
 }
 
-/// Assembles and checks the layer of a block.
-pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTensors> {
+/// Assembles and checks the layer of a block; `merged` experts, else as many as router rows.
+pub(super) fn layer(
+    store: &Store,
+    id: LayerId,
+    block: &Block,
+    merged: Option<usize>,
+) -> Result<LayerTensors> {
     let named = |names: &[&str]| {
         names.iter().find_map(|name| store.get(&format!("{}{name}", block.prefix)))
     };
@@ -132,7 +137,7 @@ pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTe
         Experts::Each { .. } => each(store, block)?,
         Experts::Fused { .. } => fused(store, block, router)?,
         Experts::Interleaved { .. } => interleaved(store, block)?,
-        Experts::Flat { .. } => flat(store, block, router)?,
+        Experts::Flat { .. } => flat(store, block, router, merged)?,
     };
     let layer = LayerTensors {
         id,

@@ -152,11 +152,10 @@ impl Draft {
                         dequantise::plain(&source.store, named.tensor);
                     let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
                     let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                        // How many experts share it, in bands of its first axis.
-                        let slab = order.slab(named).cols.max(1);
-                        let shared = shape.iter().product::<usize>() / slab;
-                        if shared > 1 {
-                            shape[0] = shape[0] / shared * slots;
+                        // Experts that share a tensor have even bands of its first axis.
+                        let shared = order.slab(named).cols != shape.iter().product::<usize>();
+                        if shared {
+                            shape[0] = shape[0] / layer.experts.len().max(1) * slots;
                         }
                         self.push(name, dtype, shape, None)
                     });
