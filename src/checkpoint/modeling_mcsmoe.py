@@ -204,7 +204,7 @@ def rebuild(model, shapes, maps):
         if not isinstance(experts, nn.Module) or router is None:
             continue
         layer = layer_name(module)
-        labels = maps[layer]["labels"] if layer in maps else None
+        labels = maps[layer]["label"] if layer in maps else None
         if layer in shapes:
             of = next(iter(experts.values())) if isinstance(experts, nn.ModuleDict) else experts
             act = getattr(of, "act_fn", None) or of.act
