@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""sweep_families.py [FAMILY...] [--keep-folders DIR] [--markdown]: merges tiny checkpoints of
-every family in transformers, and loads what comes out.
+"""sweep_families.py [FAMILY...] [--keep-folders DIR]: merges tiny checkpoints of every family in
+transformers, and loads what comes out.
 
 For each family of tools/tiny_families.py a random checkpoint, in which every second expert is its
 neighbour with the hidden units in another order, is saved by transformers. Statistics are collected
@@ -11,7 +11,10 @@ by tools/collect_routing.py. Then
   bit those that were kept;
 - `expanded`: with the twins merged after alignment, a folder with a copy of each has the logits of
   the original in unmodified transformers, so that alignment and average went along the right axes;
-- `native`: so has the native folder, run by its own modeling_mcsmoe.py.
+- `unaligned`: the same without alignment has not, or the check would prove nothing;
+- `native`: the native folder, run by its own modeling_mcsmoe.py, has the logits of the original.
+For quantised sources, MXFP4 and FP8, folders merged from them and from the same values in bf16 are
+equal bit for bit (`packed`). NLLB-MoE runs with all of its experts (tools/tiny_families.py).
 Prints a JSON line for each family. The status is 1 if any fails. Needs what tools/stock.py needs.
 """
 
@@ -25,6 +28,7 @@ from pathlib import Path
 
 import check_native
 import collect_routing
+import pack_families
 import stock
 import tiny_families as tiny
 import torch
@@ -36,14 +40,26 @@ preset = "hc-smoe"
 measure_error = false
 [similarity]
 metric = "router-weights"
-[align]
-method = "weight-matching"
-when = "in_groups"
 [keep]
 experts = 4
+[align]
+"""
+ALIGN = """method = "weight-matching"
+when = "in_groups"
 """
 # f32 sums of some 100 terms in another order, through a few layers.
 TOLERANCE = 1e-4
+
+
+def load(folder, family, run=stock.load):
+    """A model of a stock or native folder."""
+    path = folder / "config.json"
+    text = path.read_text()
+    if run is stock.load and family in tiny.SAME:
+        path.write_text(text.replace(f'"{family}"', f'"{tiny.SAME[family]}"'))
+    model = tiny.repair(run(folder, dtype=torch.float32))
+    path.write_text(text)
+    return model
 
 
 def merge(source, stats, target, recipe):
@@ -83,9 +99,8 @@ def rows(tensor, kept):
     return torch.cat([tensor[i * size : (i + 1) * size] for i in kept])
 
 
-def check_pruned(original, folder):
-    """Whether a pruned model holds the kept experts and router rows and nothing else."""
-    pruned, kept = stock.load(folder), groups(folder)
+def check_pruned(original, pruned, kept):
+    """A pruned model holds the kept experts and router rows and nothing else."""
     pairs = zip(tiny.blocks(original), tiny.blocks(pruned), strict=True)
     for (name, a, router_a), (_, b, router_b) in pairs:
         of = [dominant for dominant, _ in kept[collect_routing.layer_name(name)]]
@@ -127,29 +142,61 @@ def same(found, expected):
 def sweep(family, root):
     """Builds, merges and checks one family; a line of the table."""
     source, stats = root / "source", root / "stats.safetensors"
-    model = tiny.build(family)
-    model.save_pretrained(source)
-    model = stock.load(source)
+    tiny.build(family).save_pretrained(source)
+    if family in tiny.SAME:
+        config = (source / "config.json").read_text()
+        (source / "config.json").write_text(config.replace(f'"{tiny.SAME[family]}"', f'"{family}"'))
+    model = load(source, family)
     expected = logits(model)
     assert expected.isfinite().all(), "the original's logits are not finite"
-    collect(stock.load(source), stats)
+    collect(load(source, family), stats)
     line = {"family": family, "max_abs_logit": expected.abs().max().item()}
     merge(source, stats, root / "stock", halves("m-smoe", "stock"))
-    assert logits(stock.load(root / "stock")).isfinite().all(), "logits are not finite"
+    assert logits(load(root / "stock", family)).isfinite().all(), "logits are not finite"
     line["merge"] = True
     merge(source, stats, root / "pruned", halves("reap", "stock"))
-    check_pruned(model, root / "pruned")
+    check_pruned(model, load(root / "pruned", family), groups(root / "pruned"))
     line["prune"] = True
-    for export in ("expanded", "native"):
-        merge(source, stats, root / export, f'export = "{export}"' + TWINS)
-        found = [sorted(members) for of in groups(root / export).values() for _, members in of]
-        assert all(a + 1 == b for a, b in found), f"{export}: not the twins: {found}"
-        if export == "native" and family.startswith("llama4"):
-            line["native"] = "refused: weights on inputs"
-            continue
-        load = stock.load if export == "expanded" else check_native.load
-        line[export] = same(logits(load(root / export, dtype=torch.float32)), expected)
+    line["expanded"] = same(twins(source, stats, root, "expanded", family), expected)
+    found = twins(source, stats, root, "expanded", family, 'method = "identity"\n')
+    line["unaligned"] = (found - expected).abs().max().item()
+    assert line["unaligned"] > 100 * TOLERANCE, f"alignment changes {line['unaligned']}"
+    if family.startswith("llama4"):
+        line["native"] = "refused: weights are on inputs"
+    else:
+        found = twins(source, stats, root, "native", family, run=check_native.load)
+        line["native"] = same(found, expected)
     return line
+
+
+def twins(source, stats, root, export, family, align=ALIGN, run=stock.load):
+    """Logits of an export in which every two twins are one."""
+    target = root / (export if align == ALIGN else "unaligned")
+    merge(source, stats, target, f'export = "{export}"' + TWINS + align)
+    found = [sorted(members) for of in groups(target).values() for _, members in of]
+    expected = [[i, i + 1] for i in range(0, tiny.N, 2)] * (len(found) * 2 // tiny.N)
+    assert sorted(found) == sorted(expected), f"{export}: not the twins: {found}"
+    return logits(load(target, family, run))
+
+
+def sweep_packed(name, root):
+    """Merges a quantised checkpoint and the same values in bf16."""
+    family, pack, keys = pack_families.PACKED[name]
+    plain, packed, stats = root / "source", root / "packed", root / "stats.safetensors"
+    pack(tiny.build(family, twin=False, **keys), plain, packed)
+    collect(load(plain, family), stats)
+    line = {"family": name}
+    for export in ("stock", "native"):
+        for source in (plain, packed):
+            target = root / f"{source.name}-{export}"
+            merge(source, stats, target, halves("m-smoe", export))
+        pack_families.equal(root / f"source-{export}", root / f"packed-{export}")
+    found = logits(load(root / "packed-stock", family))
+    assert found.isfinite().all(), "logits are not finite"
+    line["merge"] = True
+    found = logits(load(root / "packed-native", family, check_native.load))
+    assert found.isfinite().all(), "logits are not finite"
+    return line | {"packed": True}
 
 
 def main():
@@ -158,12 +205,13 @@ def main():
     parser.add_argument("--keep-folders", type=Path, metavar="DIR")
     args = parser.parse_args()
     failed = False
-    for family in args.families or tiny.FAMILIES:
+    for family in args.families or [*tiny.FAMILIES, *pack_families.PACKED]:
         with tempfile.TemporaryDirectory() as scratch:
             root = args.keep_folders / family if args.keep_folders else Path(scratch)
             root.mkdir(parents=True, exist_ok=True)
             try:
-                line = sweep(family, root)
+                run = sweep_packed if family in pack_families.PACKED else sweep
+                line = run(family, root)
             except (Exception, SystemExit) as error:
                 failed = True
                 if args.keep_folders:

@@ -24,19 +24,21 @@ LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_hidden_lay
 MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 SWITCH = {"d_model": D, "d_kv": 8, "d_ff": F, "num_heads": 4, "num_layers": 2, "vocab_size": 99}
 SWITCH |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
-SWITCH |= {"num_experts": N, "initializer_factor": 4.0, "decoder_start_token_id": 0}
+SWITCH |= {"num_experts": N, "decoder_start_token_id": 0}
 NLLB = {"d_model": D, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 99, "num_experts": N}
 NLLB |= {"encoder_ffn_dim": F, "decoder_ffn_dim": F, "encoder_attention_heads": 4}
 NLLB |= {"decoder_attention_heads": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
 NLLB |= {"init_std": 0.15, "max_position_embeddings": 256}
 DBRX = {"d_model": D, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "vocab_size": 99}
-DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}, "initializer_range": 0.15}
-DBRX |= {"ffn_config": {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": N}}
+DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
+DBRX |= {"initializer_range": 0.15, "ffn_config": {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": N}}
 DBRX["ffn_config"] |= {"moe_top_k": 2, "moe_normalize_expert_weights": 1.0}
 ERNIE = {"intermediate_size": 40, "moe_intermediate_size": F, "moe_num_experts": N, "moe_k": 2}
 ERNIE |= {"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 2}
 LAYERS = ("full_attention", "sliding_attention", "full_attention")
 
+# Model types that transformers knows by another name only.
+SAME = {"kimi_k2": "deepseek_v3"}
 # Model type: the keys of its config.
 FAMILIES = {
     "mixtral": SIZES | WIDE,
@@ -52,7 +54,7 @@ FAMILIES = {
     "glm4_moe_lite": SIZES | ROUTED | LATENT,
     "dots1": SIZES | ROUTED | {"head_dim": 8},
     "ernie4_5_moe": SIZES | ERNIE,
-    "hunyuan_v1_moe": SIZES | {"intermediate_size": F, "num_experts": N, "moe_topk": 2},
+    "hunyuan_v1_moe": SIZES | {"intermediate_size": F, "num_experts": N, "head_dim": 8},
     "minimax_m2": SIZES | WIDE | {"head_dim": 8},
     "minimax": SIZES | WIDE | {"head_dim": 8, "block_size": 16},
     "phimoe": SIZES | WIDE,
@@ -67,16 +69,19 @@ FAMILIES = {
     "switch_transformers": SWITCH,
     "nllb-moe": NLLB,
 }
+FAMILIES["hunyuan_v1_moe"]["moe_topk"] = FAMILIES["hunyuan_v1_moe"].pop("num_experts_per_tok")
+FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 FAMILIES["llama4_text"]["num_experts_per_tok"] = 1
 FAMILIES["lfm2_moe"]["layer_types"][1] = "conv"
 FAMILIES["lfm2_moe"].pop("shared_expert_intermediate_size")
 FAMILIES["jamba"] |= {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 
 
-def build(model_type, seed=11):
-    """A random model in f32."""
+def build(model_type, seed=11, twin=True, **keys):
+    """A random model in f32, with these keys besides the family's."""
     torch.manual_seed(seed)
-    config = transformers.CONFIG_MAPPING[model_type](**FAMILIES[model_type])
+    config = transformers.CONFIG_MAPPING[SAME.get(model_type, model_type)]
+    config = config(**FAMILIES[model_type] | keys)
     auto = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:
         auto = transformers.AutoModelForSeq2SeqLM
@@ -86,8 +91,9 @@ def build(model_type, seed=11):
             small = tensor.shape[-1:] == (N,) and tensor.is_floating_point()
             if small or name.endswith("proj_bias"):  # Biases of choice and experts start at zero.
                 tensor.normal_(0, 0.05)
-        for _, block, router in blocks(model):
-            twins(block, router)
+        if twin:
+            for _, block, router in blocks(model):
+                twins(block, router)
     return model
 
 
@@ -99,16 +105,32 @@ def blocks(model):
             yield name, block, router
 
 
+def repair(model):
+    """transformers 5.24 runs the first two experts of NLLB-MoE only: all of them, as trained."""
+    for _, block, _ in blocks(model):
+        if type(block.experts).__name__ == "NllbMoeExperts":
+            block.experts.forward = lambda x, _, gates, of=block.experts: combine(of, x, gates)
+    return model
+
+
+def combine(experts, x, gates):
+    outputs = torch.stack([expert(x) for expert in experts.values()], 1)
+    return (outputs * gates[:, :, None]).sum(1) * (1 - experts.moe_token_dropout)
+
+
 def twins(block, router):
     """Makes expert 2i + 1 expert 2i with its hidden units in another order."""
     for first in range(0, N, 2):
         order = torch.randperm(F)
         permute(block.experts, first, first + 1, order)
         weight = owner(router).weight
+        if not weight[first].any():  # AFMoE's routers start at zero.
+            weight[first].normal_(0, 0.15)
         weight[first + 1] = weight[first] + 0.05 * weight[first].std() * torch.randn(D)
 
 
 def permute(experts, source, target, order):
+    """Makes an expert another one with hidden units in this order."""
     if isinstance(experts, nn.ModuleDict):
         a, b = experts[f"expert_{source}"], experts[f"expert_{target}"]
         up, down = ("wi", "wo") if hasattr(a, "wi") else ("fc1", "fc2")

@@ -24,7 +24,10 @@ from transformers.conversion_mapping import (
 
 FACTORS = ("left", "right", "rows", "row_index")
 # The projections by the names that families give them: gate, up, down.
-NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), (None, "wi", "wo"))
+NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+NAMES += ((None, "wi", "wo"), (None, "fc1", "fc2"))
+# Model types without a class of their own.
+SAME = {"kimi_k2": "deepseek_v3"}
 
 
 class McsmoeConfig(PreTrainedConfig):
@@ -37,9 +40,10 @@ class McsmoeConfig(PreTrainedConfig):
         keys = json.loads(path.read_text())
         native = keys.pop("mcsmoe")
         keys.pop("auto_map", None)
-        keys["model_type"] = native["base_model_type"]
+        base = native["base_model_type"]
+        keys["model_type"] = SAME.get(base, base)
         keys["architectures"] = native["base_architectures"]
-        return CONFIG_MAPPING[native["base_model_type"]].from_dict(keys), native["expert_map"]
+        return CONFIG_MAPPING[keys["model_type"]].from_dict(keys), native["expert_map"]
 
 
 class Factored(nn.Module):
@@ -97,18 +101,22 @@ class Expert(nn.Module):
 class MappedExperts(nn.ModuleDict):
     """The experts of a block that has tensors of their own for each: M of them for N rows."""
 
-    def __init__(self, shapes, labels, act):
+    def __init__(self, shapes, labels, act, dropout):
         super().__init__({name: Expert(of, act) for name, of in shapes.items()})
         self.labels = labels
+        self.dropout = dropout
 
     def forward(self, hidden_states, chosen, weights):
         if chosen.dim() == 3:  # Switch tells a row by a mask over rows, empty beyond the capacity.
             rows = weights[:, :1] * chosen[:, 0]
+        elif self.dropout is not None:  # NLLB gives the gates of all rows.
+            rows = weights * (1 - self.dropout)
+            chosen = (weights != 0)[:, None]
         else:
             rows = weights.new_zeros(len(weights), len(self.labels))
             rows.scatter_add_(1, chosen, weights)
             chosen = functional.one_hot(chosen, len(self.labels))
-        visits = chosen.amax(1)
+        visits = chosen.amax(1).int()
         out = torch.zeros_like(hidden_states)
         for slot, expert in enumerate(self.values()):
             members = [i for i, label in enumerate(self.labels) if label == slot]
@@ -209,7 +217,8 @@ def rebuild(model, shapes, maps):
             of = next(iter(experts.values())) if isinstance(experts, nn.ModuleDict) else experts
             act = getattr(of, "act_fn", None) or of.act
             identity = list(range(len(shapes[layer])))
-            block.experts = MappedExperts(shapes[layer], labels or identity, act)
+            dropout = getattr(experts, "moe_token_dropout", None)
+            block.experts = MappedExperts(shapes[layer], labels or identity, act, dropout)
         elif labels is not None:
             narrow(experts, labels)
         if labels is not None and None in labels:
