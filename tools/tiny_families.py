@@ -31,11 +31,13 @@ NLLB |= {"decoder_attention_heads": 4, "encoder_sparse_step": 1, "decoder_sparse
 NLLB |= {"init_std": 0.15, "max_position_embeddings": 256}
 DBRX = {"d_model": D, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "vocab_size": 99}
 DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
-DBRX |= {"initializer_range": 0.15, "ffn_config": {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": N}}
-DBRX["ffn_config"] |= {"moe_top_k": 2, "moe_normalize_expert_weights": 1.0}
+DBRX |= {"initializer_range": 0.15, "ffn_config": {"hidden_size": D, "ffn_hidden_size": F}}
+DBRX["ffn_config"] |= {"moe_num_experts": N, "moe_top_k": 2}
 ERNIE = {"intermediate_size": 40, "moe_intermediate_size": F, "moe_num_experts": N, "moe_k": 2}
 ERNIE |= {"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 2}
-LAYERS = ("full_attention", "sliding_attention", "full_attention")
+HYBRID = {"layer_types": ["mamba", "full_attention", "mamba"], "mamba_n_heads": 8}
+HYBRID |= {"mamba_d_state": 8, "mamba_d_head": 8}
+CONV = ["full_attention", "conv", "full_attention"]
 
 # Model types that transformers knows by another name only.
 SAME = {"kimi_k2": "deepseek_v3"}
@@ -60,11 +62,12 @@ FAMILIES = {
     "phimoe": SIZES | WIDE,
     "granitemoe": SIZES | WIDE,
     "granitemoeshared": SIZES | WIDE | {"shared_intermediate_size": 20},
+    "granitemoehybrid": SIZES | WIDE | {"shared_intermediate_size": 20} | HYBRID,
     "gpt_oss": SIZES | WIDE | {"head_dim": 8, "sliding_window": 32},
     "llama4_text": SIZES | WIDE | {"head_dim": 8, "intermediate_size_mlp": 40},
     "dbrx": DBRX,
     "jamba": SIZES | {"intermediate_size": F, "num_experts": N} | MAMBA,
-    "lfm2_moe": SIZES | QWEN | {"num_dense_layers": 1, "layer_types": list(LAYERS)},
+    "lfm2_moe": SIZES | QWEN | {"num_dense_layers": 1, "layer_types": CONV},
     "afmoe": SIZES | QWEN | {"head_dim": 8, "num_dense_layers": 1, "num_shared_experts": 1},
     "switch_transformers": SWITCH,
     "nllb-moe": NLLB,
@@ -72,7 +75,6 @@ FAMILIES = {
 FAMILIES["hunyuan_v1_moe"]["moe_topk"] = FAMILIES["hunyuan_v1_moe"].pop("num_experts_per_tok")
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 FAMILIES["llama4_text"]["num_experts_per_tok"] = 1
-FAMILIES["lfm2_moe"]["layer_types"][1] = "conv"
 FAMILIES["lfm2_moe"].pop("shared_expert_intermediate_size")
 FAMILIES["jamba"] |= {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 
@@ -114,7 +116,7 @@ def repair(model):
 
 
 def combine(experts, x, gates):
-    outputs = torch.stack([expert(x) for expert in experts.values()], 1)
+    outputs = torch.stack([experts[f"expert_{i}"](x) for i in range(experts.num_experts)], 1)
     return (outputs * gates[:, :, None]).sum(1) * (1 - experts.moe_token_dropout)
 
 
