@@ -278,9 +278,66 @@ fn native_folders_read_back_with_their_map() {
         let config: Value =
             serde_json::from_slice(&fs::read(target.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["model_type"], "mcsmoe");
+        let class = &config["auto_map"]["AutoModelForCausalLM"];
+        assert_eq!(class, "modeling_mcsmoe.McsmoeForCausalLM");
+        let manifest: Value =
+            serde_json::from_slice(&fs::read(target.join("mcsmoe.json")).unwrap()).unwrap();
+        let code = fs::read(target.join("modeling_mcsmoe.py")).unwrap();
+        assert_eq!(manifest["files"]["modeling_mcsmoe.py"]["bytes"], code.len());
         assert_eq!(config["mcsmoe"]["base_model_type"], source.family());
         let refused = Writer::create(&native, &root.path().join("again"), &plan_of(&native));
         assert!(matches!(refused.unwrap_err().kind(), ErrorKind::Unsupported { .. }));
+    }
+}
+
+#[test]
+fn native_folders_run_their_own_code_and_remember_the_originals() {
+    let mut tiny = checkpoints::mixtral();
+    let theirs = r#""auto_map": {"AutoConfig": "x.Y"},"#;
+    tiny.config = tiny.config.replace("  \"odd\"", &format!("  {theirs}\n  \"odd\""));
+    let (root, dir) = written(&tiny);
+    let folder = |kind| {
+        let target = root.path().join(format!("{kind:?}"));
+        export(&dir, &target, |s| WritePlan::new(kind, groupings(s, &pairs())));
+        let config = fs::read_to_string(target.join("config.json")).unwrap();
+        (config.contains(theirs), target.join("modeling_mcsmoe.py").exists())
+    };
+    assert_eq!(folder(Export::Stock), (true, false));
+    assert_eq!(folder(Export::Expanded), (true, false));
+    assert_eq!(folder(Export::Native), (false, true));
+    let config = fs::read(root.path().join("Native/config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["auto_map"]["AutoConfig"], "modeling_mcsmoe.McsmoeConfig");
+    assert_eq!(config["mcsmoe"]["base_auto_map"]["AutoConfig"], "x.Y");
+}
+
+#[test]
+fn counts_are_edited_under_every_familys_own_keys() {
+    let one = Grouping::new(vec![Some(0); N], vec![3]).unwrap();
+    for (layout, tiny) in checkpoints::all() {
+        let (root, dir) = written(&tiny);
+        let target = root.path().join("target");
+        let source = Checkpoint::open(&dir).unwrap();
+        let plan = |top_k| WritePlan {
+            top_k,
+            flatten_groups: true,
+            ..WritePlan::new(Export::Stock, groupings(&source, &one))
+        };
+        if layout == "nllb" {
+            // Its code has no other number.
+            for top_k in [None, Some(1)] {
+                assert!(Writer::create(&source, &target, &plan(top_k)).is_err());
+            }
+            continue;
+        }
+        export(&dir, &target, |_| plan(Some(1)));
+        let small = Checkpoint::open(&target).unwrap();
+        assert!(small.layers().iter().all(|l| (l.experts, l.rule.top_k) == (1, 1)), "{layout}");
+        let keys = |dir: &Path| {
+            let text = fs::read_to_string(dir.join("config.json")).unwrap();
+            text.matches("\":").count()
+        };
+        assert_eq!(keys(&target), keys(&dir), "{layout}");
     }
 }
 

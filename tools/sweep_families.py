@@ -12,7 +12,8 @@ by tools/collect_routing.py. Then
 - `expanded`: with the twins merged after alignment, a folder with a copy of each has the logits of
   the original in unmodified transformers, so that alignment and average went along the right axes;
 - `unaligned`: the same without alignment has not, or the check would prove nothing;
-- `native`: the native folder, run by its own modeling_mcsmoe.py, has the logits of the original.
+- `native`: the native folder, run by its own modeling_mcsmoe.py, has the logits of the original;
+- `ours`: so has this crate's forward pass, where it has one.
 For quantised sources, MXFP4 and FP8, folders merged from them and from the same values in bf16 are
 equal bit for bit (`packed`). NLLB-MoE runs with all of its experts (tools/tiny_families.py).
 Prints a JSON line for each family. The status is 1 if any fails. Needs what tools/stock.py needs.
@@ -47,6 +48,10 @@ experts = 4
 ALIGN = """method = "weight-matching"
 when = "in_groups"
 """
+# Families with a forward pass of this crate.
+NATIVE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "kimi_k2")
+NATIVE += ("glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_moe", "minimax_m2")
+NATIVE += ("switch_transformers",)
 # f32 sums of some 100 terms in another order, through a few layers.
 TOLERANCE = 1e-4
 
@@ -123,14 +128,16 @@ def buffers(block):
     return [(key, t) for key, t in found if "bias" in key and "experts" not in key]
 
 
-@torch.inference_mode()
-def logits(model):
-    draw = torch.Generator().manual_seed(9)
-    ids = torch.randint(3, 99, (2, 48), generator=draw)
-    given = {"input_ids": ids}
+def tokens(model):
+    ids = torch.randint(3, 99, (2, 48), generator=torch.Generator().manual_seed(9))
+    given = {"input_ids": ids.int()}
     if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = ids.flip(1)
-    return model(**given, use_cache=False).logits.float()
+        given["decoder_input_ids"] = ids.flip(1).int()
+    return given
+
+
+def logits(model):
+    return check_native.theirs(model, tokens(model))
 
 
 def same(found, expected):
@@ -151,6 +158,8 @@ def sweep(family, root):
     assert expected.isfinite().all(), "the original's logits are not finite"
     collect(load(source, family), stats)
     line = {"family": family, "max_abs_logit": expected.abs().max().item()}
+    if family in NATIVE:
+        line["ours"] = same(check_native.ours(source, tokens(model)), expected)
     merge(source, stats, root / "stock", halves("m-smoe", "stock"))
     assert logits(load(root / "stock", family)).isfinite().all(), "logits are not finite"
     line["merge"] = True

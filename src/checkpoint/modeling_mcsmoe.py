@@ -7,7 +7,6 @@ are closed before the softmax. A projection may be stored in factors, W = L R + 
 for some rows; it stays in factors, in memory and in its product. Needs transformers 5.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -36,8 +35,7 @@ class McsmoeConfig(PreTrainedConfig):
     model_type = "mcsmoe"
 
     def base(self):
-        path = Path(self._name_or_path) / "config.json"
-        keys = json.loads(path.read_text())
+        keys, _ = PreTrainedConfig.get_config_dict(self._name_or_path)
         native = keys.pop("mcsmoe")
         keys.pop("auto_map", None)
         base = native["base_model_type"]

@@ -46,6 +46,7 @@ const NORM: &str = "norm_topk_prob";
 const SCALE: &str = "routed_scaling_factor";
 const SWITCH: &str = "switch_transformers";
 const NLLB: &str = "nllb-moe";
+const PHI: &str = "phimoe";
 
 const fn sigmoid(
     families: &'static [&'static str],
@@ -89,7 +90,7 @@ const POLICIES: &[Policy] = &[
     softmax(&["qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo"], Renormalise::Key(NORM, false)),
     softmax(&["qwen3_next"], Renormalise::Key(NORM, true)),
     // Phi's two-stage "sparsemixer" has no place in a rule: softmax is the nearest one.
-    softmax(&["jamba", "phimoe", SWITCH], Renormalise::Never),
+    softmax(&["jamba", PHI, SWITCH], Renormalise::Never),
     Policy {
         families: &["deepseek_v2"],
         score: Score::Softmax,
@@ -131,10 +132,9 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         Some(policy) => policy,
         None => generic(config, corrected)?,
     };
-    let top_k = match family {
-        SWITCH => 1,
-        NLLB => 2,
-        _ => config.top_k()?,
+    let top_k = match fixed_top_k(family) {
+        Some(k) => k,
+        None => config.top_k()?,
     };
     let renormalise = match policy.renormalise {
         Renormalise::Always => true,
@@ -151,6 +151,15 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         None => None,
     };
     Ok(RoutingRule { score: policy.score, top_k, renormalise, scale: scale as f32, groups })
+}
+
+/// The number of experts per token that a family's code fixes, whatever `config.json` says.
+pub(super) fn fixed_top_k(family: &str) -> Option<usize> {
+    match family {
+        SWITCH => Some(1),
+        NLLB | PHI => Some(2),
+        _ => None,
+    }
 }
 
 /// Whether the weights are divided by their 1-norm.
