@@ -90,6 +90,57 @@ fn fused_experts_are_gate_rows_first() {
     assert_eq!(expert.view().up.weight[[3, 4]], at(F + 3, 4));
 }
 
+/// A bf16 tensor's value.
+fn bf16(tiny: &Tiny, name: &str, flat: usize) -> f32 {
+    let Raw(dtype, _, bytes) = &tiny.tensors[name];
+    assert_eq!(*dtype, Dtype::BF16);
+    half::bf16::from_le_bytes([bytes[2 * flat], bytes[2 * flat + 1]]).to_f32()
+}
+
+#[test]
+fn transposed_and_flat_experts_are_taken_apart_as_their_runtimes_do() {
+    let (expert, row, col) = (2, 3, 4);
+    let taken = |tiny: &Tiny| {
+        let (_root, dir) = written(tiny);
+        let expert = Checkpoint::open(&dir).unwrap().read_expert(LayerId::causal(1), expert);
+        let expert = expert.unwrap();
+        let view = expert.view();
+        // Of down the same value of the transpose.
+        let at = [view.gate.unwrap(), view.up].map(|linear| linear.weight[[row, col]]);
+        [at[0], at[1], view.down.weight[[col, row]]]
+    };
+    let tiny = checkpoints::layouts::llama4();
+    let block = "language_model.model.layers.1.feed_forward.experts";
+    let gate_up = |at| bf16(&tiny, &format!("{block}.gate_up_proj"), at);
+    let half = (expert * D + col) * 2 * F + row;
+    let down = bf16(&tiny, &format!("{block}.down_proj"), (expert * F + row) * D + col);
+    assert_eq!(taken(&tiny), [gate_up(half), gate_up(half + F), down]);
+    let tiny = checkpoints::layouts::dbrx();
+    let at = (expert * F + row) * D + col;
+    let flat = |name| bf16(&tiny, &format!("transformer.blocks.1.ffn.experts.mlp.{name}"), at);
+    assert_eq!(taken(&tiny), ["w1", "v1", "w2"].map(flat));
+}
+
+#[test]
+fn experts_of_flat_and_fused_tensors_that_do_not_fit_are_refused() {
+    let mut flat = checkpoints::layouts::dbrx();
+    let name = "transformer.blocks.1.ffn.experts.mlp.v1";
+    flat.add(name, Dtype::BF16, &[N * F + 1, D]);
+    let mut missing = checkpoints::layouts::dbrx();
+    missing.tensors.remove(name);
+    let mut half = checkpoints::layouts::llama4();
+    let down = "language_model.model.layers.0.feed_forward.experts.down_proj";
+    half.add(down, Dtype::BF16, &[N, F + 2, D]);
+    let place = |tiny: &Tiny| {
+        let (_root, dir) = written(tiny);
+        let error = Checkpoint::open(&dir).unwrap_err();
+        (error.place().tensor.clone(), error.place().layer.clone())
+    };
+    assert_eq!(place(&flat), (Some(name.into()), Some("layers.1".into())));
+    assert_eq!(place(&missing), (None, Some("layers.1".into())));
+    assert_eq!(place(&half), (Some(down.into()), Some("layers.0".into())));
+}
+
 #[test]
 fn shards_and_a_single_file_read_the_same() {
     let tiny = checkpoints::deepseek();
@@ -178,6 +229,8 @@ fn config_edits_touch_counts_and_nothing_else() {
     assert_eq!(edited(&switch), expected.replace("capacity\": 7", "capacity\": 14"));
     let fused = checkpoints::fused();
     assert_eq!(edited(&fused), fused.config.replace("experts\":4", "experts\":2"));
+    let dbrx = checkpoints::layouts::dbrx();
+    assert_eq!(edited(&dbrx), dbrx.config.replace("experts\": 4", "experts\": 2"));
     let deepseek = checkpoints::deepseek();
     let expected = deepseek.config.replace("experts\": 4", "experts\": 2");
     let expected = expected.replace("n_group\": 2", "n_group\": 1");
@@ -225,9 +278,66 @@ fn native_folders_read_back_with_their_map() {
         let config: Value =
             serde_json::from_slice(&fs::read(target.join("config.json")).unwrap()).unwrap();
         assert_eq!(config["model_type"], "mcsmoe");
+        let class = &config["auto_map"]["AutoModelForCausalLM"];
+        assert_eq!(class, "modeling_mcsmoe.McsmoeForCausalLM");
+        let manifest: Value =
+            serde_json::from_slice(&fs::read(target.join("mcsmoe.json")).unwrap()).unwrap();
+        let code = fs::read(target.join("modeling_mcsmoe.py")).unwrap();
+        assert_eq!(manifest["files"]["modeling_mcsmoe.py"]["bytes"], code.len());
         assert_eq!(config["mcsmoe"]["base_model_type"], source.family());
         let refused = Writer::create(&native, &root.path().join("again"), &plan_of(&native));
         assert!(matches!(refused.unwrap_err().kind(), ErrorKind::Unsupported { .. }));
+    }
+}
+
+#[test]
+fn native_folders_run_their_own_code_and_remember_the_originals() {
+    let mut tiny = checkpoints::mixtral();
+    let theirs = r#""auto_map": {"AutoConfig": "x.Y"},"#;
+    tiny.config = tiny.config.replace("  \"odd\"", &format!("  {theirs}\n  \"odd\""));
+    let (root, dir) = written(&tiny);
+    let folder = |kind| {
+        let target = root.path().join(format!("{kind:?}"));
+        export(&dir, &target, |s| WritePlan::new(kind, groupings(s, &pairs())));
+        let config = fs::read_to_string(target.join("config.json")).unwrap();
+        (config.contains(theirs), target.join("modeling_mcsmoe.py").exists())
+    };
+    assert_eq!(folder(Export::Stock), (true, false));
+    assert_eq!(folder(Export::Expanded), (true, false));
+    assert_eq!(folder(Export::Native), (false, true));
+    let config = fs::read(root.path().join("Native/config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["auto_map"]["AutoConfig"], "modeling_mcsmoe.McsmoeConfig");
+    assert_eq!(config["mcsmoe"]["base_auto_map"]["AutoConfig"], "x.Y");
+}
+
+#[test]
+fn counts_are_edited_under_every_familys_own_keys() {
+    let one = Grouping::new(vec![Some(0); N], vec![3]).unwrap();
+    for (layout, tiny) in checkpoints::all() {
+        let (root, dir) = written(&tiny);
+        let target = root.path().join("target");
+        let source = Checkpoint::open(&dir).unwrap();
+        let plan = |top_k| WritePlan {
+            top_k,
+            flatten_groups: true,
+            ..WritePlan::new(Export::Stock, groupings(&source, &one))
+        };
+        if layout == "nllb" {
+            // Its code has no other number.
+            for top_k in [None, Some(1)] {
+                assert!(Writer::create(&source, &target, &plan(top_k)).is_err());
+            }
+            continue;
+        }
+        export(&dir, &target, |_| plan(Some(1)));
+        let small = Checkpoint::open(&target).unwrap();
+        assert!(small.layers().iter().all(|l| (l.experts, l.rule.top_k) == (1, 1)), "{layout}");
+        let keys = |dir: &Path| {
+            let text = fs::read_to_string(dir.join("config.json")).unwrap();
+            text.matches("\":").count()
+        };
+        assert_eq!(keys(&target), keys(&dir), "{layout}");
     }
 }
 
@@ -262,7 +372,7 @@ fn native_folders_hold_factors_where_projections_have_tensors_of_their_own() {
         let plan = WritePlan { export: Export::Native, factored, ..plan_of(&source) };
         let plan = WritePlan { shard_bytes: 700, ..plan };
         let target = root.path().join("target");
-        let own = !["fused", "granite", "gpt_oss"].contains(&layout);
+        let own = !["fused", "granite", "gpt_oss", "llama4", "dbrx"].contains(&layout);
         let mut writer = Writer::create(&source, &target, &plan).unwrap();
         for id in plan.groupings.keys() {
             let merged = keep_dominants(&source, &plan, *id);
@@ -456,8 +566,8 @@ fn unknown_layouts_and_types_are_named() {
     for name in [
         "model.layers.0.mlp.experts.gate_up_proj_blocks",
         "model.layers.0.self_attn.q_proj.weight_scale_inv",
-        "transformer.blocks.0.ffn.experts.mlp.w1",
-        "model.layers.0.ffn.experts.expert_0.fc1.weight",
+        "transformer.blocks.0.ffn.experts.mlp.w3",
+        "model.layers.0.ffn.experts.expert_0.fc3.weight",
     ] {
         let error = opened(|t| t.add(name, Dtype::F32, &[2]));
         assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
@@ -662,18 +772,4 @@ fn a_weight_that_its_type_cannot_hold_spoils_the_run() {
     writer.layer(&layers[1]).unwrap();
     assert!(writer.finish(&Value::Null).is_err());
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
-}
-
-#[test]
-fn transposed_fused_experts_are_named_as_such() {
-    let mut tiny = checkpoints::fused();
-    for layer in 0..2 {
-        let block = format!("model.language_model.layers.{layer}.mlp.experts");
-        tiny.add(format!("{block}.gate_up_proj"), Dtype::BF16, &[N, D, 2 * F]);
-        tiny.add(format!("{block}.down_proj"), Dtype::BF16, &[N, F, D]);
-    }
-    let (_root, dir) = written(&tiny);
-    let error = Checkpoint::open(&dir).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }), "{error}");
-    assert!(error.to_string().contains("transposed"), "{error}");
 }

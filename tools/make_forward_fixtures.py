@@ -39,6 +39,10 @@ def rope(kind, theta=1e4, **more):
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta, **more))
 
 
+SMALL = BASE | dict(vocab_size=32, hidden_size=16, intermediate_size=20, num_experts_per_tok=2,
+                    head_dim=8, initializer_range=0.35)
+SHARED = SMALL | dict(moe_intermediate_size=8, n_routed_experts=4, n_shared_experts=1,
+                      first_k_dense_replace=1, routed_scaling_factor=1.5)
 YARN = dict(factor=4.0, mscale=1.0, mscale_all_dim=0.8, beta_fast=8, beta_slow=1,
             original_max_position_embeddings=16)
 MODELS = {
@@ -85,6 +89,17 @@ MODELS = {
         num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_heads=4, num_experts=4,
         expert_capacity=64, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0,
         router_bias=True, tie_word_embeddings=False),
+    "glm4-moe": tf.Glm4MoeConfig(**SHARED, use_qk_norm=True, attention_bias=True),
+    "glm4-moe-lite": tf.Glm4MoeLiteConfig(**(SHARED | dict(
+        num_key_value_heads=4, kv_lora_rank=6, q_lora_rank=7, qk_nope_head_dim=6,
+        qk_rope_head_dim=4, v_head_dim=5, n_group=2, topk_group=1))),
+    "dots1": tf.Dots1Config(**SHARED, attention_bias=True, sliding_window=5, norm_topk_prob=True,
+                            layer_types=["full_attention", "sliding_attention"]),
+    "ernie-4.5-moe": tf.Ernie4_5_MoeConfig(**(SMALL | dict(
+        moe_intermediate_size=8, moe_num_experts=4, moe_k=2, moe_num_shared_experts=2,
+        moe_layer_start_index=1, moe_layer_end_index=1))),
+    "minimax-m2": tf.MiniMaxM2Config(**(SMALL | dict(
+        intermediate_size=8, num_local_experts=4, rotary_dim=4))),
 }
 
 
@@ -135,6 +150,7 @@ def main():
     default = os.path.join(here, "..", "tests", "fixtures", "forward")
     parser.add_argument("out", nargs="?", default=default)
     parser.add_argument("--of")
+    parser.add_argument("--only", nargs="*", help="names of MODELS")
     parser.add_argument("--length", type=int, default=200)
     args = parser.parse_args()
     if args.of:
@@ -153,6 +169,8 @@ def main():
         write(os.path.join(args.out, "golden.safetensors"), single)
         return
     for number, (name, config) in enumerate(MODELS.items()):
+        if args.only and name not in args.only:
+            continue
         torch.manual_seed(number)
         model = build(config)
         out = os.path.join(args.out, name)
@@ -163,8 +181,9 @@ def main():
                 shutil.copy(os.path.join(temporary, file), os.path.join(out, file))
             auto = AutoModelForSeq2SeqLM if "switch" in name else AutoModelForCausalLM
             again = auto.from_pretrained(temporary, dtype=torch.float32).eval()
+        length = 40 if "switch" in name or config.hidden_size > 16 else 20
         # 40 tokens are beyond every sliding window, and beyond the trained length of `dynamic`.
-        write(os.path.join(out, "golden.safetensors"), golden(again, 40, number))
+        write(os.path.join(out, "golden.safetensors"), golden(again, length, number))
         size = sum(os.path.getsize(os.path.join(out, f)) for f in os.listdir(out))
         print(json.dumps({"name": name, "bytes": size}))
 

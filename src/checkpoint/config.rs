@@ -14,13 +14,21 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 pub(super) const EXPERTS: &[&str] =
     &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
 /// The spellings of the number of experts per token.
-pub(super) const TOP_K: &[&str] =
-    &["num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "experts_per_token"];
+pub(super) const TOP_K: &[&str] = &[
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "experts_per_token",
+];
 /// The spellings of the number of multi-token-prediction layers.
 pub(super) const MTP: &[&str] =
     &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
 /// Where a wrapper keeps the keys of its language model.
-pub(super) const NESTED: &str = "text_config";
+pub(super) const TEXT: &str = "text_config";
+/// Objects whose keys count as the model's: DBRX keeps those of its blocks apart.
+const NESTED: [&str; 2] = [TEXT, "ffn_config"];
 
 /// A model's `config.json`.
 #[derive(Debug, Clone)]
@@ -64,8 +72,8 @@ impl Config {
     /// as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         let present = |v: &&Value| !v.is_null();
-        let nested = self.value.get(NESTED).and_then(|inner| inner.get(key));
-        self.value.get(key).filter(present).or(nested.filter(present))
+        let inner = NESTED.iter().filter_map(|object| self.value.get(object)?.get(key));
+        self.value.get(key).into_iter().chain(inner).find(present)
     }
 
     /// Whether the key stands at the top, not only in the wrapped language model.
@@ -135,10 +143,20 @@ impl Config {
         self.alias(TOP_K)
     }
 
+    /// A whole number, or a list of one number for every layer, as HunYuan has them.
+    fn count(&self, key: &str) -> Result<Option<usize>> {
+        let Some(Value::Array(list)) = self.get(key) else { return self.integer(key) };
+        let whole = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+        let first = list.first().and_then(whole);
+        let same = first.filter(|_| list.iter().all(|v| whole(v) == first));
+        let expected = "a whole number, the same for every layer";
+        same.map(Some).ok_or_else(|| mismatch(key, expected, Value::from(list.clone())))
+    }
+
     fn alias(&self, keys: &[&str]) -> Result<usize> {
         let mut found: Option<usize> = None;
         for key in keys {
-            let Some(n) = self.integer(key)? else { continue };
+            let Some(n) = self.count(key)? else { continue };
             if let Some(before) = found.filter(|before| *before != n) {
                 return Err(mismatch(key, &format!("{before}, as its other spelling says"), n));
             }
@@ -194,8 +212,8 @@ impl Config {
             let start = value.as_ptr() as usize - self.text.as_ptr() as usize;
             let edit = edits.iter().find(|(name, _)| *name == key);
             if let Some((_, new)) = edit.filter(|_| value != "null") {
-                found.push((start, start + value.len(), new.clone()));
-            } else if key == NESTED && value.starts_with('{') {
+                found.push((start, start + value.len(), like(value, new)));
+            } else if NESTED.contains(&&*key) && value.starts_with('{') {
                 self.spans(value, nested, &[], found)?;
             }
         }
@@ -215,7 +233,7 @@ fn member(text: &str, key: &str) -> Result<Option<Range<usize>>> {
             if name == key && value != "null" {
                 return Ok(Some((start, start + value.len())));
             }
-            if name == NESTED && value.starts_with('{') {
+            if NESTED.contains(&&*name) && value.starts_with('{') {
                 let found = find(text, value, key)?;
                 if found.is_some() {
                     return Ok(found);
@@ -235,6 +253,21 @@ fn member(text: &str, key: &str) -> Result<Option<Range<usize>>> {
     let after = text[end..].trim_start();
     let next = after.strip_prefix(',').map_or(end, |rest| text.len() - rest.trim_start().len());
     Ok(Some(name..next))
+}
+
+/// The text of a new value; in a list, for each of its numbers.
+fn like(value: &str, new: &str) -> String {
+    let number = |c: char| c.is_ascii_digit();
+    if !value.starts_with('[') || !new.chars().all(number) {
+        return new.to_owned();
+    }
+    let (mut text, mut rest) = (String::new(), value);
+    while let Some(at) = rest.find(number) {
+        text.push_str(&rest[..at]);
+        text.push_str(new);
+        rest = rest[at..].trim_start_matches(number);
+    }
+    text + rest
 }
 
 /// A key and the JSON text of its new value.
@@ -297,6 +330,24 @@ mod tests {
         let error = config.integer("odd").unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Config { key, .. } if key == "odd"));
         assert!(matches!(config.top_k().unwrap_err().kind(), ErrorKind::Config { .. }));
+    }
+
+    #[test]
+    fn counts_may_stand_in_a_list_or_in_a_part_of_the_model() {
+        let text = r#"{"num_experts": [4,  4], "moe_topk": [2, 2], "ffn_config": {"w": 1}}"#;
+        let hunyuan = config(text);
+        assert_eq!((hunyuan.experts().unwrap(), hunyuan.top_k().unwrap()), (4, 2));
+        let edited = hunyuan.edited(&[("num_experts", "16".to_owned())], &[]).unwrap();
+        assert_eq!(edited, text.replace("[4,  4]", "[16,  16]"));
+        for bad in ["[4, 5]", "[]", "[4, null]", "[\"4\"]"] {
+            let found = config(&format!(r#"{{"num_experts": {bad}}}"#)).experts();
+            assert!(matches!(found.unwrap_err().kind(), ErrorKind::Config { .. }), "{bad}");
+        }
+        let text = r#"{"ffn_config": {"moe_num_experts": 4, "moe_top_k": 1}}"#;
+        let dbrx = config(text);
+        assert_eq!((dbrx.experts().unwrap(), dbrx.top_k().unwrap()), (4, 1));
+        let edited = dbrx.edited(&[("moe_num_experts", "2".to_owned())], &[]).unwrap();
+        assert_eq!(edited, text.replace(": 4", ": 2"));
     }
 
     #[test]

@@ -25,17 +25,23 @@ pub(super) struct Layout {
 pub(super) enum Experts {
     /// `{before}{i}.{projection}.{weight|bias}`, weights `(out, in)`.
     Each { before: &'static str, projections: &'static [(Role, &'static str)] },
-    /// `(N, 2f, d)`, gate rows first, and `(N, d, f)`.
+    /// `(N, 2f, d)`, gate rows first, and `(N, d, f)`; or both transposed, `(N, d, 2f)`, gate
+    /// columns first, and `(N, f, d)`, which no shapes leave open.
     Fused { gate_up: &'static str, down: &'static str },
     /// `(N, d, 2f)`, gate and up columns in turn, and `(N, f, d)`, with `{name}_bias`; or
     /// `{name}_blocks` in MXFP4, which are not transposed: `(N, 2f, d)` and `(N, d, f)`.
     Interleaved { gate_up: &'static str, down: &'static str },
+    /// Tensors `(N f, d)` without ending, one under the other the experts' gate, up and transposed
+    /// down matrices.
+    Flat { before: &'static str, projections: &'static [(Role, &'static str)] },
 }
 
 const QWEN: &[(Role, &str)] =
     &[(Role::Gate, "gate_proj"), (Role::Up, "up_proj"), (Role::Down, "down_proj")];
 const MIXTRAL: &[(Role, &str)] = &[(Role::Gate, "w1"), (Role::Up, "w3"), (Role::Down, "w2")];
 const SWITCH: &[(Role, &str)] = &[(Role::Up, "wi"), (Role::Down, "wo")];
+const NLLB: &[(Role, &str)] = &[(Role::Up, "fc1"), (Role::Down, "fc2")];
+const DBRX: &[(Role, &str)] = &[(Role::Gate, "w1"), (Role::Up, "v1"), (Role::Down, "w2")];
 
 const MLP_ROUTERS: &[&str] = &["mlp.gate.weight", "mlp.gate.wg.weight", "mlp.router.gate.weight"];
 const MLP_CORRECTIONS: &[&str] = &[
@@ -98,6 +104,16 @@ pub(super) const LAYOUTS: &[Layout] = &[
         correction: MLP_CORRECTIONS,
     },
     Layout {
+        name: "llama4",
+        experts: Experts::Fused {
+            gate_up: "feed_forward.experts.gate_up_proj",
+            down: "feed_forward.experts.down_proj",
+        },
+        router: &["feed_forward.router.weight"],
+        router_bias: &[],
+        correction: &[],
+    },
+    Layout {
         name: "granite",
         experts: Experts::Fused {
             gate_up: "block_sparse_moe.input_linear.weight",
@@ -114,6 +130,20 @@ pub(super) const LAYOUTS: &[Layout] = &[
         router_bias: &["mlp.router.classifier.bias"],
         correction: &[],
     },
+    Layout {
+        name: "nllb",
+        experts: Experts::Each { before: "ffn.experts.expert_", projections: NLLB },
+        router: &["ffn.router.classifier.weight"],
+        router_bias: &["ffn.router.classifier.bias"],
+        correction: &[],
+    },
+    Layout {
+        name: "dbrx",
+        experts: Experts::Flat { before: "ffn.experts.mlp.", projections: DBRX },
+        router: &["ffn.router.layer.weight"],
+        router_bias: &[],
+        correction: &[],
+    },
 ];
 
 /// What an expert tensor holds.
@@ -127,6 +157,8 @@ pub(super) enum Part {
     FusedGateUpBias,
     FusedDown,
     FusedDownBias,
+    /// One projection of every expert.
+    Flat(Role),
 }
 
 impl Layout {
@@ -150,6 +182,10 @@ impl Layout {
             Experts::Fused { gate_up, .. } if rest == *gate_up => Some(Part::FusedGateUp),
             Experts::Fused { down, .. } if rest == *down => Some(Part::FusedDown),
             Experts::Fused { .. } => None,
+            Experts::Flat { before, projections } => {
+                let name = rest.strip_prefix(before)?;
+                projections.iter().find(|(_, known)| *known == name).map(|(r, _)| Part::Flat(*r))
+            }
             Experts::Interleaved { gate_up, down } => {
                 let kinds = |name: &str| rest.strip_prefix(name);
                 match (kinds(gate_up), kinds(down)) {
@@ -172,7 +208,9 @@ impl Layout {
     /// Whether experts have a gate.
     pub(super) fn is_gated(&self) -> bool {
         match &self.experts {
-            Experts::Each { projections, .. } => projections.iter().any(|(r, _)| *r == Role::Gate),
+            Experts::Each { projections, .. } | Experts::Flat { projections, .. } => {
+                projections.iter().any(|(r, _)| *r == Role::Gate)
+            }
             Experts::Fused { .. } | Experts::Interleaved { .. } => true,
         }
     }
@@ -185,7 +223,10 @@ pub(super) fn supported() -> String {
             let names: Vec<&str> = projections.iter().map(|(_, name)| *name).collect();
             format!("{} ({before}N.{{{}}})", layout.name, names.join(","))
         }
-        Experts::Fused { gate_up, .. } => format!("{} ({gate_up} [N,2f,d])", layout.name),
+        Experts::Fused { gate_up, .. } => {
+            format!("{} ({gate_up} [N,2f,d] or [N,d,2f])", layout.name)
+        }
+        Experts::Flat { before, .. } => format!("{} ({before}* [N*f,d])", layout.name),
         Experts::Interleaved { gate_up, .. } => {
             format!("{} ({gate_up} [N,d,2f], interleaved, or MXFP4)", layout.name)
         }
@@ -202,14 +243,27 @@ pub(super) fn site(name: &str) -> Option<(LayerId, usize, &str)> {
         let id = LayerId { stack, index: number(index)? };
         return Some((id, name.len() - rest.len(), rest));
     }
+    BLOCKS.iter().find_map(|word| numbered(name, word))
+}
+
+/// What stands before the number of a block.
+const BLOCKS: [&str; 2] = ["layers.", "blocks."];
+
+/// The first place where a name has `word` and a number.
+fn numbered<'a>(name: &'a str, word: &str) -> Option<(LayerId, usize, &'a str)> {
     let mut after = name;
-    while let Some(at) = after.find("layers.") {
+    while let Some(at) = after.find(word) {
         let before = name.len() - after.len() + at;
-        after = &after[at + "layers.".len()..];
+        after = &after[at + word.len()..];
         let whole_word = before == 0 || name.as_bytes()[before - 1] == b'.';
         let Some((index, rest)) = after.split_once('.').filter(|_| whole_word) else { continue };
         if let Some(index) = number(index) {
-            return Some((LayerId::causal(index), name.len() - rest.len(), rest));
+            let stack = match &name[..before] {
+                "encoder." | "model.encoder." => Stack::Encoder,
+                "decoder." | "model.decoder." => Stack::Decoder,
+                _ => Stack::Causal,
+            };
+            return Some((LayerId { stack, index }, name.len() - rest.len(), rest));
         }
     }
     None
@@ -263,6 +317,25 @@ mod tests {
                 "switch",
                 up,
             ),
+            (
+                "model.encoder.layers.3.ffn.experts.expert_12.fc1.weight",
+                "encoder.layers.3",
+                "nllb",
+                up,
+            ),
+            (
+                "model.decoder.layers.3.ffn.experts.expert_12.fc1.bias",
+                "decoder.layers.3",
+                "nllb",
+                Part::Bias(12, Role::Up),
+            ),
+            (
+                "language_model.model.layers.1.feed_forward.experts.gate_up_proj",
+                "layers.1",
+                "llama4",
+                Part::FusedGateUp,
+            ),
+            ("transformer.blocks.7.ffn.experts.mlp.w2", "layers.7", "dbrx", Part::Flat(Role::Down)),
         ];
         for (name, id, layout, part) in cases {
             assert_eq!(read(name), Some((id.into(), layout, part)), "{name}");
@@ -277,6 +350,6 @@ mod tests {
             assert!(read(&format!("model.layers.0.mlp.experts.{odd}.up_proj.weight")).is_none());
         }
         assert!(looks_like_experts("model.layers.0.mlp.experts.gate_up_proj_blocks"));
-        assert!(looks_like_experts("transformer.blocks.0.ffn.experts.mlp.w1"));
+        assert!(looks_like_experts("transformer.blocks.0.ffn.experts.mlp.w3"));
     }
 }

@@ -83,11 +83,12 @@ impl Checkpoint {
         let mut store = Store::open(dir)?;
         store.find_quantised(&config, &path)?;
         let hidden_layers = config.integer("num_hidden_layers").in_file(&path)?;
+        let maps = native.as_ref().map(|n| &n.expert_map);
+        let merged = |id| maps.and_then(|maps| maps.get(&id)).map(Grouping::groups);
         let Scan { layout, layers: tensors, mtp } =
-            scan::scan(&store, hidden_layers).in_file(dir)?;
+            scan::scan(&store, hidden_layers, merged).in_file(dir)?;
         let activation = rule::activation(&config, layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
-        let maps = native.as_ref().map(|n| &n.expert_map);
         let info = |layer: &LayerTensors| {
             let merged = maps.and_then(|maps| maps.get(&layer.id));
             check_counts(&store, layer, count, merged).in_layer(layer.id).in_file(&path)?;
@@ -162,8 +163,9 @@ impl Checkpoint {
 
     /// Whether a projection is all of its tensor, as it lies in memory.
     pub(super) fn own_tensors(&self, projection: &Projection) -> bool {
-        let shape = &self.store.entry(projection.weight.tensor).shape;
-        projection.order == Order::PLAIN && shape.len() == 2
+        let Projection { weight, order, .. } = projection;
+        let shape = &self.store.entry(weight.tensor).shape;
+        *order == Order::PLAIN && *shape == [weight.rows, weight.cols]
     }
 
     pub(super) fn position(&self, id: LayerId) -> Result<usize> {

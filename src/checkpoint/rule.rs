@@ -12,6 +12,8 @@ enum Renormalise {
     Never,
     /// As a key says; else this.
     Key(&'static str, bool),
+    /// By the norm of the order that a key tells, 1 where it is absent; `null` for never.
+    Norm(&'static str),
 }
 
 /// Group-limited routing by `n_group` and `topk_group`, which default to these.
@@ -43,6 +45,8 @@ const SOFTMAX_OF_TOP_K: &[&str] =
 const NORM: &str = "norm_topk_prob";
 const SCALE: &str = "routed_scaling_factor";
 const SWITCH: &str = "switch_transformers";
+const NLLB: &str = "nllb-moe";
+const PHI: &str = "phimoe";
 
 const fn sigmoid(
     families: &'static [&'static str],
@@ -61,15 +65,32 @@ const fn sigmoid(
 
 const POLICIES: &[Policy] = &[
     softmax(
-        &["mixtral", "minimax", "qwen3_5_moe", "qwen3_5_moe_text", "hunyuan_v1_moe"],
+        &[
+            "mixtral",
+            "minimax",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "qwen3_vl_moe",
+            "qwen3_vl_moe_text",
+            "hunyuan_v1_moe",
+            NLLB,
+        ],
         Renormalise::Always,
     ),
+    softmax(&["dbrx"], Renormalise::Norm("moe_normalize_expert_weights")),
+    // The weight is on the expert's input, which no rule says; the choice is the same.
+    Policy {
+        groups: None,
+        scale: None,
+        renormalise: Renormalise::Never,
+        ..sigmoid(&["llama4", "llama4_text"], 1.0, (1, 1))
+    },
     // By `p + correction` where there is one; the weight is `p` over the sum.
     softmax(&["ernie4_5_moe"], Renormalise::Always),
     softmax(&["qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo"], Renormalise::Key(NORM, false)),
     softmax(&["qwen3_next"], Renormalise::Key(NORM, true)),
     // Phi's two-stage "sparsemixer" has no place in a rule: softmax is the nearest one.
-    softmax(&["jamba", "phimoe", SWITCH], Renormalise::Never),
+    softmax(&["jamba", PHI, SWITCH], Renormalise::Never),
     Policy {
         families: &["deepseek_v2"],
         score: Score::Softmax,
@@ -111,11 +132,15 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         Some(policy) => policy,
         None => generic(config, corrected)?,
     };
-    let top_k = if family == SWITCH { 1 } else { config.top_k()? };
+    let top_k = match fixed_top_k(family) {
+        Some(k) => k,
+        None => config.top_k()?,
+    };
     let renormalise = match policy.renormalise {
         Renormalise::Always => true,
         Renormalise::Never => false,
         Renormalise::Key(key, default) => config.flag(key)?.unwrap_or(default),
+        Renormalise::Norm(key) => by_norm(config, key)?,
     };
     let scale = match policy.scale {
         Some((key, default)) => config.float(key)?.unwrap_or(default),
@@ -126,6 +151,29 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
         None => None,
     };
     Ok(RoutingRule { score: policy.score, top_k, renormalise, scale: scale as f32, groups })
+}
+
+/// The number of experts per token that a family's code fixes, whatever `config.json` says.
+pub(super) fn fixed_top_k(family: &str) -> Option<usize> {
+    match family {
+        SWITCH => Some(1),
+        NLLB | PHI => Some(2),
+        _ => None,
+    }
+}
+
+/// Whether the weights are divided by their 1-norm.
+fn by_norm(config: &Config, key: &'static str) -> Result<bool> {
+    let inner = config.value().get("ffn_config").unwrap_or(config.value());
+    match inner.get(key) {
+        None => Ok(true),
+        Some(norm) if norm.is_null() => Ok(false),
+        Some(norm) if norm.as_f64() == Some(1.0) => Ok(true),
+        Some(norm) => {
+            let (found, supported) = (format!("the {norm}-norm"), "the 1-norm".into());
+            Err(ErrorKind::Unsupported { what: "norm of the weights", found, supported }.into())
+        }
+    }
 }
 
 fn generic(config: &Config, corrected: bool) -> Result<Policy> {
@@ -171,8 +219,12 @@ pub(super) fn activation(config: &Config, layout: &Layout) -> Result<Activation>
         let limit = config.float("swiglu_limit")?.unwrap_or(7.0) as f32;
         return Ok(Activation::ClampedSwiglu { alpha, limit });
     }
-    for key in ["hidden_act", "dense_act_fn", "hidden_activation"] {
-        match config.string(key)? {
+    let keys = ["hidden_act", "dense_act_fn", "hidden_activation", "activation_function"];
+    // DBRX names it in an object.
+    let named = config.get("ffn_act_fn").and_then(|object| object.get("name")?.as_str());
+    let found = keys.iter().map(|key| config.string(key)).collect::<Result<Vec<_>>>()?;
+    for name in found.into_iter().chain([named]) {
+        match name {
             None => {}
             Some("silu" | "swish") => return Ok(Activation::Silu),
             Some("gelu") => return Ok(Activation::Gelu),
@@ -221,6 +273,21 @@ mod tests {
         let v2 = of("deepseek_v2", &limited, false);
         assert_eq!((v2.renormalise, v2.scale), (false, 1.5));
         assert_eq!(v2.groups, groups(GroupScore::Max));
+    }
+
+    #[test]
+    fn the_order_of_the_norm_is_in_the_blocks_own_keys() {
+        let norm = |norm: &str| {
+            let keys = format!(r#""moe_top_k": 2{norm}"#);
+            let config = Config::parse(format!(r#"{{"ffn_config": {{{keys}}}}}"#)).unwrap();
+            rule(&config, "dbrx", false).map(|rule| (rule.renormalise, rule.top_k))
+        };
+        assert_eq!(norm("").unwrap(), (true, 2));
+        assert_eq!(norm(r#", "moe_normalize_expert_weights": 1.0"#).unwrap(), (true, 2));
+        assert_eq!(norm(r#", "moe_normalize_expert_weights": null"#).unwrap(), (false, 2));
+        assert!(norm(r#", "moe_normalize_expert_weights": 2"#).is_err());
+        assert_eq!(of("nllb-moe", "", false), RoutingRule::softmax(2, true));
+        assert_eq!(of("llama4_text", "", false).score, Score::Sigmoid);
     }
 
     #[test]

@@ -27,12 +27,17 @@ pub(super) struct Block {
     pub(super) parts: Vec<(Part, usize)>,
 }
 
-/// Finds the MoE layers. Blocks at or above `hidden_layers` only predict further tokens.
+/// Finds the MoE layers. Blocks at or above `hidden_layers` only predict further tokens; `merged`
+/// tells how many experts a layer of a native folder has, where its tensors do not.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for expert tensors of an unknown layout or data type,
 /// [`ErrorKind::Format`] and [`ErrorKind::Shape`] when a layer's tensors do not fit each other.
-pub(super) fn scan(store: &Store, hidden_layers: Option<usize>) -> Result<Scan> {
+pub(super) fn scan(
+    store: &Store,
+    hidden_layers: Option<usize>,
+    merged: impl Fn(LayerId) -> Option<usize>,
+) -> Result<Scan> {
     let mut blocks: BTreeMap<LayerId, Block> = BTreeMap::new();
     let (mut mtp, mut routers) = (Vec::new(), Vec::new());
     for (tensor, entry) in store.tensors().iter().map(|t| &t.entry).enumerate() {
@@ -82,7 +87,7 @@ pub(super) fn scan(store: &Store, hidden_layers: Option<usize>) -> Result<Scan> 
             let found = format!("{} beside {}", block.layout.name, layout.name);
             return Err(unsupported(&found)).in_layer(id);
         }
-        layers.push(scan_layer::layer(store, *id, block).in_layer(id)?);
+        layers.push(scan_layer::layer(store, *id, block, merged(*id)).in_layer(id)?);
     }
     Ok(Scan { layout, layers, mtp })
 }

@@ -4,13 +4,13 @@ use super::json::malformed;
 use super::layout::Part;
 use super::mxfp4;
 use super::quant::Scheme;
-use super::scan::{Block, FORMAT, unsupported};
+use super::scan::{Block, FORMAT};
 use super::scan_layer::{Order, Piece, Projection};
 use super::store::Store;
 use crate::error::{Error, Locate, Result};
 use crate::model::Role;
 
-/// The experts of a fused layout: slices of `(N, 2f, d)` and `(N, d, f)`.
+/// The experts of a fused layout: slices of `(N, 2f, d)` and `(N, d, f)`, or of their transposes.
 pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projection>>> {
     let find = |wanted: Part| block.parts.iter().find(|(p, _)| *p == wanted).map(|(_, t)| *t);
     let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp), find(Part::FusedDown)) else {
@@ -18,40 +18,79 @@ pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<V
     };
     let (first, second) = (store.entry(gate_up), store.entry(down));
     let d = store.entry(router).shape.get(1).copied().unwrap_or(0);
-    let &[n, d_out, f] = &second.shape[..] else {
+    let &[n, rows, cols] = &second.shape[..] else {
         return Err(Error::shape("fused down projection", "[N, d, f]", &second.shape))
             .in_tensor(&second.name);
     };
-    if d_out != d && f == d {
-        let found = format!("transposed experts: {:?} and {:?}", first.shape, second.shape);
-        return Err(unsupported(&found)).in_tensor(&first.name);
-    }
-    if d_out != d {
+    let transposed = cols == d && first.shape == [n, d, rows.saturating_mul(2)];
+    let f = if transposed { rows } else { cols };
+    if !transposed && rows != d {
         return Err(Error::shape("fused down projection", [n, d, f], &second.shape))
             .in_tensor(&second.name);
     }
     let expected = [n, f.saturating_mul(2), d];
-    if first.shape != expected {
+    if !transposed && first.shape != expected {
         return Err(Error::shape("fused gate and up projection", expected, &first.shape))
             .in_tensor(&first.name);
     }
-    let piece = |tensor: usize, index: usize, rows: usize, cols: usize| {
+    let part = |role, tensor: usize, index: usize, (rows, cols), order| {
         let size = store.entry(tensor).dtype.alignment();
-        Piece { tensor, start: index * rows * cols * size, rows, cols }
+        let weight = Piece { tensor, start: index * f * d * size, rows, cols };
+        Projection { role, weight, bias: None, order, factors: None }
     };
     let expert = |i: usize| {
-        let part = |role, weight| Projection {
-            role,
-            weight,
-            bias: None,
-            order: Order::PLAIN,
-            factors: None,
-        };
+        if !transposed {
+            return vec![
+                part(Role::Gate, gate_up, 2 * i, (f, d), Order::PLAIN),
+                part(Role::Up, gate_up, 2 * i + 1, (f, d), Order::PLAIN),
+                part(Role::Down, down, i, (d, f), Order::PLAIN),
+            ];
+        }
+        let half = |first| Order { first, step: 1, parts: 2, transposed };
         vec![
-            part(Role::Gate, piece(gate_up, 2 * i, f, d)),
-            part(Role::Up, piece(gate_up, 2 * i + 1, f, d)),
-            part(Role::Down, piece(down, i, d, f)),
+            part(Role::Gate, gate_up, 2 * i, (f, d), half(0)),
+            part(Role::Up, gate_up, 2 * i, (f, d), half(f)),
+            part(Role::Down, down, i, (d, f), Order { transposed, ..Order::PLAIN }),
         ]
+    };
+    Ok((0..n).map(expert).collect())
+}
+
+/// The experts of a flat layout: `(N f, d)`, down transposed; `merged` of them, else as many as
+/// router rows.
+pub(super) fn flat(
+    store: &Store,
+    block: &Block,
+    router: usize,
+    merged: Option<usize>,
+) -> Result<Vec<Vec<Projection>>> {
+    let &[rows, d] = &store.entry(router).shape[..] else {
+        return Err(Error::shape("router weight", "[N, d]", &store.entry(router).shape));
+    };
+    let n = merged.unwrap_or(rows);
+    let find = |role: Role| {
+        let mut parts = block.parts.iter().filter(|(part, _)| *part == Part::Flat(role));
+        let missing = || malformed(FORMAT, format!("there is no {role} projection"));
+        let &(_, tensor) = parts.next().ok_or_else(missing)?;
+        let entry = store.entry(tensor);
+        match entry.shape[..] {
+            [rows, cols] if cols == d && n > 0 && rows.is_multiple_of(n) => Ok((tensor, rows / n)),
+            _ => Err(Error::shape("flat expert tensor", format!("[{n} f, {d}]"), &entry.shape))
+                .in_tensor(&entry.name),
+        }
+    };
+    let found = [find(Role::Gate)?, find(Role::Up)?, find(Role::Down)?];
+    let expert = |i: usize| {
+        let part = |(role, (tensor, f)): (Role, (usize, usize))| {
+            let start = i * f * d * store.entry(tensor).dtype.alignment();
+            let (order, rows, cols) = match role {
+                Role::Down => (Order { transposed: true, ..Order::PLAIN }, d, f),
+                _ => (Order::PLAIN, f, d),
+            };
+            let weight = Piece { tensor, start, rows, cols };
+            Projection { role, weight, bias: None, order, factors: None }
+        };
+        [Role::Gate, Role::Up, Role::Down].into_iter().zip(found).map(part).collect()
     };
     Ok((0..n).map(expert).collect())
 }
@@ -94,7 +133,7 @@ pub(super) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projec
     let expert = |i: usize| {
         let projection = |role, weight, bias: Option<usize>, rows, cols, first, parts| {
             let transposed = store.quantised().scheme(weight).is_none();
-            let order = Order { first, parts, transposed };
+            let order = Order { first, step: parts, parts, transposed };
             let bias = bias.map(|bias| part(bias, i, 1, rows));
             Projection { role, weight: part(weight, i, rows, cols), bias, order, factors: None }
         };

@@ -7,7 +7,7 @@ use super::factors::{Factors, is_index};
 use super::json::malformed;
 use super::layout::{Experts, Part};
 use super::scan::{Block, FORMAT};
-use super::scan_fused::{fused, interleaved};
+use super::scan_fused::{flat, fused, interleaved};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{LayerId, Role};
@@ -48,8 +48,9 @@ impl Projection {
 /// `(parts · rows, cols)`, or the transpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Order {
-    /// Its rows are `first`, `first + parts`, ….
+    /// Its rows are `first`, `first + step`, ….
     pub(super) first: usize,
+    pub(super) step: usize,
     pub(super) parts: usize,
     /// Whether the weight's slab is `(cols, parts · rows)`.
     pub(super) transposed: bool,
@@ -57,7 +58,7 @@ pub(super) struct Order {
 
 impl Order {
     /// Alone, row by row.
-    pub(super) const PLAIN: Self = Self { first: 0, parts: 1, transposed: false };
+    pub(super) const PLAIN: Self = Self { first: 0, step: 1, parts: 1, transposed: false };
 
     /// The same without transposition, as biases are.
     pub(super) fn upright(self) -> Self {
@@ -78,13 +79,13 @@ impl Order {
             if self.transposed {
                 for col in 0..cols {
                     for row in band.clone() {
-                        let slab = col * total + self.first + row * self.parts;
+                        let slab = col * total + self.first + row * self.step;
                         each(row * cols + col, slab);
                     }
                 }
             } else {
                 for row in band {
-                    let slab = (self.first + row * self.parts) * cols;
+                    let slab = (self.first + row * self.step) * cols;
                     (0..cols).for_each(|col| each(row * cols + col, slab + col));
                 }
             }
@@ -118,8 +119,13 @@ impl LayerTensors {
     }
 }
 
-/// Assembles and checks the layer of a block.
-pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTensors> {
+/// Assembles and checks the layer of a block; `merged` experts, else as many as router rows.
+pub(super) fn layer(
+    store: &Store,
+    id: LayerId,
+    block: &Block,
+    merged: Option<usize>,
+) -> Result<LayerTensors> {
     let named = |names: &[&str]| {
         names.iter().find_map(|name| store.get(&format!("{}{name}", block.prefix)))
     };
@@ -131,6 +137,7 @@ pub(super) fn layer(store: &Store, id: LayerId, block: &Block) -> Result<LayerTe
         Experts::Each { .. } => each(store, block)?,
         Experts::Fused { .. } => fused(store, block, router)?,
         Experts::Interleaved { .. } => interleaved(store, block)?,
+        Experts::Flat { .. } => flat(store, block, router, merged)?,
     };
     let layer = LayerTensors {
         id,

@@ -6,7 +6,7 @@
 use ndarray::{Array1, Array2};
 use serde_json::{Map, Value};
 
-use super::config::{Config, NESTED};
+use super::config::{Config, TEXT};
 use super::json::malformed;
 use super::layout;
 use super::native::{NATIVE, Native};
@@ -45,7 +45,7 @@ fn unwrapped(config: &Value, native: Option<&Native>) -> Value {
         keys.insert("model_type".into(), native.base_model_type.clone());
         keys.insert("architectures".into(), native.base_architectures.clone());
     }
-    if let Some(Value::Object(inner)) = keys.remove(NESTED) {
+    if let Some(Value::Object(inner)) = keys.remove(TEXT) {
         keys.extend(inner.into_iter().filter(|(_, value)| !value.is_null()));
     }
     Value::Object(keys)

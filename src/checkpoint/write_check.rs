@@ -1,6 +1,7 @@
 //! What a plan must satisfy before any work: that the runtimes meant to load the target can.
 
 use super::open::Checkpoint;
+use super::rule::fixed_top_k;
 use super::write::{Export, WritePlan};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId, RoutingRule};
@@ -55,6 +56,10 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
         if k == 0 || k > layer.rule.top_k {
             let expected = format!("1..={}", layer.rule.top_k);
             return Err(Error::range("experts per token (top-k)", expected, k)).in_layer(layer.id);
+        }
+        if k < layer.rule.top_k && fixed_top_k(source.family()).is_some() {
+            let (found, supported) = (format!("top-{k}"), format!("top-{}", layer.rule.top_k));
+            return Err(unsupported("routing of this family", &found, &supported));
         }
     }
     if let Some(d_ff) = plan.d_ff {

@@ -9,7 +9,16 @@ use super::write_check::drops_mtp;
 use crate::error::Result;
 
 /// What native folders call their architecture, so that no runtime takes them for the original.
-const ARCHITECTURE: &str = r#"["McsmoeModel"]"#;
+const ARCHITECTURE: &str = r#"["McsmoeForCausalLM"]"#;
+/// Which classes of [`MODELING`] transformers runs such a folder with, given leave to.
+const AUTO_MAP: &str = r#"{
+    "AutoConfig": "modeling_mcsmoe.McsmoeConfig",
+    "AutoModelForCausalLM": "modeling_mcsmoe.McsmoeForCausalLM",
+    "AutoModelForSeq2SeqLM": "modeling_mcsmoe.McsmoeForSeq2SeqLM"
+  }"#;
+/// The name and the text of those classes, which lie in every native folder.
+pub(super) const MODELING: (&str, &str) =
+    ("modeling_mcsmoe.py", include_str!("modeling_mcsmoe.py"));
 
 /// The spellings of the number of shared experts, as wide as the routed ones.
 const SHARED: [&str; 4] =
@@ -91,12 +100,17 @@ pub(super) fn width_key(source: &Checkpoint) -> Result<&'static str> {
 fn native(config: &Config, plan: &WritePlan, everywhere: &[Edit]) -> Result<String> {
     let map = Native::new(config, plan.groupings.clone());
     let map = serde_json::to_string(&map).map_err(|e| mismatch(NATIVE, "a JSON object", e))?;
-    let marked = format!("\"{NATIVE}\",\n  \"{NATIVE}\": {map}");
-    let mut top = vec![("architectures", ARCHITECTURE.to_owned()), ("auto_map", "{}".to_owned())];
+    let mut added = format!("\"{NATIVE}\",\n  \"{NATIVE}\": {map}");
+    let mut top = vec![("architectures", ARCHITECTURE.to_owned())];
+    if config.has_top("auto_map") {
+        top.push(("auto_map", AUTO_MAP.to_owned()));
+    } else {
+        added.push_str(&format!(",\n  \"auto_map\": {AUTO_MAP}"));
+    }
     if config.has_top("model_type") {
-        top.push(("model_type", marked));
+        top.push(("model_type", added));
         return config.edited(everywhere, &top);
     }
     let text = config.edited(everywhere, &top)?;
-    Ok(text.replacen('{', &format!("{{\n  \"model_type\": {marked},"), 1))
+    Ok(text.replacen('{', &format!("{{\n  \"model_type\": {added},"), 1))
 }

@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use super::factors::is_index;
 use super::folder::INDEX;
-use super::write::{Writer, Written};
+use super::write::{Export, Writer, Written};
+use super::write_config::MODELING;
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
 
@@ -94,6 +95,10 @@ impl Writer<'_> {
         for name in names {
             let copied = copy_whole(&dir.join(&name), &self.target.path().join(&name))?;
             self.digests.insert(name, copied);
+        }
+        if self.request.export == Export::Native {
+            let (name, text) = MODELING;
+            self.small(name, text.as_bytes())?;
         }
         Ok(())
     }

@@ -148,13 +148,16 @@ impl Draft {
                     if let Some(kept) = factoring.and_then(|f| f.of(slot, at)) {
                         return self.factored(&source.store, named, typed, kept);
                     }
-                    let mut piece = |named: Piece, typed: Piece, axes: usize| {
+                    let order = dequantise::order(&source.store, named);
+                    let mut piece = |named: Piece, typed: Piece, order: Order| {
                         let Plain { name, mut shape, .. } =
                             dequantise::plain(&source.store, named.tensor);
                         let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
                         let tensor = *fused.entry(named.tensor).or_insert_with(|| {
-                            if shape.len() > axes {
-                                shape[0] = slots;
+                            // Experts that share a tensor have even bands of its first axis.
+                            let shared = order.slab(named).cols != shape.iter().product::<usize>();
+                            if shared {
+                                shape[0] = shape[0] / layer.experts.len().max(1) * slots;
                             }
                             self.push(name, dtype, shape, None)
                         });
@@ -162,13 +165,13 @@ impl Draft {
                             source.store.values(named.tensor, named.start) * dtype.alignment();
                         Piece { tensor, start, ..named }
                     };
-                    let mut weight = piece(named.weight, typed.weight, 2);
+                    let mut weight = piece(named.weight, typed.weight, order);
+                    let biases = named.bias.zip(typed.bias);
                     let mut bias =
-                        named.bias.zip(typed.bias).map(|(named, typed)| piece(named, typed, 1));
+                        biases.map(|(named, typed)| piece(named, typed, order.upright()));
                     if let Some(d_ff) = d_ff {
                         self.narrow(named.role, &mut weight, bias.as_mut(), d_ff);
                     }
-                    let order = dequantise::order(&source.store, named);
                     Projection { role: named.role, weight, bias, order, factors: None }
                 })
                 .collect()

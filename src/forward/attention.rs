@@ -135,6 +135,7 @@ struct Grouped {
     norms: Option<[RmsNorm; 2]>,
     clip: Option<f32>,
     head_dim: usize,
+    pairing: Pairing,
 }
 
 impl Grouped {
@@ -155,6 +156,7 @@ impl Grouped {
             norms: norms.map(norm).transpose()?,
             clip: s.clip,
             head_dim: s.head_dim,
+            pairing: s.pairing,
         })
     }
 
@@ -176,8 +178,8 @@ impl Grouped {
                 x.mapv_inplace(|x| x.clamp(-clip.abs(), clip.abs()));
             }
         }
-        rotation.apply(&mut q, self.head_dim, 0, Pairing::Halves)?;
-        rotation.apply(&mut k, self.head_dim, 0, Pairing::Halves)?;
+        rotation.apply(&mut q, self.head_dim, 0, self.pairing)?;
+        rotation.apply(&mut k, self.head_dim, 0, self.pairing)?;
         Ok([q, k, v])
     }
 }

@@ -19,13 +19,21 @@ pub enum Family {
     Olmoe,
     /// DeepSeek-V2: latent attention, shared experts, leading dense layers.
     DeepseekV2,
-    /// DeepSeek-V3 and Kimi-K2: as V2, with YaRN's temperature; the router differs.
+    /// DeepSeek-V3, Kimi-K2 and GLM-4-MoE-lite: as V2, with YaRN's temperature; the router differs.
     DeepseekV3,
+    /// GLM-4-MoE: half of each head rotated, optional norms on each head, shared experts.
+    Glm4Moe,
+    /// dots1: Qwen3-MoE's attention, DeepSeek-V3's router and shared experts.
+    Dots1,
+    /// ERNIE-4.5-MoE: neighbouring dimensions rotated, shared experts.
+    Ernie45Moe,
+    /// MiniMax-M2: norms on the whole query and key projections, a part of each head rotated.
+    MinimaxM2,
     /// Switch Transformers: a T5 encoder and decoder.
     Switch,
 }
 
-const FAMILIES: [(&str, Family); 8] = [
+const FAMILIES: [(&str, Family); 13] = [
     ("mixtral", Family::Mixtral),
     ("qwen2_moe", Family::Qwen2Moe),
     ("qwen3_moe", Family::Qwen3Moe),
@@ -33,10 +41,21 @@ const FAMILIES: [(&str, Family); 8] = [
     ("deepseek_v2", Family::DeepseekV2),
     ("deepseek_v3", Family::DeepseekV3),
     ("kimi_k2", Family::DeepseekV3),
+    ("glm4_moe_lite", Family::DeepseekV3),
+    ("glm4_moe", Family::Glm4Moe),
+    ("dots1", Family::Dots1),
+    ("ernie4_5_moe", Family::Ernie45Moe),
+    ("minimax_m2", Family::MinimaxM2),
     ("switch_transformers", Family::Switch),
 ];
 
 impl Family {
+    /// The names of the decoder-only ones.
+    pub(super) fn causal() -> String {
+        let causal = FAMILIES.iter().filter(|(_, family)| *family != Self::Switch);
+        causal.map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+    }
+
     /// The family that `model_type` names.
     ///
     /// # Errors

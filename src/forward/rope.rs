@@ -69,14 +69,14 @@ fn temperature(scale: f64, m: f64) -> f64 {
 
 impl Rope {
     /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before) for
-    /// heads of `head_dim`.
+    /// heads of `head_dim`, of which a `part` is rotated unless a key says how much.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a missing or ill-typed key, [`ErrorKind::Unsupported`] for another
     /// scaling.
     pub(super) fn parse(
         keys: Keys<'_>,
-        head_dim: usize,
+        (head_dim, part): (usize, f64),
         default_theta: f64,
         max_positions: usize,
     ) -> Result<Self> {
@@ -89,7 +89,7 @@ impl Rope {
         if theta <= 1.0 {
             return Err(keys.wrong("rope_theta", "more than 1", theta));
         }
-        let part = in_either("partial_rotary_factor")?.unwrap_or(1.0);
+        let part = in_either("partial_rotary_factor")?.unwrap_or(part);
         let dim = (head_dim as f64 * part) as usize;
         if dim < 2 || dim > head_dim || !dim.is_multiple_of(2) {
             let expected = "an even number of rotated dimensions within the head";
@@ -229,7 +229,7 @@ mod tests {
     use serde_json::json;
 
     fn rope(config: serde_json::Value) -> Result<Rope> {
-        Rope::parse(Keys::root(&config), 8, 1e4, 64)
+        Rope::parse(Keys::root(&config), (8, 1.0), 1e4, 64)
     }
 
     #[test]

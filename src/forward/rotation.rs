@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn both_pairings_turn_by_the_angle() {
-        let rope = Rope::parse(Keys::root(&serde_json::json!({})), 2, 1e4, 8).unwrap();
+        let rope = Rope::parse(Keys::root(&serde_json::json!({})), (2, 1.0), 1e4, 8).unwrap();
         let rotation = Rotation::new(&rope, &[(0..2, 1)]);
         for pairing in [Pairing::Halves, Pairing::Neighbours] {
             let mut x = ndarray::array![[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]];

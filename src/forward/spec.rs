@@ -39,6 +39,8 @@ pub struct GroupedSpec {
     pub clip: Option<f32>,
     /// Per layer: how many tokens a query sees, itself included.
     pub windows: Vec<Option<usize>>,
+    /// How rotated dimensions pair up.
+    pub pairing: Pairing,
 }
 
 /// Multi-head latent attention.
@@ -76,7 +78,7 @@ pub enum AttentionSpec {
 pub enum SharedSpec {
     /// None.
     None,
-    /// One MLP `mlp.shared_experts` of this width (DeepSeek).
+    /// One MLP `mlp.shared_experts` of this width (DeepSeek, GLM-4, dots1, ERNIE).
     Plain(usize),
     /// One MLP `mlp.shared_expert` of this width, times `sigmoid(w · x)` (Qwen2-MoE).
     SigmoidGated(usize),
@@ -131,18 +133,34 @@ impl Spec {
             }
             Family::Switch => {
                 let (what, found) = ("decoder-only family", "switch_transformers".into());
-                let supported = "mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3";
-                let supported = supported.into();
+                let supported = Family::causal();
                 return Err(ErrorKind::Unsupported { what, found, supported }.into());
             }
             _ => {
                 let grouped = parse_grouped(family, keys)?;
-                let theta = if family == Family::Mixtral { 1e6 } else { 1e4 };
+                let theta = match family {
+                    Family::Mixtral => 1e6,
+                    Family::Ernie45Moe => 5e5,
+                    Family::MinimaxM2 => 5e6,
+                    _ => 1e4,
+                };
                 let head_dim = grouped.head_dim;
                 (AttentionSpec::Grouped(grouped), head_dim, theta)
             }
         };
-        let eps = if matches!(family, Family::Mixtral | Family::Olmoe) { 1e-5 } else { 1e-6 };
+        let eps = match family {
+            Family::Mixtral | Family::Olmoe | Family::Glm4Moe | Family::Ernie45Moe => 1e-5,
+            _ => 1e-6,
+        };
+        let ernie = family == Family::Ernie45Moe;
+        let biased = if ernie { "use_bias" } else { "mlp_bias" };
+        let mlp_bias = (ernie || family == Family::DeepseekV2) && keys.flag(biased, false)?;
+        if ernie && mlp_bias {
+            // Its output projection has one too.
+            let (what, supported) = ("biases of ERNIE-4.5", "use_bias = false".into());
+            return Err(ErrorKind::Unsupported { what, found: "use_bias".into(), supported }.into());
+        }
+        let part = rotated_part(family, keys, d_rotated)?;
         Ok(Self {
             family,
             d_model: keys.size("hidden_size")?,
@@ -150,12 +168,12 @@ impl Spec {
             vocab: keys.size("vocab_size")?,
             eps: keys.number("rms_norm_eps")?.unwrap_or(eps) as f32,
             d_dense: keys.optional_size("intermediate_size")?,
-            mlp_bias: family == Family::DeepseekV2 && keys.flag("mlp_bias", false)?,
+            mlp_bias,
             activation: activation(keys, "hidden_act")?,
             attention,
-            rope: Rope::parse(keys, d_rotated, theta, max_positions)?,
+            rope: Rope::parse(keys, (d_rotated, part), theta, max_positions)?,
             shared: parse_shared(family, keys)?,
-            tied: keys.flag("tie_word_embeddings", false)?,
+            tied: keys.flag("tie_word_embeddings", ernie)?,
             end: keys.tokens("eos_token_id")?,
         })
     }
@@ -190,21 +208,39 @@ fn parse_grouped(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
         Some(head_dim) => head_dim,
         None => keys.size("hidden_size")? / heads,
     };
-    let bias = family != Family::Mixtral && keys.flag("attention_bias", false)?;
+    let bare = matches!(family, Family::Mixtral | Family::Ernie45Moe | Family::MinimaxM2);
+    let bias = !bare && keys.flag("attention_bias", false)?;
     let clip = keys.number("clip_qkv")?.filter(|_| family == Family::Olmoe);
     Ok(GroupedSpec {
         heads,
         kv_heads,
         head_dim,
         qk_norm: match family {
-            Family::Qwen3Moe => QkNorm::PerHead,
-            Family::Olmoe => QkNorm::Whole,
+            Family::Qwen3Moe | Family::Dots1 => QkNorm::PerHead,
+            Family::Glm4Moe if keys.flag("use_qk_norm", false)? => QkNorm::PerHead,
+            Family::Olmoe | Family::MinimaxM2 => QkNorm::Whole,
             _ => QkNorm::None,
         },
         qkv_bias: if family == Family::Qwen2Moe { keys.flag("qkv_bias", true)? } else { bias },
-        out_bias: family != Family::Qwen2Moe && bias,
+        out_bias: !matches!(family, Family::Qwen2Moe | Family::Glm4Moe) && bias,
         clip: clip.map(|clip| clip as f32),
         windows: parse_windows(family, keys)?,
+        pairing: match family {
+            Family::Ernie45Moe => Pairing::Neighbours,
+            _ => Pairing::Halves,
+        },
+    })
+}
+
+/// The part of a head that is rotated where no `partial_rotary_factor` says so.
+fn rotated_part(family: Family, keys: Keys<'_>, d_rotated: usize) -> Result<f64> {
+    Ok(match family {
+        Family::Glm4Moe => 0.5,
+        Family::MinimaxM2 => match keys.optional_size("rotary_dim")? {
+            Some(dim) => dim as f64 / d_rotated as f64,
+            None => 1.0,
+        },
+        _ => 1.0,
     })
 }
 
@@ -212,12 +248,12 @@ fn parse_grouped(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
 fn parse_windows(family: Family, keys: Keys<'_>) -> Result<Vec<Option<usize>>> {
     let layers = keys.size("num_hidden_layers")?;
     let used = match family {
-        Family::Mixtral => true,
+        Family::Mixtral | Family::Dots1 => true,
         Family::Qwen2Moe | Family::Qwen3Moe => keys.flag("use_sliding_window", false)?,
         _ => false,
     };
     let window = if used { keys.optional_size("sliding_window")? } else { None };
-    if family != Family::Qwen2Moe {
+    if !matches!(family, Family::Qwen2Moe | Family::Dots1) {
         return Ok(vec![window; layers]);
     }
     if let Some(types) = keys.get("layer_types") {
@@ -228,8 +264,13 @@ fn parse_windows(family: Family, keys: Keys<'_>) -> Result<Vec<Option<usize>>> {
         };
         return Ok(list.iter().map(|t| window.filter(|_| *t == "sliding_attention")).collect());
     }
-    // Every other layer, below `max_window_layers`: the default of the reference configuration.
-    let below = keys.count("max_window_layers")?.unwrap_or(28);
+    // The defaults of the reference configurations.
+    let most = keys.count("max_window_layers")?;
+    if family == Family::Dots1 {
+        let from = most.unwrap_or(62);
+        return Ok((0..layers).map(|i| window.filter(|_| i >= from)).collect());
+    }
+    let below = most.unwrap_or(28);
     Ok((0..layers).map(|i| window.filter(|_| i % 2 == 0 && i < below)).collect())
 }
 
@@ -249,13 +290,20 @@ fn parse_latent(family: Family, keys: Keys<'_>) -> Result<LatentSpec> {
 }
 
 fn parse_shared(family: Family, keys: Keys<'_>) -> Result<SharedSpec> {
-    Ok(match family {
-        Family::Qwen2Moe => SharedSpec::SigmoidGated(keys.size("shared_expert_intermediate_size")?),
-        Family::DeepseekV2 | Family::DeepseekV3 => match keys.count("n_shared_experts")? {
-            None | Some(0) => SharedSpec::None,
-            Some(n) => SharedSpec::Plain(n * keys.size("moe_intermediate_size")?),
-        },
-        _ => SharedSpec::None,
+    let key = match family {
+        Family::Qwen2Moe => {
+            let width = keys.size("shared_expert_intermediate_size")?;
+            return Ok(SharedSpec::SigmoidGated(width));
+        }
+        Family::DeepseekV2 | Family::DeepseekV3 | Family::Glm4Moe | Family::Dots1 => {
+            "n_shared_experts"
+        }
+        Family::Ernie45Moe => "moe_num_shared_experts",
+        _ => return Ok(SharedSpec::None),
+    };
+    Ok(match keys.count(key)? {
+        None | Some(0) => SharedSpec::None,
+        Some(n) => SharedSpec::Plain(n * keys.size("moe_intermediate_size")?),
     })
 }
 

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+#[path = "layouts.rs"]
+pub mod layouts;
+
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -337,7 +340,7 @@ pub fn switch() -> Tiny {
 
 /// One of every layout, with its name.
 pub fn all() -> Vec<(&'static str, Tiny)> {
-    vec![
+    let mut found = vec![
         ("mixtral", mixtral()),
         ("qwen", qwen()),
         ("qwen", deepseek()),
@@ -349,5 +352,7 @@ pub fn all() -> Vec<(&'static str, Tiny)> {
         ("gpt_oss", gpt_oss()),
         ("mixtral", biased()),
         ("switch", switch()),
-    ]
+    ];
+    found.extend(layouts::all());
+    found
 }
