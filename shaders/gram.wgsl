@@ -1,6 +1,7 @@
 // G <- [G +] X^T Y, accumulated to about 36 bits: f64 is not to be had on most devices.
 //
-// Shapes: X (t, p), Y (t, q) row by row; G (p, q) of pairs (high, low) whose sum is the value.
+// Shapes: X (t, p), Y (t, q) of any strides; G (p, q), row by row, of pairs (high, low) whose sum
+// is the value.
 // Bindings: 0 sizes, 1 X, 2 Y, 3 G.
 // Workgroup: 16 x 16 threads, 4 x 4 of the 64 x 64 tile each; groups (ceil(q / 64), ceil(p / 64)).
 // CPU twin: `Compute::add_gram` of src/linalg/cpu.rs.
@@ -19,6 +20,8 @@ struct Sizes {
     add: u32,
     // 0.
     zero: u32,
+    x_row: u32, x_col: u32,
+    y_row: u32, y_col: u32,
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;
@@ -64,12 +67,12 @@ fn join(a: Pair, b: Pair) -> Pair {
 }
 
 fn x_at(row: u32, col: u32) -> f32 {
-    if row < sizes.t && col < sizes.p { return x[row * sizes.p + col]; }
+    if row < sizes.t && col < sizes.p { return x[row * sizes.x_row + col * sizes.x_col]; }
     return 0.0;
 }
 
 fn y_at(row: u32, col: u32) -> f32 {
-    if row < sizes.t && col < sizes.q { return y[row * sizes.q + col]; }
+    if row < sizes.t && col < sizes.q { return y[row * sizes.y_row + col * sizes.y_col]; }
     return 0.0;
 }
 
@@ -116,8 +119,10 @@ fn main(
     for (var start = 0u; start < sizes.t; start += DEPTH) {
         let t = start + depth;
         workgroupBarrier();
-        left[thread] = vec4(x_at(t, at_x), x_at(t, at_x + 1u), x_at(t, at_x + 2u), x_at(t, at_x + 3u));
-        right[thread] = vec4(y_at(t, at_y), y_at(t, at_y + 1u), y_at(t, at_y + 2u), y_at(t, at_y + 3u));
+        left[thread] = vec4(
+            x_at(t, at_x), x_at(t, at_x + 1u), x_at(t, at_x + 2u), x_at(t, at_x + 3u));
+        right[thread] = vec4(
+            y_at(t, at_y), y_at(t, at_y + 1u), y_at(t, at_y + 2u), y_at(t, at_y + 3u));
         workgroupBarrier();
         var part0 = Pair(vec4(0.0), vec4(0.0));
         var part1 = part0;

@@ -54,9 +54,8 @@ fn one_kernel_a_file_within_the_least_limits() {
         assert!(threads <= THREADS, "{}: {threads} threads", path.display());
         let mut layouter = Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
-        let shared = module.global_variables.iter().filter(|(_, v)| {
-            v.space == AddressSpace::WorkGroup
-        });
+        let shared =
+            module.global_variables.iter().filter(|(_, v)| v.space == AddressSpace::WorkGroup);
         let bytes: u32 = shared.map(|(_, v)| layouter[v.ty].size).sum();
         assert!(bytes <= STORAGE, "{}: {bytes} bytes of workgroup memory", path.display());
     }

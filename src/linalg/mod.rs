@@ -2,9 +2,11 @@
 //! CPU that answers ([`Cpu`]), and, one a file, what is always solved on the CPU: the linear
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
-//! [`solve_spd`], [`solve_lower`]). Factorisations run on one thread: give each parallel task its
+//! [`solve_spd`], [`solve_lower`]). [`Activation`] and [`Mlp`] are what a device must know of an
+//! expert. Factorisations run on one thread: give each parallel task its
 //! own matrix. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
 
+mod activation;
 mod assign;
 mod bridge;
 mod cholesky;
@@ -14,20 +16,27 @@ mod cpu;
 mod cross;
 mod eigh;
 mod exp;
+mod mlp;
 mod qr;
 mod rsvd;
 mod svd;
 mod triangular;
 mod truncated;
 
+pub use activation::Activation;
 pub use assign::{Assignment, assign, assign_within};
 pub use cholesky::{cholesky, solve_spd};
-pub use compute::{Compute, Term};
+pub use compute::{Compute, Held, Product, Term};
 pub use correlation::correlation;
 pub use cpu::Cpu;
+#[cfg(feature = "gpu")]
+pub(crate) use cpu::check_terms;
 pub use cross::add_cross;
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::exp;
+pub use mlp::{LinearView, Mlp};
+#[cfg(feature = "gpu")]
+pub(crate) use mlp::{add_bias, check_weights, hidden_by_parts, mlp_by_parts};
 pub use qr::{Qr, qr};
 pub use rsvd::{Randomized, RandomizedSvd, rsvd};
 pub use svd::{Svd, singular_values, svd};

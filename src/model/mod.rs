@@ -18,7 +18,7 @@ mod visits;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
-pub use expert::{Activation, Expert, ExpertView, Linear, LinearView, Role};
+pub use expert::{Expert, ExpertView, Linear, Role};
 pub use factored::{Factored, Structure};
 pub use grouping::{Grouping, Numbering};
 pub use importance::Importance;
@@ -29,3 +29,5 @@ pub use similarity::{Measure, SimilarityMatrix};
 pub use stats::{ExpertTensors, RoutingStats, Samples};
 pub use tensors::TensorSource;
 pub use visits::close_dropped;
+
+pub use crate::linalg::{Activation, LinearView};
