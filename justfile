@@ -27,6 +27,10 @@ test:
 examples:
     .ci/run examples
 
+# The shaders on a software Vulkan driver, which it installs if it is missing.
+gpu:
+    .ci/run gpu
+
 # Compiles the benches without running them.
 bench-build:
     .ci/run bench

@@ -39,6 +39,7 @@ mod mlp;
 mod sum;
 mod upload;
 
+use std::fmt;
 use std::sync::Arc;
 
 pub use adapter::{Adapter, AdapterKind, Choice, Options};
@@ -50,7 +51,7 @@ use device::Device;
 use crate::linalg::Compute;
 
 /// A graphics card as a [`Compute`]. Cheap to clone: clones share the device.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Gpu {
     device: Arc<Device>,
 }
@@ -81,6 +82,17 @@ impl Gpu {
     /// Bytes of the largest block that is bound at once; larger matrices are split.
     pub fn block_bytes(&self) -> u64 {
         self.device.block_bytes()
+    }
+}
+
+/// Name and block size: what decides the bits of a result, so that an interrupted run knows them.
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.device.name();
+        f.debug_struct("Gpu")
+            .field("name", &name)
+            .field("block_bytes", &self.block_bytes())
+            .finish()
     }
 }
 
