@@ -120,7 +120,7 @@ fn layer(device: Arc<dyn Compute>, [n, f, d]: [usize; 3]) -> Outcome {
     recipe.measure_error = false;
     let pipeline = recipe.builder()?.compute(device).build()?;
     let start = Instant::now();
-    let (_, report) = pipeline.run(&[layer], &[stats])?;
+    let report = pipeline.run(&[layer], &[stats])?.report;
     let (seconds, left) = (start.elapsed().as_secs_f64(), report.experts.after);
     println!("{{\"device\": \"{name}\", \"seconds\": {seconds}, \"experts\": {left}}}");
     Ok(())

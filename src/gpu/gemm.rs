@@ -6,7 +6,7 @@ use ndarray::{ArrayView2, ArrayViewMut2, s};
 
 use super::buffers::{Lease, Use};
 use super::device::Device;
-use super::kernels::{Batch, groups};
+use super::kernels::{Batch, GROUPS, groups};
 use super::upload::{Block, ReadBack, copy_into, upload};
 use crate::error::{Error, Result};
 use crate::linalg::Product;
@@ -35,17 +35,20 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// Whole where possible; otherwise tall and wide enough that each upload is used often.
+    /// Whole where possible; otherwise near to square, so that each upload is used often.
     pub(super) fn new([m, k, n]: [usize; 3], len: usize) -> Self {
-        // A side of a square block, a multiple of the tile if it can be.
-        let square = len.isqrt();
-        let square = if square >= TILE { square / TILE * TILE } else { square };
-        let (mut m, mut n) = (m.max(1), n.max(1));
+        let square = whole_tiles(len.isqrt());
+        // Room for a depth as large as that: thin slices would be uploaded for little work.
+        let most = (len / k.clamp(1, square)).min(TILE * GROUPS as usize);
+        let (mut m, mut n) = (m.clamp(1, most), n.clamp(1, most));
         if m * n > len {
-            (m, n) = (m.min(square), n.min(square));
-            // One side shorter than the square leaves room for the other.
+            let (short, long) = if m <= n { (&mut m, &mut n) } else { (&mut n, &mut m) };
+            *short = (*short).min(square);
+            if *short * *long > len {
+                *long = whole_tiles(len / *short);
+            }
         }
-        let k = k.max(1).min((len / m.max(n)).max(1));
+        let k = k.clamp(1, len / m.max(n));
         Self { m, k, n }
     }
 
@@ -53,6 +56,11 @@ impl Cut {
     pub(super) fn ranges(n: usize, step: usize) -> impl Iterator<Item = Range<usize>> + Clone {
         (0..n).step_by(step).map(move |i| i..(i + step).min(n))
     }
+}
+
+/// Rounds down to tiles, unless there is less than one.
+fn whole_tiles(n: usize) -> usize {
+    if n < TILE { n } else { n / TILE * TILE }
 }
 
 /// A factor that is on the device, with its strides as the product sees it.
@@ -261,7 +269,9 @@ mod tests {
         assert_eq!(Cut::new([300, 7, 500], 1 << 20), Cut { m: 300, k: 7, n: 500 });
         // The gain of two Mixtral experts within 128 MiB bindings.
         let cut = Cut::new([14336, 4096, 14336], 1 << 25);
-        assert_eq!((cut.m, cut.n), (5760 / 128 * 128, 5760 / 128 * 128));
+        assert_eq!(cut, Cut { m: 5760, k: 4096, n: 5760 });
+        // The router on a million tokens: rows are cut before the depth is.
+        assert_eq!(Cut::new([1 << 20, 4096, 8], 1 << 25), Cut { m: 8192, k: 4096, n: 8 });
         for shape in [[1, 1, 1], [1, 100_000, 1], [100_000, 3, 2], [999, 999, 999], [17, 5000, 90]]
         {
             for len in [256, 1000, 4096, 1 << 20] {

@@ -5,7 +5,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use super::buffers::{Lease, Use};
 use super::device::Device;
 use super::gemm::{Cut, Operand, record};
-use super::kernels::{Batch, groups, unused};
+use super::kernels::{Batch, GROUPS, groups, unused};
 use super::upload::{Block, ReadBack, copy_into, upload};
 use crate::error::{Error, Result};
 use crate::linalg::{Activation, LinearView, Mlp};
@@ -67,7 +67,7 @@ pub(super) fn run(
 ) -> Result<()> {
     let (f, d) = mlp.up.weight.dim();
     let widest = f.max(d).max(mlp.down.weight.nrows());
-    let tall = x.nrows().min((device.block_len() / widest).max(1)).max(1);
+    let tall = x.nrows().min((device.block_len() / widest).clamp(1, 4 * GROUPS as usize)).max(1);
     let steps: Vec<_> = Cut::ranges(x.nrows(), tall).collect();
     device.run("mlp", || {
         let mut batch = Batch::new(device);

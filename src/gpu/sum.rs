@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use super::buffers::{Lease, Use};
 use super::device::Device;
 use super::gemm::Cut;
-use super::kernels::{Batch, groups, unused};
+use super::kernels::{Batch, GROUPS, groups, unused};
 use super::upload::{ReadBack, copy_into, upload};
 use crate::error::Result;
 use crate::linalg::{Term, check_terms};
@@ -31,7 +31,7 @@ pub(super) fn weighted_sum(device: &Device, terms: &[Term<'_>]) -> Result<Array2
     let len = device.block_len();
     // A gather of columns needs whole rows; where a row alone is too wide, the host gathers.
     let wide = cols.min(len);
-    let tall = rows.min(len / wide);
+    let tall = rows.min(len / wide).min(4 * GROUPS as usize);
     let row_steps: Vec<_> = Cut::ranges(rows, tall).collect();
     let col_steps: Vec<_> = Cut::ranges(cols, wide).collect();
     device.run("weighted sum", || {

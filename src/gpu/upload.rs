@@ -19,11 +19,6 @@ pub(super) struct Block<'d> {
 }
 
 impl Block<'_> {
-    /// Whether neighbours along a row lie side by side.
-    pub(super) fn row_major(&self) -> bool {
-        self.strides[1] == 1
-    }
-
     /// The strides of the transpose.
     pub(super) fn transposed(&self) -> [u32; 2] {
         [self.strides[1], self.strides[0]]
