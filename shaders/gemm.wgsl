@@ -11,7 +11,7 @@
 // exclusive-ored with the depth, so that a column written by 16 threads falls on distinct banks.
 
 struct Sizes {
-    m: u32, n: u32, k: u32,
+    m: u32, k: u32, n: u32,
     a_row: u32, a_col: u32,
     b_row: u32, b_col: u32,
     c_row: u32,
