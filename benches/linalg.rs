@@ -19,10 +19,11 @@ fn matrix(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
 }
 
 fn devices() -> Vec<(&'static str, Box<dyn Compute>)> {
-    let mut devices: Vec<(&'static str, Box<dyn Compute>)> = vec![("cpu", Box::new(Cpu::new()))];
+    let cpu: (&'static str, Box<dyn Compute>) = ("cpu", Box::new(Cpu::new()));
     #[cfg(feature = "gpu")]
-    devices.push(("gpu", Box::new(mcsmoe::gpu::Gpu::new().unwrap())));
-    devices
+    return vec![cpu, ("gpu", Box::new(mcsmoe::gpu::Gpu::new().unwrap()))];
+    #[cfg(not(feature = "gpu"))]
+    vec![cpu]
 }
 
 fn operations(c: &mut Criterion) {

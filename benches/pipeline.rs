@@ -64,10 +64,11 @@ fn merges(c: &mut Criterion) {
 }
 
 fn devices() -> Vec<(&'static str, Arc<dyn Compute>)> {
-    let mut devices: Vec<(&'static str, Arc<dyn Compute>)> = vec![("cpu", Arc::new(Cpu::new()))];
+    let cpu: (&'static str, Arc<dyn Compute>) = ("cpu", Arc::new(Cpu::new()));
     #[cfg(feature = "gpu")]
-    devices.push(("gpu", Arc::new(mcsmoe::gpu::Gpu::new().unwrap())));
-    devices
+    return vec![cpu, ("gpu", Arc::new(mcsmoe::gpu::Gpu::new().unwrap()))];
+    #[cfg(not(feature = "gpu"))]
+    vec![cpu]
 }
 
 criterion_group!(benches, merges);

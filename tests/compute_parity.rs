@@ -35,26 +35,33 @@ fn assert_close(what: &str, found: &Array2<f64>, expected: &Array2<f64>, toleran
 
 /// The devices that are here: the CPU, and the card whole and in small blocks.
 fn devices() -> Vec<(String, Box<dyn Compute>)> {
-    let mut found: Vec<(String, Box<dyn Compute>)> = vec![
+    let cpus: [(String, Box<dyn Compute>); 2] = [
         ("cpu".into(), Box::new(Cpu::new())),
         ("cpu, one thread".into(), Box::new(Cpu::sequential())),
     ];
-    #[cfg(feature = "gpu")]
-    for block in [None, Some(40_000), Some(1 << 10)] {
-        use mcsmoe::gpu::{Gpu, Options};
-        match Gpu::with(&Options { block_bytes: block, ..Options::default() }) {
-            Ok(gpu) => found.push((format!("{} {block:?}", gpu.name()), Box::new(gpu))),
-            Err(e) => absent(&e),
-        }
-    }
-    found
+    cpus.into_iter().chain(cards()).collect()
+}
+
+#[cfg(not(feature = "gpu"))]
+fn cards() -> Vec<(String, Box<dyn Compute>)> {
+    Vec::new()
 }
 
 #[cfg(feature = "gpu")]
-fn absent(error: &mcsmoe::Error) {
-    let required = std::env::var("MCSMOE_REQUIRE_GPU").is_ok_and(|v| v == "1");
-    assert!(!required, "MCSMOE_REQUIRE_GPU=1, but {error}");
-    eprintln!("skipped on the GPU: {error}");
+fn cards() -> Vec<(String, Box<dyn Compute>)> {
+    use mcsmoe::gpu::{Gpu, Options};
+    let mut found: Vec<(String, Box<dyn Compute>)> = Vec::new();
+    for block_bytes in [None, Some(40_000), Some(1 << 10)] {
+        match Gpu::with(&Options { block_bytes, ..Options::default() }) {
+            Ok(gpu) => found.push((format!("{} {block_bytes:?}", gpu.name()), Box::new(gpu))),
+            Err(e) => {
+                let required = std::env::var("MCSMOE_REQUIRE_GPU").is_ok_and(|v| v == "1");
+                assert!(!required, "MCSMOE_REQUIRE_GPU=1, but {e}");
+                eprintln!("skipped on the GPU: {e}");
+            }
+        }
+    }
+    found
 }
 
 /// Empty, one, odd, prime, larger than a tile of 128 and, in small blocks, than a binding.

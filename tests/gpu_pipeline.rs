@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mcsmoe::checkpoint::Checkpoint;
-use mcsmoe::gpu::Gpu;
+use mcsmoe::gpu::{Gpu, Options};
 use mcsmoe::linalg::{Compute, Cpu};
 use mcsmoe::pipeline::{Calibration, ExportChoice, Keep, Output, Recipe, Report, Silent};
 
@@ -34,7 +34,7 @@ fn merge(preset: &str, given: &Calibration, on: Arc<dyn Compute>, target: &Path)
     let mut recipe = Recipe::preset(preset, Keep::Experts(4)).unwrap().export(ExportChoice::Native);
     recipe.measure_error = false;
     let pipeline = recipe.builder().unwrap().compute(on).build().unwrap();
-    let source = Checkpoint::open(&fixture("mixtral-8e")).unwrap();
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
     let output = Output::new(ExportChoice::Native);
     pipeline.run_calibrated(&source, given, target, &output, &Silent).unwrap()
 }
@@ -63,6 +63,22 @@ fn same(preset: &str, given: &Calibration) {
             assert!((e - f).abs() <= tolerance, "{preset}: {name}: {e} {f}");
         }
     }
+}
+
+#[test]
+fn a_context_on_the_preferred_card_names_it() {
+    let Some(gpu) = gpu() else { return };
+    let cx = mcsmoe::stage::Context::gpu(3).unwrap();
+    assert_eq!((cx.compute().name(), cx.seed()), (gpu.name(), 3));
+    let all = Gpu::adapters();
+    assert!(all.iter().enumerate().all(|(i, a)| a.index == i && !a.name.is_empty()));
+    assert!(all.iter().any(|a| gpu.name().starts_with(&a.name)));
+    let by_name = Gpu::with(&Options::named(all[0].name.to_uppercase())).unwrap();
+    assert!(by_name.name().starts_with(&all[0].name));
+    let by_index = Gpu::with(&Options::index(0).block_bytes(1)).unwrap();
+    assert_eq!(by_index.block_bytes(), 1024);
+    // The journal of an interrupted run compares this.
+    assert_eq!(format!("{by_index:?}"), format!("{:?}", by_index.clone()));
 }
 
 #[test]

@@ -62,7 +62,7 @@ impl Device {
             lost,
             stray,
         };
-        device.close("compiling the kernels", scopes)?;
+        device.close("compiling the kernels", scopes, Ok(()))?;
         Ok(device)
     }
 
@@ -87,15 +87,17 @@ impl Device {
     ) -> Result<T> {
         let scopes = Scopes::open(&self.raw);
         let done = work();
-        self.close(operation, scopes)?;
-        done
+        self.close(operation, scopes, done)
     }
 
-    fn close(&self, operation: &'static str, scopes: Scopes) -> Result<()> {
-        let found = scopes.close();
+    fn close<T>(&self, operation: &'static str, scopes: Scopes, done: Result<T>) -> Result<T> {
+        let found = scopes.close().or_else(|| lock(&self.stray).take());
+        if found.is_some() || done.is_err() {
+            // A lost device refuses without a reason; the reason is told to whoever polls.
+            let _ = self.raw.poll(PollType::Poll);
+        }
         let lost = lock(&self.lost).clone().map(|reason| DeviceFault::Lost { reason });
-        let fault = lost.or(found).or_else(|| lock(&self.stray).take());
-        let Some(fault) = fault else { return Ok(()) };
+        let Some(fault) = lost.or(found) else { return done };
         if fault == DeviceFault::OutOfMemory {
             self.pool.clear();
         }
