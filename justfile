@@ -31,6 +31,10 @@ examples:
 lapack:
     .ci/run lapack
 
+# The shaders on a software Vulkan driver, which it installs if it is missing.
+gpu:
+    .ci/run gpu
+
 # Compiles the benches without running them.
 bench-build:
     .ci/run bench

@@ -1,11 +1,14 @@
-//! Whole merges of one layer in memory. Ids: `pipeline/<preset>/cpu/<experts>x<d_ff>x<d_model>`.
+//! Whole merges of one layer in memory. Ids:
+//! `pipeline/<preset>/<device>/<experts>x<d_ff>x<d_model>`; `--features gpu` adds the rows of the
+//! preferred adapter.
 
 #![allow(missing_docs, clippy::unwrap_used)] // A bench fails by panicking.
 
 use std::hint::black_box;
+use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use mcsmoe::linalg::Cpu;
+use mcsmoe::linalg::{Compute, Cpu};
 use mcsmoe::model::{Expert, LayerId, MoeLayer, Router, RoutingRule, RoutingStats, Samples};
 use mcsmoe::pipeline::{Keep, Recipe};
 use ndarray::Array2;
@@ -45,15 +48,27 @@ fn merges(c: &mut Criterion) {
         for &preset in Recipe::PRESETS {
             let mut recipe = Recipe::preset(preset, Keep::Fraction(0.5)).unwrap();
             recipe.measure_error = false;
-            let pipeline = recipe.builder().unwrap().build().unwrap();
-            let mut group = c.benchmark_group(format!("pipeline/{preset}/cpu"));
-            group.sample_size(10);
-            let id = BenchmarkId::from_parameter(format!("{n}x{f}x{d}"));
-            let (layers, stats) = (std::slice::from_ref(&layer), std::slice::from_ref(&stats));
-            group
-                .bench_function(id, |b| b.iter(|| black_box(pipeline.run(layers, stats).unwrap())));
+            for (device, compute) in devices() {
+                let builder = recipe.builder().unwrap().compute(compute);
+                let pipeline = builder.build().unwrap();
+                let mut group = c.benchmark_group(format!("pipeline/{preset}/{device}"));
+                group.sample_size(10);
+                let id = BenchmarkId::from_parameter(format!("{n}x{f}x{d}"));
+                let (layers, stats) = (std::slice::from_ref(&layer), std::slice::from_ref(&stats));
+                group.bench_function(id, |b| {
+                    b.iter(|| black_box(pipeline.run(layers, stats).unwrap()));
+                });
+            }
         }
     }
+}
+
+fn devices() -> Vec<(&'static str, Arc<dyn Compute>)> {
+    let cpu: (&'static str, Arc<dyn Compute>) = ("cpu", Arc::new(Cpu::new()));
+    #[cfg(feature = "gpu")]
+    return vec![cpu, ("gpu", Arc::new(mcsmoe::gpu::Gpu::new().unwrap()))];
+    #[cfg(not(feature = "gpu"))]
+    vec![cpu]
 }
 
 criterion_group!(benches, merges);

@@ -114,6 +114,16 @@ pub enum ErrorKind {
         /// Why.
         reason: String,
     },
+    /// A device other than the CPU cannot be had, or failed.
+    #[error("{operation} on device `{device}`: {fault}")]
+    Device {
+        /// The device's name, or what was asked for.
+        device: String,
+        /// What was attempted.
+        operation: &'static str,
+        /// What happened.
+        fault: DeviceFault,
+    },
     /// The operating system refused.
     #[error("{operation}: {source}")]
     Io {
@@ -122,6 +132,33 @@ pub enum ErrorKind {
         /// The system's answer.
         #[source]
         source: std::io::Error,
+    },
+}
+
+/// How a device failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceFault {
+    /// There is no such adapter.
+    #[error("no such adapter; present: {present}")]
+    Absent {
+        /// The adapters that are present, or `none`.
+        present: String,
+    },
+    /// The device was removed, reset or destroyed; every later operation fails likewise.
+    #[error("the device was lost: {reason}")]
+    Lost {
+        /// The driver's reason.
+        reason: String,
+    },
+    /// The device's memory does not hold what was asked for.
+    #[error("out of device memory")]
+    OutOfMemory,
+    /// The driver refused for another reason.
+    #[error("refused: {reason}")]
+    Refused {
+        /// The driver's reason.
+        reason: String,
     },
 }
 

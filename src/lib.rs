@@ -79,6 +79,8 @@ pub mod checkpoint;
 pub mod decompose;
 pub mod error;
 pub mod forward;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod group;
 pub mod linalg;
 pub mod merge;
@@ -90,5 +92,5 @@ pub mod recover;
 pub mod similarity;
 pub mod stage;
 
-pub use error::{Error, ErrorKind, Locate, Place, Result};
+pub use error::{DeviceFault, Error, ErrorKind, Locate, Place, Result};
 pub use pipeline::{Pipeline, Recipe, Report, merge_then_compress};

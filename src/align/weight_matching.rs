@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::reference::check_pair;
 use crate::error::{Error, Result};
-use crate::linalg::{assign, assign_within};
+use crate::linalg::{Product, assign, assign_within};
 use crate::model::{ExpertView, LinearView, Permutation, Role};
 use crate::stage::{AlignPair, Aligner, Context, Stage};
 
@@ -65,10 +65,16 @@ impl Aligner for WeightMatching {
 
 impl WeightMatching {
     /// The gain `C: (d_ff, d_ff)`, summed term by term into one buffer.
-    fn gain(&self, r: &ExpertView<'_>, t: &ExpertView<'_>, cx: &Context) -> Result<Array2<f32>> {
-        let mut gain = Array2::zeros((r.d_ff(), r.d_ff()));
-        let mut add = |alpha, a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>| {
-            cx.compute().gemm(alpha, a, b.t(), 1.0, gain.view_mut())
+    fn gain<'a>(
+        &self,
+        r: &ExpertView<'a>,
+        t: &ExpertView<'a>,
+        cx: &Context,
+    ) -> Result<Array2<f32>> {
+        let units = r.d_ff();
+        let mut terms = Vec::new();
+        let mut add = |alpha, a, b: ArrayView2<'a, f32>| {
+            terms.push(Product { alpha, a, b: b.reversed_axes() });
         };
         for role in [Role::Gate, Role::Up, Role::Down] {
             let (Some(r), Some(t)) = (r.linear(role), t.linear(role)) else { continue };
@@ -76,16 +82,19 @@ impl WeightMatching {
                 if self.include_down {
                     // The bias of the down projection belongs to no hidden unit.
                     let (r, t) = (LinearView { bias: None, ..r }, LinearView { bias: None, ..t });
-                    add(self.scale(&r, &t), r.weight.t(), t.weight.t())?;
+                    let alpha = self.scale(&r, &t);
+                    add(alpha, r.weight.reversed_axes(), t.weight.reversed_axes());
                 }
                 continue;
             }
             let alpha = self.scale(&r, &t);
-            add(alpha, r.weight, t.weight)?;
+            add(alpha, r.weight, t.weight);
             if let (Some(r), Some(t)) = (r.bias, t.bias) {
-                add(alpha, r.insert_axis(Axis(1)), t.insert_axis(Axis(1)))?;
+                add(alpha, r.insert_axis(Axis(1)), t.insert_axis(Axis(1)));
             }
         }
+        let mut gain = Array2::zeros((units, units));
+        cx.compute().gemm_sum(&terms, gain.view_mut())?;
         Ok(gain)
     }
 

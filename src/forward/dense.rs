@@ -27,6 +27,11 @@ fn weighted_expert<'a>(
     pool: &'a Pool,
     compute: &dyn Compute,
 ) -> Result<Scratch<'a>> {
+    if compute.fuses() {
+        let mut out = pool.take(x.nrows(), expert.d_model());
+        compute.mlp(&expert.mlp(), x, weights, out.view_mut())?;
+        return Ok(out);
+    }
     let mut hidden = project(expert.gate.as_ref().unwrap_or(&expert.up), x, pool, compute)?;
     if expert.gate.is_some() {
         let mut up = project(&expert.up, x, pool, compute)?;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use crate::error::Result;
+use super::mlp::{Mlp, hidden_by_parts, mlp_by_parts};
+use crate::error::{Error, Result};
 
 /// One term of a [`Compute::weighted_sum`]: `weight · matrix[rows, cols]`.
 ///
@@ -31,9 +32,44 @@ impl<'a> Term<'a> {
     }
 }
 
+/// One term of a [`Compute::gemm_sum`]: `alpha · A B`.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// The scalar coefficient.
+    pub alpha: f32,
+    /// `A: (m, k)`, of any strides.
+    pub a: ArrayView2<'a, f32>,
+    /// `B: (k, n)`, of any strides.
+    pub b: ArrayView2<'a, f32>,
+}
+
+/// A matrix `A: (m, n)` that stays in a device's own memory while it is multiplied again and again.
+pub trait Held: Debug + Send + Sync {
+    /// `out ← A B`, or `out ← Aᵀ B` if `transposed`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the shapes do not fit.
+    fn multiply(
+        &self,
+        transposed: bool,
+        b: ArrayView2<'_, f32>,
+        out: ArrayViewMut2<'_, f32>,
+    ) -> Result<()>;
+
+    /// `Σ_j A[i, j]²` of every row, accumulated beyond `f32`.
+    ///
+    /// # Errors
+    /// Of the device only.
+    fn row_squares(&self) -> Result<Vec<f64>>;
+}
+
 /// A device for dense `f32` matrices. Object-safe; the stages reach it through their context.
 ///
 /// Results do not depend on the number of threads. All shapes are checked; nothing panics.
+///
+/// Four methods are required. The others say the same in terms of these, and are overridden by a
+/// device with a memory of its own, where every product that goes in and out alone costs a copy:
+/// a sum of products, a whole MLP, a matrix that is multiplied many times.
 pub trait Compute: Debug + Send + Sync {
     /// The device's name, for reports (`"cpu"`, or the adapter's name).
     fn name(&self) -> &str;
@@ -68,6 +104,58 @@ pub trait Compute: Debug + Send + Sync {
     /// or its gather indices do not fit; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange)
     /// when there is no term.
     fn weighted_sum(&self, terms: &[Term<'_>]) -> Result<Array2<f32>>;
+
+    /// `out ← Σ alpha A B` over `terms`, added in their order; 0 without terms.
+    ///
+    /// # Errors
+    /// As [`Compute::gemm`].
+    fn gemm_sum(&self, terms: &[Product<'_>], mut out: ArrayViewMut2<'_, f32>) -> Result<()> {
+        out.fill(0.0);
+        terms.iter().try_for_each(|term| self.gemm(term.alpha, term.a, term.b, 1.0, out.view_mut()))
+    }
+
+    /// Hidden activations of an MLP, the input of its down projection, for `X: (t, d_model)`:
+    /// `(t, d_ff)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width.
+    fn hidden(&self, mlp: &Mlp<'_>, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+        hidden_by_parts(mlp, x, self)
+    }
+
+    /// `out ← w ⊙ E(X)`: the MLP `E` on every row of `X: (t, d_model)`, times one weight a row (the
+    /// router's), if given; `out: (t, d_model)`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the shapes do not fit.
+    fn mlp(
+        &self,
+        mlp: &Mlp<'_>,
+        x: ArrayView2<'_, f32>,
+        weights: Option<&[f32]>,
+        out: ArrayViewMut2<'_, f32>,
+    ) -> Result<()> {
+        if out.dim() != (x.nrows(), mlp.down.weight.nrows()) {
+            return Err(Error::shape("mlp", (x.nrows(), mlp.down.weight.nrows()), out.dim()));
+        }
+        mlp_by_parts(mlp, x, weights, out, self)
+    }
+
+    /// Whether [`Compute::mlp`] is more than its parts; a caller with buffers of its own, which
+    /// suit the CPU, asks before it goes part by part.
+    fn fuses(&self) -> bool {
+        false
+    }
+
+    /// The matrix in the device's own memory; `None` from a device without one, whose caller
+    /// multiplies by [`Compute::gemm`].
+    ///
+    /// # Errors
+    /// Of the device only.
+    fn hold<'a>(&'a self, a: ArrayView2<'a, f32>) -> Result<Option<Box<dyn Held + 'a>>> {
+        let _ = a;
+        Ok(None)
+    }
 
     /// The same device for use inside a task that already runs in parallel with others.
     ///

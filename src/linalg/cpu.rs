@@ -185,7 +185,7 @@ fn faer_ref<'a, T>(a: &'a CowArray<'_, T, Ix2>) -> Option<MatRef<'a, T>> {
     })
 }
 
-fn check_terms(terms: &[Term<'_>]) -> Result<(usize, usize)> {
+pub(crate) fn check_terms(terms: &[Term<'_>]) -> Result<(usize, usize)> {
     let first = terms.first().ok_or_else(|| Error::range("weighted sum", "a term", "none"))?;
     let shape = first.matrix.dim();
     for term in terms {

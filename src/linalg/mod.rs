@@ -2,10 +2,12 @@
 //! CPU that answers ([`Cpu`]), and, one a file, what is always solved on the CPU: the linear
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
-//! [`solve_spd`], [`solve_lower`]). Factorisations run on one thread: give each parallel task its
-//! own matrix. [`Factorise`] is all of them as an object: [`PureRust`], or `Lapack` with the feature
-//! `lapack`. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
+//! [`solve_spd`], [`solve_lower`]). [`Activation`] and [`Mlp`] are what a device must know of an
+//! expert. Factorisations run on one thread: give each parallel task its own matrix. [`Factorise`]
+//! is all of them as an object: [`PureRust`], or `Lapack` with the feature `lapack`. [`exp`](exp())
+//! is the one scalar kernel that several rooms vectorise.
 
+mod activation;
 mod assign;
 mod bridge;
 mod cholesky;
@@ -18,23 +20,30 @@ mod exp;
 mod factorise;
 #[cfg(feature = "lapack")]
 mod lapack;
+mod mlp;
 mod qr;
 mod rsvd;
 mod svd;
 mod triangular;
 mod truncated;
 
+pub use activation::Activation;
 pub use assign::{Assignment, assign, assign_within};
 pub use cholesky::{cholesky, solve_spd};
-pub use compute::{Compute, Term};
+pub use compute::{Compute, Held, Product, Term};
 pub use correlation::correlation;
 pub use cpu::Cpu;
+#[cfg(feature = "gpu")]
+pub(crate) use cpu::check_terms;
 pub use cross::add_cross;
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
 pub use factorise::{Factorise, PureRust};
 #[cfg(feature = "lapack")]
 pub use lapack::Lapack;
+pub use mlp::{LinearView, Mlp};
+#[cfg(feature = "gpu")]
+pub(crate) use mlp::{add_bias, check_weights, hidden_by_parts, mlp_by_parts};
 pub use qr::{Qr, qr};
 pub use rsvd::{Randomized, RandomizedSvd, rsvd};
 pub use svd::{Svd, singular_values, svd};

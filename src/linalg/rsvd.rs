@@ -64,7 +64,8 @@ const NOISE: f64 = 1e-6;
 /// subspace would be as wide as the matrix, and when the residual is below a thousandth of
 /// `‖A‖`, which norms in `f32` cannot resolve.
 ///
-/// Cost: `2 m n l` operations a product, four to eight of them, through [`Compute::gemm`];
+/// Cost: `2 m n l` operations a product, four to eight of them, through [`Compute::gemm`] or, on a
+/// device that holds `A` meanwhile, [`Held::multiply`](super::Held::multiply);
 /// `4 (m + n) l²` for QR on one thread. Memory: `3 (m + n) l` numbers beside `A`.
 ///
 /// # Errors
@@ -87,7 +88,11 @@ pub fn rsvd(
         return Err(Error::range("tolerance of a randomised SVD", "above 0", how.tolerance));
     }
     check_finite("matrix of an SVD", a)?;
-    let total: f64 = a.iter().map(|&x| f64::from(x).powi(2)).sum();
+    let held = compute.hold(a)?;
+    let total: f64 = match &held {
+        Some(held) => held.row_squares()?.iter().sum(),
+        None => a.iter().map(|&x| f64::from(x).powi(2)).sum(),
+    };
     let width = rank + how.oversampling.max(rank);
     if rank == 0 || total == 0.0 || width >= m.min(n) {
         return exact(a, rank, total, 0, compute, factorise);
@@ -99,7 +104,10 @@ pub fn rsvd(
     for products in 1..=how.products {
         let side = if forward { a } else { a.reversed_axes() };
         let mut product = Array2::zeros((side.nrows(), width));
-        compute.gemm(1.0, side, basis.view(), 0.0, product.view_mut())?;
+        match &held {
+            Some(held) => held.multiply(!forward, basis.view(), product.view_mut())?,
+            None => compute.gemm(1.0, side, basis.view(), 0.0, product.view_mut())?,
+        }
         if products > 1 {
             energies.push(captured(product.view(), rank, compute, factorise)?);
         }

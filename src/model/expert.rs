@@ -1,73 +1,12 @@
 //! One expert: two matrices (Switch) or three (SwiGLU, GeGLU), and its own forward pass.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::check::Finite;
 use super::permutation::Permutation;
 use crate::error::{Error, Result};
-use crate::linalg::{Compute, Term};
-
-/// The non-linearity `act` of an expert.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    /// `x · σ(x)` (SwiGLU).
-    Silu,
-    /// `x · Φ(x)`, by the error function.
-    Gelu,
-    /// The `tanh` approximation of GELU (GeGLU in T5 v1.1 and Gemma).
-    GeluTanh,
-    /// `max(x, 0)` (Switch).
-    Relu,
-    /// `x · σ(α x)` with `x` cut off above a limit; a gate of it takes `u + 1` for the up
-    /// projection `u`, which is cut off at both ends (gpt-oss).
-    ClampedSwiglu {
-        /// The slope `α` inside `σ`.
-        alpha: f32,
-        /// Where gate and up are cut off.
-        limit: f32,
-    },
-}
-
-impl Activation {
-    /// `act(x)`.
-    pub fn apply(self, x: f32) -> f32 {
-        match self {
-            Self::Silu => x / (1.0 + (-x).exp()),
-            Self::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-            Self::GeluTanh => {
-                let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
-                0.5 * x * (1.0 + inner.tanh())
-            }
-            Self::Relu => x.max(0.0),
-            Self::ClampedSwiglu { alpha, limit } => {
-                let x = x.min(limit);
-                x / (1.0 + (-alpha * x).exp())
-            }
-        }
-    }
-
-    /// A hidden unit of a gated expert, `act(gate) · up`; with the clamped kind
-    /// `act(gate) · (up + 1)`, `up` within its limits.
-    pub fn gate(self, gate: f32, up: f32) -> f32 {
-        let up = match self {
-            Self::ClampedSwiglu { limit, .. } => up.max(-limit).min(limit) + 1.0,
-            _ => up,
-        };
-        self.apply(gate) * up
-    }
-}
-
-/// The error function, by Abramowitz and Stegun 7.1.26 in `f64`; absolute error below 1.5e-7.
-fn erf(x: f32) -> f32 {
-    let x = f64::from(x);
-    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
-    let poly = [1.061_405_429, -1.453_152_027, 1.421_413_741, -0.284_496_736, 0.254_829_592]
-        .iter()
-        .fold(0.0, |acc, c| (acc + c) * t);
-    ((1.0 - poly * (-x * x).exp()) * x.signum()) as f32
-}
+use crate::linalg::{Activation, Compute, LinearView, Mlp, Term};
 
 /// Which of an expert's matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -115,30 +54,6 @@ impl Linear {
 impl From<Array2<f32>> for Linear {
     fn from(weight: Array2<f32>) -> Self {
         Self::new(weight)
-    }
-}
-
-/// A borrowed [`Linear`].
-#[derive(Debug, Clone, Copy)]
-pub struct LinearView<'a> {
-    /// `W: (out, in)`.
-    pub weight: ArrayView2<'a, f32>,
-    /// `b: (out)`.
-    pub bias: Option<ArrayView1<'a, f32>>,
-}
-
-impl LinearView<'_> {
-    /// `X Wᵀ + b` for `X: (t, in)`: `(t, out)`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width.
-    pub fn forward(&self, x: ArrayView2<'_, f32>, compute: &dyn Compute) -> Result<Array2<f32>> {
-        let mut out = Array2::zeros((x.nrows(), self.weight.nrows()));
-        compute.gemm(1.0, x, self.weight.t(), 0.0, out.view_mut())?;
-        if let Some(bias) = self.bias {
-            out += &bias;
-        }
-        Ok(out)
     }
 }
 
@@ -342,16 +257,7 @@ impl<'a> ExpertView<'a> {
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width.
     pub fn hidden(&self, x: ArrayView2<'_, f32>, compute: &dyn Compute) -> Result<Array2<f32>> {
-        let up = self.up.forward(x, compute)?;
-        let act = self.activation;
-        Ok(match self.gate {
-            None => up.mapv_into(|z| act.apply(z)),
-            Some(gate) => {
-                let mut hidden = gate.forward(x, compute)?;
-                hidden.zip_mut_with(&up, |g, &u| *g = act.gate(*g, u));
-                hidden
-            }
-        })
+        compute.hidden(&self.mlp(), x)
     }
 
     /// `E(x)` for every row of `X: (t, d_model)`: `(t, d_model)`. Not weighted by the router.
@@ -359,8 +265,14 @@ impl<'a> ExpertView<'a> {
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width.
     pub fn forward(&self, x: ArrayView2<'_, f32>, compute: &dyn Compute) -> Result<Array2<f32>> {
-        let hidden = self.hidden(x, compute)?;
-        self.down.forward(hidden.view(), compute)
+        let mut out = Array2::zeros((x.nrows(), self.d_model()));
+        compute.mlp(&self.mlp(), x, None, out.view_mut())?;
+        Ok(out)
+    }
+
+    /// The projections as a device takes them.
+    pub fn mlp(&self) -> Mlp<'a> {
+        Mlp { gate: self.gate, up: self.up, down: self.down, activation: self.activation }
     }
 
     /// A copy with permuted hidden units: the same function.
@@ -377,32 +289,6 @@ mod tests {
     use super::*;
     use crate::linalg::Cpu;
     use ndarray::array;
-
-    const GPT_OSS: [(f32, f32, f32); 6] = [
-        (0.5, 0.25, 0.437_985_54),
-        (-2.0, 1.5, -0.160_853_43),
-        (9.0, -8.0, -41.999_718),
-        (-9.0, 3.0, -8.012_714e-6),
-        (3.0, 7.5, 23.855_43),
-        (1.0, -1.0, 0.0),
-    ];
-
-    #[test]
-    fn erf_and_activations_match_known_values() {
-        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_9), (-1.0, -0.842_700_8), (3.0, 0.999_977_9)] {
-            approx::assert_abs_diff_eq!(erf(x), y, epsilon = 3e-7);
-        }
-        approx::assert_abs_diff_eq!(Activation::Silu.apply(1.0), 0.731_058_6, epsilon = 1e-6);
-        approx::assert_abs_diff_eq!(Activation::Gelu.apply(1.0), 0.841_344_8, epsilon = 1e-6);
-        approx::assert_abs_diff_eq!(Activation::GeluTanh.apply(1.0), 0.841_192, epsilon = 1e-6);
-        assert_eq!(Activation::Relu.apply(-2.0), 0.0);
-        // As the gpt-oss block of transformers computes it.
-        let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
-        for (gate, up, y) in GPT_OSS {
-            approx::assert_relative_eq!(clamped.gate(gate, up), y, max_relative = 2e-6);
-        }
-        assert_eq!(Activation::Relu.gate(3.0, -2.0), -6.0);
-    }
 
     #[test]
     fn gated_forward_follows_the_definition() {

@@ -2,13 +2,13 @@
 
 use ndarray::{Array1, Array2};
 
-use super::expert::{Activation, Expert, Linear, Role};
+use super::expert::{Expert, Linear, Role};
 use super::factored::Factored;
 use super::grouping::Grouping;
 use super::layer::{LayerId, MergedLayer};
 use super::router::Router;
 use crate::error::{Error, Locate, Result};
-use crate::linalg::Compute;
+use crate::linalg::{Activation, Compute};
 
 /// A weight `(m, n)`, whole or in factors.
 #[derive(Debug, Clone, PartialEq)]

@@ -19,7 +19,7 @@ mod visits;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
-pub use expert::{Activation, Expert, ExpertView, Linear, LinearView, Role};
+pub use expert::{Expert, ExpertView, Linear, Role};
 pub use factored::{Factored, Structure};
 pub use factored_expert::{FactoredExpert, FactoredLayer, FactoredLinear, Weight};
 pub use grouping::{Grouping, Numbering};
@@ -31,3 +31,5 @@ pub use similarity::{Measure, SimilarityMatrix};
 pub use stats::{ExpertTensors, RoutingStats, Samples};
 pub use tensors::TensorSource;
 pub use visits::{OutputSums, close_dropped};
+
+pub use crate::linalg::{Activation, LinearView};

@@ -1,6 +1,6 @@
 //! Derivatives of the activations, for recoverers that train experts.
 
-use super::expert::Activation;
+use crate::linalg::Activation;
 
 impl Activation {
     /// `act′(x)`; where `act` has a corner, 0.

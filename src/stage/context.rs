@@ -18,6 +18,16 @@ impl Context {
         Self::on(Arc::new(Cpu::new()), seed)
     }
 
+    /// The graphics card that the system prefers; see [`Gpu::new`](crate::gpu::Gpu::new).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) when there is none: it never falls back to
+    /// the CPU.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(seed: u64) -> crate::Result<Self> {
+        Ok(Self::on(Arc::new(crate::gpu::Gpu::new()?), seed))
+    }
+
     /// A given device; factorisations are always solved on the CPU.
     pub fn on(compute: Arc<dyn Compute>, seed: u64) -> Self {
         Self { compute, factorise: Arc::new(PureRust), seed }
