@@ -49,5 +49,5 @@ pub use config::Config;
 pub use encode::{Encoded, Encoder};
 pub use factors::Factoring;
 pub use open::{Checkpoint, LayerInfo};
-pub use write::{Export, WritePlan, Writer, Written};
+pub use write::{Export, MANIFEST, WritePlan, Writer, Written};
 pub use write_target::Partial;

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::factors::Factoring;
 use super::open::Checkpoint;
 use super::write_config;
@@ -14,8 +16,13 @@ use super::write_target::Partial;
 use crate::error::Result;
 use crate::model::{Grouping, LayerId};
 
+/// The file that says what a folder was made of: what was handed to [`Writer::finish`], the
+/// [`WritePlan`] as `plan`, and the size and SHA-256 of every other file as `files`.
+pub const MANIFEST: &str = "mcsmoe.json";
+
 /// What kind of folder to write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Export {
     /// `M` experts in every layer and a router of `M` rows: loads in unmodified runtimes. Needs
     /// the same `M` everywhere and [`MergedLayer::narrowed`](crate::model::MergedLayer::narrowed).
@@ -28,7 +35,7 @@ pub enum Export {
 }
 
 /// What to write.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WritePlan {
     /// The kind of folder.
     pub export: Export,

@@ -6,14 +6,16 @@ use serde_json::{Value, json};
 
 use super::factors::is_index;
 use super::folder::INDEX;
+use super::json::malformed;
 use super::scan_layer::LayerTensors;
-use super::write::{Writer, Written};
+use super::write::{MANIFEST, Writer, Written};
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
 
 impl Writer<'_> {
     /// Writes index, tokenizer and manifest, and gives the folder its name. `extra_json`, an
-    /// object, becomes `mcsmoe.json`, with the size and SHA-256 of every other file as `files`.
+    /// object, becomes the [manifest](MANIFEST), with the plan as `plan` and the size and SHA-256 of
+    /// every other file as `files`.
     ///
     /// # Errors
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when a planned layer was not written;
@@ -53,9 +55,10 @@ impl Writer<'_> {
             Value::Null => serde_json::Map::new(),
             other => [("report".to_owned(), other.clone())].into_iter().collect(),
         };
+        manifest.insert("plan".into(), self.recorded()?);
         manifest.insert("files".into(), Value::Object(files));
         let text = format!("{:#}\n", Value::Object(manifest));
-        self.small("mcsmoe.json", text.as_bytes())?;
+        self.small(MANIFEST, text.as_bytes())?;
         // Only what has reached the disk may get the target's name.
         self.flushing.drain(..).try_for_each(Flush::wait)?;
         Ok(self.written())
@@ -68,7 +71,7 @@ impl Writer<'_> {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when it was not sealed;
     /// [`Io`](crate::ErrorKind::Io).
     pub fn commit(self) -> Result<()> {
-        if !self.digests.contains_key("mcsmoe.json") {
+        if !self.digests.contains_key(MANIFEST) {
             return Err(Error::range("target folder", "complete", "a part of it"))
                 .in_file(self.target.path());
         }
@@ -101,7 +104,13 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn written(&self) -> Written {
+    /// The plan, as the manifest holds it.
+    fn recorded(&self) -> Result<Value> {
+        serde_json::to_value(&self.request).map_err(|e| malformed("write plan", e))
+    }
+
+    /// What is written once everything is, known from the plan; `files` grows until then.
+    pub fn written(&self) -> Written {
         let outs = &self.plan.outs;
         let merged: u64 = self
             .plan

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::builder::Pipeline;
-use super::calibrate::calibrate_to_file;
+use super::calibrate::calibrate_to_file_observed;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
@@ -27,24 +27,26 @@ impl Pipeline {
         &self,
         source: &Checkpoint,
         tokens: &Tokens,
-        folder: &Path,
         journal: &mut Journal,
+        (folder, memory): (&Path, u64),
+        observer: &dyn Observer,
     ) -> Result<StatsFile> {
         let path = folder.join(STATISTICS);
         let known = journal.statistics.take();
         if known.is_none() || fingerprint::of_file(&path).ok() != known {
             remove_hidden(folder)?;
-            let options = self.options(folder);
+            let options = self.options(folder, memory);
             let needs = self.needs() | Needs::SAMPLES;
-            calibrate_to_file(source, tokens, needs, &options, &path)?;
+            calibrate_to_file_observed(source, tokens, needs, &options, &path, observer)?;
             journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
         }
         StatsFile::open(&path)
     }
 
     /// How text runs through a model during a run whose partial folder is `folder`.
-    fn options(&self, folder: &Path) -> CalibrateOptions {
+    fn options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
         CalibrateOptions {
+            memory,
             scratch: folder.into(),
             cx: self.cx.clone(),
             ..CalibrateOptions::default()
@@ -93,7 +95,7 @@ impl Pipeline {
             };
             self.stream(&folder, &decided, &mut writer, observer, line)?
         } else {
-            let options = self.options(writer.folder());
+            let options = self.options(writer.folder(), job.output.memory);
             let sink = &mut |layer: MergedLayer, report: &LayerReport| {
                 writer.layer(&layer)?;
                 writer.sync()?;
@@ -108,9 +110,9 @@ impl Pipeline {
         let mut report = self.report(reports.into_values().collect());
         report.family = Some(source.family().into());
         report.tokens = stats.tokens();
+        report.written = Some(summary(source, &plan, writer.written()));
         let json = serde_json::to_value(&report).unwrap_or_default();
-        let written = writer.seal(&json)?;
-        report.written = Some(summary(source, &plan, written));
+        writer.seal(&json)?;
         remove_hidden(writer.folder())?;
         journal.write(&Line::Whole(Box::new(report.clone())))?;
         drop(journal);

@@ -37,7 +37,7 @@ mod subject;
 mod tokens;
 
 pub use builder::{Pipeline, PipelineBuilder};
-pub use calibrate::{calibrate, calibrate_to_file};
+pub use calibrate::{calibrate, calibrate_to_file, calibrate_to_file_observed};
 pub use calibration::Calibration;
 pub use choice::{
     AlignChoice, CompressChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,

@@ -66,6 +66,9 @@ pub struct Output {
     pub export: ExportChoice,
     /// Largest size of a file, in bytes.
     pub shard_bytes: u64,
+    /// Bytes of hidden states of text that are held in memory; above, they go to a scratch file in
+    /// the partial folder.
+    pub memory: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
     /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
     /// Refused when source, statistics or text, recipe or export are not those of that run. With a
@@ -77,7 +80,7 @@ pub struct Output {
 impl Output {
     /// A folder of one kind, in files of at most 5 GB; a partial folder is in the way.
     pub fn new(export: ExportChoice) -> Self {
-        Self { export, shard_bytes: 5_000_000_000, resume: false }
+        Self { export, shard_bytes: 5_000_000_000, memory: 2 << 30, resume: false }
     }
 
     /// The same, but going on from an interrupted run.
@@ -165,7 +168,8 @@ impl Pipeline {
         let stats = match given {
             Given::Statistics(stats) => stats,
             Given::Tokens(tokens) => {
-                collected = self.collect(source, tokens, partial.path(), &mut journal)?;
+                let scratch = (partial.path(), output.memory);
+                collected = self.collect(source, tokens, &mut journal, scratch, observer)?;
                 &collected
             }
         };
