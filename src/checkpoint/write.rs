@@ -50,6 +50,10 @@ pub struct WritePlan {
     pub factored: BTreeMap<LayerId, Factoring>,
     /// The size above which a new file is begun.
     pub shard_bytes: u64,
+    /// Writes these layers and nothing else, to be joined with the rest by [`Writer::take`]; no
+    /// runtime can load such a folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only: Option<BTreeSet<LayerId>>,
 }
 
 impl WritePlan {
@@ -57,7 +61,8 @@ impl WritePlan {
     pub fn new(export: Export, groupings: BTreeMap<LayerId, Grouping>) -> Self {
         let (top_k, flatten_groups, shard_bytes) = (None, false, 5_000_000_000);
         let factored = BTreeMap::new();
-        Self { export, groupings, top_k, flatten_groups, factored, shard_bytes }
+        let only = None;
+        Self { export, groupings, top_k, flatten_groups, factored, shard_bytes, only }
     }
 }
 
@@ -159,7 +164,9 @@ impl<'a> Writer<'a> {
             done,
             owner,
         };
-        writer.small("config.json", config.as_bytes())?;
+        if writer.request.only.is_none() {
+            writer.small("config.json", config.as_bytes())?;
+        }
         writer.advance()?;
         Ok(writer)
     }

@@ -1,13 +1,9 @@
 //! The end of a target: index, tokenizer, manifest, and the folder's name.
 
-use std::collections::BTreeSet;
-
 use serde_json::{Value, json};
 
-use super::factors::is_index;
 use super::folder::INDEX;
 use super::json::malformed;
-use super::scan_layer::LayerTensors;
 use super::write::{MANIFEST, Writer, Written};
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
@@ -45,7 +41,9 @@ impl Writer<'_> {
             let index = self.index().to_string();
             self.small(INDEX, index.as_bytes())?;
         }
-        self.companions()?;
+        if self.request.only.is_none() {
+            self.companions()?;
+        }
         let files = self.digests.iter().map(|(name, (bytes, sha256))| {
             (name.clone(), json!({ "bytes": bytes, "sha256": sha256 }))
         });
@@ -111,25 +109,12 @@ impl Writer<'_> {
 
     /// What is written once everything is, known from the plan; `files` grows until then.
     pub fn written(&self) -> Written {
-        let outs = &self.plan.outs;
-        let merged: u64 = self
-            .plan
-            .layers
-            .values()
-            .map(|layer| layer.expert_tensors().iter().map(|&t| outs[t].bytes as u64).sum::<u64>())
-            .sum();
-        let others = self.source.tensors.iter().filter(|l| !self.plan.layers.contains_key(&l.id));
-        let copied: BTreeSet<usize> = others.flat_map(LayerTensors::expert_tensors).collect();
-        let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
-        let size = |o: &super::write_plan::Out| match is_index(&o.name) {
-            true => 0,
-            false => o.shape.iter().product::<usize>() as u64,
-        };
+        let (bytes, parameters, expert_bytes) = self.plan.totals(self.source);
         Written {
             files: self.digests.keys().cloned().collect(),
-            bytes: outs.iter().map(|o| o.bytes as u64).sum(),
-            parameters: outs.iter().map(size).sum(),
-            expert_bytes: merged + copied.map(|o| o.bytes as u64).sum::<u64>(),
+            bytes,
+            parameters,
+            expert_bytes,
             dropped: self.plan.dropped.clone(),
         }
     }

@@ -89,28 +89,54 @@ impl Pipeline {
             Some(decided) => decided,
             None => self.rest(&folder, job, &plan, &reports)?,
         };
-        let new = if self.streams(samples, job) {
-            let line = &mut |report: &LayerReport, digest| {
-                journal.write(&Line::Layer(Box::new(report.clone()), digest))
-            };
-            self.stream(&folder, &decided, &mut writer, observer, line)?
-        } else {
-            let options = self.options(writer.folder(), job.output.memory);
-            let sink = &mut |layer: MergedLayer, report: &LayerReport| {
-                writer.layer(&layer)?;
-                writer.sync()?;
-                journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
-            };
-            match followed {
-                Some(tokens) => self.follow(job, tokens, &options, &decided, sink)?,
-                None => self.merge(&folder, &decided, samples, observer, sink)?,
-            }
+        let line = &mut |report: &LayerReport, digest| {
+            journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
+        let new = self.write_layers(job, followed, (&decided, samples), &mut writer, line)?;
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
+        self.conclude(job, &plan, reports, (writer, journal), target)
+    }
+
+    /// Merges the decided layers and writes them; `line` is told of each that is on the disk, with
+    /// its digest.
+    pub(super) fn write_layers(
+        &self,
+        job: &Job<'_>,
+        followed: Option<&Tokens>,
+        (decided, samples): (&Decided, bool),
+        writer: &mut Writer<'_>,
+        line: &mut (dyn FnMut(&LayerReport, String) -> Result<()> + Send),
+    ) -> Result<Vec<LayerReport>> {
+        let folder = Folder { source: job.source, stats: job.stats };
+        if self.streams(samples, job) {
+            return self.stream(&folder, decided, writer, job.observer, line);
+        }
+        let options = self.options(writer.folder(), job.output.memory);
+        let sink = &mut |layer: MergedLayer, report: &LayerReport| {
+            writer.layer(&layer)?;
+            writer.sync()?;
+            line(report, writer.digest(layer.id)?)
+        };
+        match followed {
+            Some(tokens) => self.follow(job, tokens, &options, decided, sink),
+            None => self.merge(&folder, decided, samples, job.observer, sink),
+        }
+    }
+
+    /// Reports, seals, and gives the target its name.
+    pub(super) fn conclude(
+        &self,
+        job: &Job<'_>,
+        plan: &WritePlan,
+        reports: BTreeMap<LayerId, LayerReport>,
+        (mut writer, mut journal): (Writer<'_>, Journal),
+        target: &Path,
+    ) -> Result<Report> {
+        let Job { source, stats, observer, .. } = *job;
         let mut report = self.report(reports.into_values().collect());
         report.family = Some(source.family().into());
         report.tokens = stats.tokens();
-        report.written = Some(summary(source, &plan, writer.written()));
+        report.written = Some(summary(source, plan, writer.written()));
         let json = serde_json::to_value(&report).unwrap_or_default();
         writer.seal(&json)?;
         remove_hidden(writer.folder())?;
@@ -149,7 +175,7 @@ impl Pipeline {
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
-    fn write_plan(
+    pub(super) fn write_plan(
         &self,
         job: &Job<'_>,
         groupings: BTreeMap<LayerId, Grouping>,
@@ -168,6 +194,7 @@ impl Pipeline {
             flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
             factored,
             shard_bytes: output.shard_bytes,
+            only: None,
         })
     }
 }
@@ -217,9 +244,9 @@ fn summary(source: &Checkpoint, plan: &WritePlan, written: Written) -> WrittenRe
     }
 }
 
-struct Folder<'a> {
-    source: &'a Checkpoint,
-    stats: &'a StatsFile,
+pub(super) struct Folder<'a> {
+    pub(super) source: &'a Checkpoint,
+    pub(super) stats: &'a StatsFile,
 }
 
 impl Source for Folder<'_> {

@@ -23,6 +23,7 @@ mod greedy;
 mod job;
 mod journal;
 mod observe;
+mod part;
 mod pass;
 mod passes;
 mod policy;
@@ -35,6 +36,7 @@ mod states;
 mod stream;
 mod subject;
 mod tokens;
+mod verify;
 
 pub use builder::{Pipeline, PipelineBuilder};
 pub use calibrate::{calibrate, calibrate_to_file, calibrate_to_file_observed};
@@ -48,6 +50,7 @@ pub use compress::MatrixBudget;
 pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
+pub use part::PartReport;
 pub use passes::Merged;
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
@@ -57,6 +60,7 @@ pub use report::{
 };
 pub use run::{Output, merge_then_compress};
 pub use tokens::{CalibrateOptions, Tokens};
+pub use verify::{Check, TensorFate, Verdict, Verification, verify};
 
 /// Indented JSON.
 fn json(format: &'static str, value: &impl serde::Serialize) -> crate::Result<String> {

@@ -145,16 +145,7 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
-        self.check_export(output.export)?;
-        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
-        let (active, _) = self.checked(&shapes)?;
-        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
-        self.check_compression(source.layers().iter().map(matrices))?;
-        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        match given {
-            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
-            Given::Tokens(_) => drop(Collector::new(self.needs())?),
-        }
+        let (shapes, ids) = self.check_run(source, given, output)?;
         let print = Fingerprint::of(self, source, given, output)?;
         if output.resume
             && let Some(report) = Journal::whole(target, &print)?
@@ -180,6 +171,27 @@ impl Pipeline {
         let (shapes, ids) = (&shapes[..], &ids[..]);
         let job = Job { source, stats, tokens, shapes, ids, output, observer };
         self.run_job(&job, partial, journal, target)
+    }
+
+    /// Everything that can be refused before a weight is read; shapes of all layers, and the layers
+    /// that take part.
+    pub(super) fn check_run(
+        &self,
+        source: &Checkpoint,
+        given: Given<'_>,
+        output: &Output,
+    ) -> Result<(Vec<LayerShape>, Vec<LayerId>)> {
+        self.check_export(output.export)?;
+        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
+        let (active, _) = self.checked(&shapes)?;
+        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
+        self.check_compression(source.layers().iter().map(matrices))?;
+        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
+        match given {
+            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
+            Given::Tokens(_) => drop(Collector::new(self.needs())?),
+        }
+        Ok((shapes, ids))
     }
 
     fn check_export(&self, export: ExportChoice) -> Result<()> {

@@ -4,6 +4,7 @@
 //! share is in `args` (options), `exit` (exit codes), `show` (output), `progress` (bars).
 
 mod args;
+mod assemble;
 mod calibrate;
 mod compress;
 mod convert_stats;
@@ -17,6 +18,7 @@ mod progress;
 mod report;
 mod run;
 mod show;
+mod verify;
 mod work;
 
 use std::process::ExitCode;
@@ -44,8 +46,10 @@ enum Command {
     Merge(merge::Args),
     Compress(compress::Args),
     Run(run::Args),
+    Assemble(assemble::Args),
     Evaluate(evaluate::Args),
     Generate(generate::Args),
+    Verify(verify::Args),
     Report(report::Args),
     ConvertStats(convert_stats::Args),
     Completions(manual::CompletionsArgs),
@@ -72,8 +76,10 @@ fn start(global: &Global, command: Command, show: &Show) -> Outcome {
         Command::Merge(args) => merge::run(&args, global, show),
         Command::Compress(args) => compress::run(&args, global, show),
         Command::Run(args) => run::run(&args, global, show),
+        Command::Assemble(args) => assemble::run(&args, global, show),
         Command::Evaluate(args) => evaluate::run(&args, show),
         Command::Generate(args) => generate::run(&args, show),
+        Command::Verify(args) => verify::run(&args, show),
         Command::Report(args) => report::run(&args, show),
         Command::ConvertStats(args) => convert_stats::run(&args, show),
         Command::Completions(args) => manual::completions::<Cli>(&args, show),
