@@ -180,10 +180,19 @@ impl Pipeline {
         job: &Job<'_>,
         groupings: BTreeMap<LayerId, Grouping>,
     ) -> Result<WritePlan> {
-        let output = job.output;
+        self.layout(job.source, job.output, groupings)
+    }
+
+    /// What to write for some groups.
+    pub(super) fn layout(
+        &self,
+        source: &Checkpoint,
+        output: &Output,
+        groupings: BTreeMap<LayerId, Grouping>,
+    ) -> Result<WritePlan> {
         let mut factored = BTreeMap::new();
         if let Some(compressor) = &self.compressor {
-            for layer in job.source.layers().iter().filter(|l| groupings.contains_key(&l.id)) {
+            for layer in source.layers().iter().filter(|l| groupings.contains_key(&l.id)) {
                 factored.insert(layer.id, compressor.factoring((layer.d_ff, layer.d_model))?);
             }
         }

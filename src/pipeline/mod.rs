@@ -26,6 +26,7 @@ mod observe;
 mod part;
 mod pass;
 mod passes;
+mod plan;
 mod policy;
 mod presets;
 mod recipe;
@@ -52,6 +53,7 @@ pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use observe::{Observer, Phase, Silent};
 pub use part::PartReport;
 pub use passes::Merged;
+pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{

@@ -194,7 +194,7 @@ impl Pipeline {
         Ok((shapes, ids))
     }
 
-    fn check_export(&self, export: ExportChoice) -> Result<()> {
+    pub(super) fn check_export(&self, export: ExportChoice) -> Result<()> {
         let reason = match (export, self.router.is_some()) {
             (ExportChoice::Stock, false) => "a stock export needs a router stage",
             (ExportChoice::Native | ExportChoice::Expanded, true) => {
@@ -235,6 +235,6 @@ impl Pipeline {
     }
 }
 
-fn shape(info: &LayerInfo) -> LayerShape {
+pub(super) fn shape(info: &LayerInfo) -> LayerShape {
     LayerShape { id: info.id, experts: info.experts, rule: info.rule }
 }

@@ -14,6 +14,7 @@ mod generate;
 mod inspect;
 mod manual;
 mod merge;
+mod plan;
 mod progress;
 mod report;
 mod run;
@@ -43,6 +44,7 @@ struct Cli {
 enum Command {
     Inspect(inspect::Args),
     Calibrate(calibrate::Args),
+    Plan(plan::Args),
     Merge(merge::Args),
     Compress(compress::Args),
     Run(run::Args),
@@ -73,6 +75,7 @@ fn start(global: &Global, command: Command, show: &Show) -> Outcome {
     match command {
         Command::Inspect(args) => inspect::run(&args, show),
         Command::Calibrate(args) => calibrate::run(&args, global, show),
+        Command::Plan(args) => plan::run(&args, global, show),
         Command::Merge(args) => merge::run(&args, global, show),
         Command::Compress(args) => compress::run(&args, global, show),
         Command::Run(args) => run::run(&args, global, show),

@@ -57,6 +57,9 @@ struct Done {
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let recipe = args.method.read("fast", None)?;
     let (places, running) = (&args.places, &args.running);
+    if running.dry_run {
+        return work::dry_run(places, &recipe, (&args.text, running), global, show);
+    }
     if args.layers.is_some() || args.part.is_some() {
         return part(args, &recipe, global, show);
     }

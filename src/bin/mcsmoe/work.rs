@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use mcsmoe::checkpoint::Checkpoint;
-use mcsmoe::pipeline::{Calibration, Recipe, Report};
+use mcsmoe::calibrate::StatsFile;
+use mcsmoe::checkpoint::{Checkpoint, Partial};
+use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, plan};
 use serde::Serialize;
 
 use crate::args::{Global, Running, TextArgs};
-use crate::exit::Outcome;
+use crate::exit::{Failure, Outcome};
 use crate::progress::{Progress, peak_memory};
 use crate::report;
 use crate::show::{Show, bytes, time};
@@ -55,7 +56,8 @@ pub(crate) fn execute(
     let source = Checkpoint::open(&places.model)?;
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let given = calibration(&source, &places.calibration, text)?;
-    let output = running.output(recipe);
+    let is_text = !matches!(given, Calibration::Statistics(_));
+    let output = bounded(&source, recipe, (text, running), is_text)?;
     let progress = Progress::new(global, &source);
     let report = pipeline.run_calibrated(&source, &given, &places.target, &output, &progress);
     progress.done();
@@ -67,6 +69,65 @@ pub(crate) fn execute(
     })
 }
 
+/// The plan of a run, without a measurement of rates unless `measure`.
+fn planned(
+    source: &Checkpoint,
+    recipe: &Recipe,
+    (text, output): (&TextArgs, &Output),
+    is_text: bool,
+    measure: bool,
+) -> Outcome<RunPlan> {
+    let defaults = PlanOptions::default();
+    let options = PlanOptions {
+        tokens: text.tokens as u64,
+        window: text.window.map_or(defaults.window, |n| n as u64),
+        text: is_text,
+        states: output.memory,
+        measure,
+        ..defaults
+    };
+    Ok(plan(source, recipe, output, &options)?)
+}
+
+/// What is written, within --max-memory: hidden states go to a scratch file if that is enough.
+pub(crate) fn bounded(
+    source: &Checkpoint,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    is_text: bool,
+) -> Outcome<Output> {
+    let mut output = running.output(recipe);
+    let Some(allowed) = running.max_memory else { return Ok(output) };
+    let mut needed = 0;
+    for states in [output.memory, 0] {
+        output.memory = states;
+        needed = planned(source, recipe, (text, &output), is_text, false)?.memory.peak;
+        if needed <= allowed {
+            return Ok(output);
+        }
+    }
+    Err(Failure::Memory { needed, allowed })
+}
+
+/// Prints the plan; a target that is in the way is an error here too.
+pub(crate) fn dry_run(
+    places: &Places,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    global: &Global,
+    show: &Show,
+) -> Outcome {
+    let source = Checkpoint::open(&places.model)?;
+    global.compute()?;
+    let is_text = !StatsFile::is_one(&places.calibration)?;
+    let output = bounded(&source, recipe, (text, running), is_text)?;
+    if !running.resume {
+        drop(Partial::create(source.dir(), &places.target)?);
+    }
+    let found = planned(&source, recipe, (text, &output), is_text, true)?;
+    show.result(&found, |out| crate::plan::text(&found, out))
+}
+
 /// Plans, or writes the target and tells what was done.
 pub(crate) fn carry_out(
     places: &Places,
@@ -75,6 +136,9 @@ pub(crate) fn carry_out(
     global: &Global,
     show: &Show,
 ) -> Outcome {
+    if running.dry_run {
+        return dry_run(places, recipe, (text, running), global, show);
+    }
     let done = execute(places, recipe, (text, running), global)?;
     show.result(&done, |out| tell(&done, out))
 }
