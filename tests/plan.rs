@@ -16,12 +16,23 @@ use serde_json::{Value, json};
 /// A checkpoint whose files have headers and no data.
 struct Sparse {
     dir: tempfile::TempDir,
-    tensors: Vec<(String, &'static str, Vec<usize>)>,
+    tensors: Vec<Tensor>,
 }
 
+/// Name, data type, shape.
+type Tensor = (String, &'static str, Vec<usize>);
+
 impl Sparse {
+    /// In a folder that goes away, or, to look at, in the one that `MCSMOE_KEEP` names.
     fn new(config: &Value) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = match std::env::var_os("MCSMOE_KEEP") {
+            None => tempfile::tempdir().unwrap(),
+            Some(folder) => {
+                let prefix = format!("{}-", config["model_type"].as_str().unwrap());
+                let mut builder = tempfile::Builder::new();
+                builder.disable_cleanup(true).prefix(&prefix).tempdir_in(folder).unwrap()
+            }
+        };
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         Self { dir, tensors: Vec::new() }
     }
@@ -62,8 +73,7 @@ impl Sparse {
         self.dir
     }
 
-    #[allow(clippy::type_complexity)]
-    fn shards(&self) -> Vec<Vec<&(String, &'static str, Vec<usize>)>> {
+    fn shards(&self) -> Vec<Vec<&Tensor>> {
         let (mut shards, mut filled) = (vec![Vec::new()], 0);
         for tensor in &self.tensors {
             filled += size(tensor.1, &tensor.2);
@@ -280,7 +290,7 @@ fn qwen3_235b_is_planned_from_headers() {
 fn deepseek_v3_is_planned_from_headers() {
     let model = deepseek_v3();
     let found = of(model.path(), &stock("fast", Keep::Experts(128))).unwrap();
-    // 671 B and 14 B of the prediction layer; FP8 becomes bf16, so half of the experts are as large.
+    // 671 B and 14 B of the prediction layer; FP8 becomes bf16: half of the experts are as large.
     assert!((684_000_000_000..686_000_000_000).contains(&found.parameters.before), "{found:?}");
     assert!(
         (0.9..1.1).contains(&(found.expert_bytes.after as f64 / found.expert_bytes.before as f64))

@@ -10,7 +10,7 @@ use crate::error::{Error, Locate, Result};
 
 impl Writer<'_> {
     /// Writes index, tokenizer and manifest, and gives the folder its name. `extra_json`, an
-    /// object, becomes the [manifest](MANIFEST), with the plan as `plan` and the size and SHA-256 of
+    /// object, becomes the [manifest](MANIFEST), with the plan as `plan` and size and SHA-256 of
     /// every other file as `files`.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
-//! A run in pieces, for several machines: once statistics exist, layers do not depend on each other.
+//! A run in pieces, for several machines: once statistics exist, layers are independent.
 //!
-//! Every process decides for all layers, which is deterministic, then merges and writes its own into
-//! a folder of safetensors files with a partial manifest. [`Pipeline::assemble`] joins the folders;
-//! the target has the bytes that one process would have written.
+//! Every process decides for all layers, which is deterministic, then merges and writes its own
+//! into a folder of safetensors files with a partial manifest. [`Pipeline::assemble`] joins the
+//! folders; the target has the bytes that one process would have written.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -55,7 +55,7 @@ impl Pipeline {
     /// `folder`, which appears whole or not at all.
     ///
     /// With [`Output::resume`] what an interrupted process left is written over, and a folder that
-    /// is there already is taken if it belongs to this run: a job that is queued again does no harm.
+    /// is there already is taken if it belongs to this run: a job queued again does no harm.
     /// Layers that are protected are in no part; they are copied when the parts are joined.
     ///
     /// # Errors

@@ -94,7 +94,8 @@ pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "time: about {}", time(t.total))?;
         writeln!(
             out,
-            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write}, at {:.0} GFLOP/s",
+            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write} \
+             ({:.0} GFLOP/s)",
             t.rates.flops / 1e9
         )?;
     }

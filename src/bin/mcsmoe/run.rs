@@ -37,7 +37,8 @@ pub(crate) struct Args {
     no_verify: bool,
     /// Write these MoE layers only, positions in the list of `inspect`, for `assemble`; needs a
     /// statistics file.
-    #[arg(long, value_name = "A..B", value_parser = range, conflicts_with_all = ["evaluate", "part"])]
+    #[arg(long, value_name = "A..B", value_parser = range)]
+    #[arg(conflicts_with_all = ["evaluate", "part"])]
     layers: Option<Range<usize>>,
     /// The I-th of N equal shares of the layers, counted from 0: for arrays of jobs.
     #[arg(long, value_name = "I/N", value_parser = share, conflicts_with = "evaluate")]

@@ -67,7 +67,7 @@ fn rate(units: f64, mut work: impl FnMut()) -> f64 {
 ///
 /// - calibrate: `Σ_l B_l / convert + t F_l / flops`; routed experts count twice where expert
 ///   outputs are collected;
-/// - merge: reading likewise; `6 d_ff² d_model` operations for every expert that is lined up, and as
+/// - merge: reading likewise; `6 d_ff² d_model` operations for each expert that is lined up, and as
 ///   many again for its assignment; recovery: the text once more, least squares `t k² d_ff² +
 ///   (m d_ff)³` or 48 conjugate-gradient steps of `4 t k d_ff d_model`, `14 t k d_ff d_model` for
 ///   an epoch of distillation;

@@ -9,7 +9,7 @@ use crate::pipeline::policy::AlignWhen;
 use crate::pipeline::recipe::Recipe;
 use crate::stage::Needs;
 
-/// Bytes that the process holds while its own code and the libraries are loaded and a shard is open.
+/// Bytes that the process holds before a layer is read, and the allocator above what is in use.
 const BASE: u64 = 64 << 20;
 /// A batch of windows on its way, its attention and its products.
 const BATCH: u64 = 4 * (32 << 20);
@@ -23,11 +23,11 @@ const SAMPLES: u64 = 4096;
 /// tokens, `s` samples (`min(t, 4096)`), `k` experts per token, `T` threads. The largest layer
 /// decides:
 ///
-/// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up to
-///   the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
+/// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up
+///   to the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
 /// - measure: `4 P + B` where similarity reads experts or alignment comes first, twice `4 P` with
 ///   that; gain matrices `8 T d_ff²`; else the routers;
-/// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs and targets
+/// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs, targets
 ///   `16 t d_model` and the layer behind them when it follows text, hidden activations
 ///   `4 t k d_ff`, the least-squares systems `40 (m d_ff)²` where `m d_ff` is at most the dense
 ///   limit, else `12 t k d_ff`; for distillation `28 P m/n`.

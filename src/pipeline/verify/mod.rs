@@ -2,7 +2,7 @@
 //!
 //! Nothing is taken on trust from the run that wrote the folder but its plan (which experts were
 //! joined, and in which form they are written). From the plan and the source's headers follows what
-//! every tensor of the target must be called and look like, and that is compared with what is there.
+//! every tensor of the target must be called and look like; that is compared with what is there.
 
 mod checks;
 mod manifest;
