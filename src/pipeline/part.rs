@@ -89,6 +89,7 @@ impl Pipeline {
         }
         let begin = if output.resume { Partial::resume } else { Partial::create };
         let partial = begin(source.dir(), folder)?;
+        clear(partial.path())?;
         let job = Job { source, stats, tokens: None, shapes: &shapes, ids: &ids, output, observer };
         let decided = self.decide(&Folder { source, stats }, &shapes, observer)?;
         let all: Vec<_> = decided.ids.iter().copied().zip(decided.groupings.clone()).collect();
@@ -168,6 +169,16 @@ impl Pipeline {
         }
         self.conclude(&job, &plan, reports, (writer, journal), target)
     }
+}
+
+/// Removes what an interrupted process left of a part, which may have been of other layers.
+fn clear(folder: &Path) -> Result<()> {
+    let io = |e| Error::io("clear partial folder", e);
+    for entry in std::fs::read_dir(folder).map_err(io).in_file(folder)? {
+        let path = entry.map_err(io).in_file(folder)?.path();
+        std::fs::remove_file(&path).map_err(io).in_file(&path)?;
+    }
+    Ok(())
 }
 
 /// A layer in a part: the folder, the report, the digest.

@@ -40,9 +40,8 @@ impl Manifest {
 
     /// Whether a stage may have changed experts that joined no other.
     pub(super) fn changes_experts(&self) -> bool {
-        let changes = |stage: &String| {
-            ["recover ", "compress ", "align "].iter().any(|kind| stage.starts_with(kind))
-        };
+        let changes =
+            |stage: &String| ["recover ", "compress "].iter().any(|kind| stage.starts_with(kind));
         // A folder that was written without a pipeline tells nothing of what was done.
         self.stages.is_empty() || self.stages.iter().any(changes)
     }
