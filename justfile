@@ -23,6 +23,10 @@ doc:
 test:
     .ci/run test
 
+# The command-line tool, its tests and pages.
+cli:
+    .ci/run cli
+
 # Runs every example.
 examples:
     .ci/run examples

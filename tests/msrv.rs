@@ -22,6 +22,7 @@ fn dependencies_build_on_the_declared_rust_version() {
     let metadata = output(
         Command::new(env!("CARGO"))
             .args(["metadata", "--format-version", "1", "--locked", "--filter-platform", host])
+            .args(["--features", "cli"])
             .current_dir(env!("CARGO_MANIFEST_DIR")),
     );
     let metadata: serde_json::Value = serde_json::from_str(&metadata).unwrap();

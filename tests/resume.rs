@@ -159,7 +159,7 @@ fn what_lies_damaged_on_the_disk_is_written_again() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, target) = (dir.path().join("whole"), dir.path().join("target"));
     let report = run(1, &whole, false, &Bomb::at(usize::MAX)).unwrap();
-    let broken = catch_unwind(AssertUnwindSafe(|| run(1, &target, true, &Bomb::at(11)).map(drop)));
+    let broken = catch_unwind(AssertUnwindSafe(|| run(1, &target, true, &Bomb::at(15)).map(drop)));
     assert!(broken.is_err());
     let partial = dir.path().join("target.partial");
     for (name, mut bytes) in contents(&partial) {
@@ -184,7 +184,7 @@ fn what_lies_damaged_on_the_disk_is_written_again() {
 fn a_partial_folder_of_another_run_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("target");
-    let broken = catch_unwind(AssertUnwindSafe(|| run(1, &target, true, &Bomb::at(9)).map(drop)));
+    let broken = catch_unwind(AssertUnwindSafe(|| run(1, &target, true, &Bomb::at(13)).map(drop)));
     assert!(broken.is_err());
     let partial = dir.path().join("target.partial");
     let before = contents(&partial);

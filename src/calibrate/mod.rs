@@ -9,6 +9,7 @@ mod collect;
 mod collect_rows;
 mod file;
 mod header;
+mod json_stats;
 mod layer;
 mod parts;
 mod tensor;
@@ -17,4 +18,5 @@ mod writer;
 
 pub use collect::{Batch, Collector};
 pub use file::StatsFile;
+pub use json_stats::{statistics_from_json, statistics_to_json};
 pub use writer::{StatsWriter, write_stats};

@@ -36,7 +36,7 @@ pub(super) struct Projection {
 
 impl Projection {
     /// The tensors that it is in.
-    fn tensors(&self) -> impl Iterator<Item = usize> {
+    pub(super) fn tensors(&self) -> impl Iterator<Item = usize> {
         let factors = self.factors.iter().flat_map(|f| f.pieces().map(|p| p.tensor));
         [Some(self.weight), self.bias].into_iter().flatten().map(|p| p.tensor).chain(factors)
     }

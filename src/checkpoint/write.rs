@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::factors::Factoring;
 use super::open::Checkpoint;
 use super::write_config;
@@ -14,8 +16,13 @@ use super::write_target::Partial;
 use crate::error::Result;
 use crate::model::{Grouping, LayerId};
 
+/// The file that says what a folder was made of: what was handed to [`Writer::finish`], the
+/// [`WritePlan`] as `plan`, and the size and SHA-256 of every other file as `files`.
+pub const MANIFEST: &str = "mcsmoe.json";
+
 /// What kind of folder to write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Export {
     /// `M` experts in every layer and a router of `M` rows: loads in unmodified runtimes. Needs
     /// the same `M` everywhere and [`MergedLayer::narrowed`](crate::model::MergedLayer::narrowed).
@@ -28,7 +35,7 @@ pub enum Export {
 }
 
 /// What to write.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WritePlan {
     /// The kind of folder.
     pub export: Export,
@@ -46,14 +53,18 @@ pub struct WritePlan {
     pub d_ff: Option<usize>,
     /// The size above which a new file is begun.
     pub shard_bytes: u64,
+    /// Writes these layers and nothing else, to be joined with the rest by [`Writer::take`]; no
+    /// runtime can load such a folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only: Option<BTreeSet<LayerId>>,
 }
 
 impl WritePlan {
     /// A plan with the original top-k and routing groups and shards of 5 GB.
     pub fn new(export: Export, groupings: BTreeMap<LayerId, Grouping>) -> Self {
         let (top_k, flatten_groups, shard_bytes) = (None, false, 5_000_000_000);
-        let (factored, d_ff) = (BTreeMap::new(), None);
-        Self { export, groupings, top_k, flatten_groups, factored, d_ff, shard_bytes }
+        let (factored, d_ff, only) = (BTreeMap::new(), None, None);
+        Self { export, groupings, top_k, flatten_groups, factored, d_ff, shard_bytes, only }
     }
 }
 
@@ -155,7 +166,9 @@ impl<'a> Writer<'a> {
             done,
             owner,
         };
-        writer.small("config.json", config.as_bytes())?;
+        if writer.request.only.is_none() {
+            writer.small("config.json", config.as_bytes())?;
+        }
         writer.advance()?;
         Ok(writer)
     }

@@ -2,16 +2,17 @@
 
 use serde_json::{Value, json};
 
-use super::factors::is_index;
 use super::folder::INDEX;
-use super::write::{Export, Writer, Written};
+use super::json::malformed;
+use super::write::{Export, MANIFEST, Writer, Written};
 use super::write_config::MODELING;
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
 
 impl Writer<'_> {
     /// Writes index, tokenizer and manifest, and gives the folder its name. `extra_json`, an
-    /// object, becomes `mcsmoe.json`, with the size and SHA-256 of every other file as `files`.
+    /// object, becomes the [manifest](MANIFEST), with the plan as `plan` and size and SHA-256 of
+    /// every other file as `files`.
     ///
     /// # Errors
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when a planned layer was not written;
@@ -41,7 +42,9 @@ impl Writer<'_> {
             let index = self.index().to_string();
             self.small(INDEX, index.as_bytes())?;
         }
-        self.companions()?;
+        if self.request.only.is_none() {
+            self.companions()?;
+        }
         let files = self.digests.iter().map(|(name, (bytes, sha256))| {
             (name.clone(), json!({ "bytes": bytes, "sha256": sha256 }))
         });
@@ -51,9 +54,10 @@ impl Writer<'_> {
             Value::Null => serde_json::Map::new(),
             other => [("report".to_owned(), other.clone())].into_iter().collect(),
         };
+        manifest.insert("plan".into(), self.recorded()?);
         manifest.insert("files".into(), Value::Object(files));
         let text = format!("{:#}\n", Value::Object(manifest));
-        self.small("mcsmoe.json", text.as_bytes())?;
+        self.small(MANIFEST, text.as_bytes())?;
         // Only what has reached the disk may get the target's name.
         self.flushing.drain(..).try_for_each(Flush::wait)?;
         Ok(self.written())
@@ -66,7 +70,7 @@ impl Writer<'_> {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when it was not sealed;
     /// [`Io`](crate::ErrorKind::Io).
     pub fn commit(self) -> Result<()> {
-        if !self.digests.contains_key("mcsmoe.json") {
+        if !self.digests.contains_key(MANIFEST) {
             return Err(Error::range("target folder", "complete", "a part of it"))
                 .in_file(self.target.path());
         }
@@ -103,17 +107,19 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn written(&self) -> Written {
-        let outs = &self.plan.outs;
-        let size = |o: &super::write_plan::Out| match is_index(&o.name) {
-            true => 0,
-            false => o.shape.iter().product::<usize>() as u64,
-        };
+    /// The plan, as the manifest holds it.
+    fn recorded(&self) -> Result<Value> {
+        serde_json::to_value(&self.request).map_err(|e| malformed("write plan", e))
+    }
+
+    /// What is written once everything is, known from the plan; `files` grows until then.
+    pub fn written(&self) -> Written {
+        let (bytes, parameters, expert_bytes) = self.plan.totals(self.source);
         Written {
             files: self.digests.keys().cloned().collect(),
-            bytes: self.plan.bytes(),
-            parameters: outs.iter().map(size).sum(),
-            expert_bytes: self.plan.expert_bytes(self.source),
+            bytes,
+            parameters,
+            expert_bytes,
             dropped: self.plan.dropped.clone(),
         }
     }

@@ -14,6 +14,7 @@ use crate::model::{Grouping, LayerId, MergedLayer, Router};
 use crate::par;
 
 /// What is known of a layer while it is written.
+#[derive(Default)]
 pub(super) struct Begun {
     routing: Vec<Sum>,
     /// Sums of each slot's parts; empty until it is there.
@@ -213,7 +214,7 @@ impl Writer<'_> {
     }
 
     /// The sums of a layer's parts as they lie on the disk.
-    fn sums(&self, id: LayerId) -> Result<Vec<Sum>> {
+    pub(super) fn sums(&self, id: LayerId) -> Result<Vec<Sum>> {
         let Some(layer) = self.plan.layers.get(&id) else {
             return Err(Error::range("layer", "a planned layer", id));
         };
@@ -246,7 +247,7 @@ impl Writer<'_> {
         if self.digest(id).ok().as_deref() != Some(digest) {
             return Ok(false);
         }
-        self.begun.insert(id, Begun { routing: Vec::new(), slots: Vec::new() });
+        self.begun.insert(id, Begun::default());
         for tensor in tensors {
             let (at, length) = (self.plan.outs[tensor].at, self.plan.outs[tensor].bytes as u64);
             self.fill(tensor, |output| output.adopt(at, length)).in_layer(id)?;

@@ -59,6 +59,9 @@ impl Plan {
         let mut owner: HashMap<usize, (&LayerTensors, &Grouping)> = HashMap::new();
         for layer in &source.tensors {
             let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
+            if plan.only.as_ref().is_some_and(|only| !only.contains(&layer.id)) {
+                continue;
+            }
             for tensor in layer.routing().chain(layer.expert_tensors()) {
                 owner.insert(tensor, (layer, grouping));
             }
@@ -66,6 +69,9 @@ impl Plan {
         let drops_mtp = drops_mtp(plan);
         for (tensor, found) in source.store.tensors().iter().enumerate() {
             let store = &source.store;
+            if plan.only.is_some() && !owner.contains_key(&tensor) {
+                continue;
+            }
             if drops_mtp && source.mtp.binary_search(&tensor).is_ok() {
                 let reason = "multi-token prediction was trained with the unmerged experts";
                 dropped.push((found.entry.name.clone(), reason.to_owned()));

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::observe::{Observer, Phase, Silent};
 use super::pass::{Block, Pass};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::calibrate::{Batch, Collector, StatsWriter};
 use crate::error::{Locate, Result};
-use crate::forward::{Hidden, Observation, Observer};
+use crate::forward::{self, Hidden, Observation};
 use crate::model::{LayerId, RoutingStats, TensorSource};
 use crate::stage::{Context, Needs};
 
@@ -51,7 +52,7 @@ pub fn calibrate<S: TensorSource>(
     options: &CalibrateOptions,
 ) -> Result<BTreeMap<LayerId, RoutingStats>> {
     let mut all = BTreeMap::new();
-    each_layer(source, tokens, needs, options, &mut |id, stats| {
+    each_layer(source, tokens, needs, options, &Silent, &mut |id, stats| {
         all.insert(id, stats);
         Ok(())
     })?;
@@ -70,10 +71,26 @@ pub fn calibrate_to_file<S: TensorSource>(
     options: &CalibrateOptions,
     path: &Path,
 ) -> Result<()> {
+    calibrate_to_file_observed(source, tokens, needs, options, path, &Silent)
+}
+
+/// [`calibrate_to_file`] with an observer.
+///
+/// # Errors
+/// As [`calibrate_to_file`].
+pub fn calibrate_to_file_observed<S: TensorSource>(
+    source: &S,
+    tokens: &Tokens,
+    needs: Needs,
+    options: &CalibrateOptions,
+    path: &Path,
+    observer: &dyn Observer,
+) -> Result<()> {
     let family = source.config().get("model_type").and_then(|v| v.as_str());
     let metadata = family.map(|family| ("model_type".to_owned(), family.to_owned()));
     let mut writer = StatsWriter::create(path, &metadata.into_iter().collect())?;
-    each_layer(source, tokens, needs, options, &mut |id, stats| writer.layer(id, &stats))?;
+    let sink = &mut |id, stats| writer.layer(id, &stats);
+    each_layer(source, tokens, needs, options, observer, sink)?;
     writer.finish()
 }
 
@@ -83,12 +100,16 @@ pub(super) fn each_layer<S: TensorSource>(
     tokens: &Tokens,
     needs: Needs,
     options: &CalibrateOptions,
+    observer: &dyn Observer,
     sink: &mut dyn FnMut(LayerId, RoutingStats) -> Result<()>,
 ) -> Result<()> {
     Collector::new(needs)?; // Refuses what cannot be served before any weight is read.
     let mut pass = Pass::new(source, tokens, options, |id| source.is_moe(id))?;
-    while let Some(block) = pass.next()? {
+    let total = pass.remaining();
+    for done in 0.. {
+        let Some(block) = pass.next()? else { break };
         let id = block.id();
+        observer.layer_started(id, Phase::Calibrate, done, total);
         let of = tokens.of(id.stack);
         let mut collector = Collector::new(needs)?.sample(options.samples, of);
         pass.each(|hidden, encoded| {
@@ -122,7 +143,7 @@ struct Watch<'a> {
     cx: &'a Context,
 }
 
-impl Observer for Watch<'_> {
+impl forward::Observer for Watch<'_> {
     fn watches_outputs(&self) -> bool {
         self.collector.needs_outputs()
     }

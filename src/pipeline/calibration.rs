@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use super::tokens::Tokens;
 use crate::calibrate::StatsFile;
 use crate::calibrate::text::{Select, TextOptions};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
 
 /// Where the statistics of a run come from: a file, or text that is run through the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,26 @@ impl Calibration {
     pub fn text(path: impl Into<PathBuf>, window: usize, max_tokens: usize, seed: u64) -> Self {
         let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
         Self::Text { path: path.into(), options }
+    }
+
+    /// Whatever lies at `path`: a statistics file, or text or token ids, which are cut as
+    /// [`Tokens::read`] says. A statistics file is a `.safetensors` file of several tensors; token
+    /// ids are one.
+    ///
+    /// # Errors
+    /// Those of [`StatsFile::open`] and [`Tokens::read`].
+    pub fn read(
+        source: &Checkpoint,
+        path: &Path,
+        window: Option<usize>,
+        max_tokens: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        if StatsFile::is_one(path)? {
+            StatsFile::open(path)?;
+            return Ok(path.into());
+        }
+        Ok(Tokens::read(source, path, window, max_tokens, seed)?.into())
     }
 }
 

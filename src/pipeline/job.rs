@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
-use super::calibrate::calibrate_to_file;
+use super::calibrate::calibrate_to_file_observed;
 use super::compress::Ranks;
 use super::engine::Source;
 use super::fingerprint;
@@ -30,24 +30,26 @@ impl Pipeline {
         &self,
         source: &Checkpoint,
         tokens: &Tokens,
-        folder: &Path,
         journal: &mut Journal,
+        (folder, memory): (&Path, u64),
+        observer: &dyn Observer,
     ) -> Result<StatsFile> {
         let path = folder.join(STATISTICS);
         let known = journal.statistics.take();
         if known.is_none() || fingerprint::of_file(&path).ok() != known {
             remove_hidden(folder)?;
-            let options = self.options(folder);
+            let options = self.options(folder, memory);
             let needs = self.needs_along_text();
-            calibrate_to_file(source, tokens, needs, &options, &path)?;
+            calibrate_to_file_observed(source, tokens, needs, &options, &path, observer)?;
             journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
         }
         StatsFile::open(&path)
     }
 
     /// How text runs through a model during a run whose partial folder is `folder`.
-    fn options(&self, folder: &Path) -> CalibrateOptions {
+    fn options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
         CalibrateOptions {
+            memory,
             scratch: folder.into(),
             cx: self.cx.clone(),
             ..CalibrateOptions::default()
@@ -76,9 +78,9 @@ impl Pipeline {
             }
         };
         let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
-        let mut plan = self.write_plan(job, groupings);
+        let mut plan = self.write_plan(job.output, groupings);
         let ranks = self.job_ranks(&folder, job, &plan, fresh.as_ref(), samples, &mut journal)?;
-        self.factor(job, &mut plan, ranks.as_ref())?;
+        self.factor(source, &mut plan, ranks.as_ref())?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         let followed = job.tokens.filter(|_| self.recoverer.is_some());
@@ -100,33 +102,58 @@ impl Pipeline {
             None => self.rest(&folder, job, &plan, &reports)?,
         };
         decided.ranks = ranks;
-        let new = if self.streams(samples, job) {
-            let line = &mut |report: &LayerReport, digest| {
-                journal.write(&Line::Layer(Box::new(report.clone()), digest))
-            };
-            self.stream(&folder, &decided, &mut writer, observer, line)?
-        } else {
-            let options = self.options(writer.folder());
-            let sink = &mut |layer: MergedLayer, report: &LayerReport| {
-                writer.layer(&layer)?;
-                writer.sync()?;
-                journal.write(&Line::Layer(Box::new(report.clone()), writer.digest(layer.id)?))
-            };
-            match followed {
-                Some(tokens) => {
-                    let tokens = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
-                    self.follow(job, (&tokens, from), &options, &decided, sink)?
-                }
-                None => self.merge(&folder, &decided, samples, observer, sink)?,
-            }
+        let line = &mut |report: &LayerReport, digest| {
+            journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
+        let spread = followed.map(|t| t.spread(self.recover_tokens.unwrap_or(usize::MAX)));
+        let followed = spread.as_deref().map(|tokens| (tokens, from));
+        let new = self.write_layers(job, followed, (&decided, samples), &mut writer, line)?;
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
+        self.conclude(job, &plan, reports, (writer, journal), target)
+    }
+
+    /// Merges the decided layers and writes them; `line` is told of each that is on the disk, with
+    /// its digest.
+    pub(super) fn write_layers(
+        &self,
+        job: &Job<'_>,
+        followed: Option<(&Tokens, Option<LayerId>)>,
+        (decided, samples): (&Decided, bool),
+        writer: &mut Writer<'_>,
+        line: &mut (dyn FnMut(&LayerReport, String) -> Result<()> + Send),
+    ) -> Result<Vec<LayerReport>> {
+        let folder = Folder { source: job.source, stats: job.stats };
+        if self.streams(samples, job) {
+            return self.stream(&folder, decided, writer, job.observer, line);
+        }
+        let options = self.options(writer.folder(), job.output.memory);
+        let sink = &mut |layer: MergedLayer, report: &LayerReport| {
+            writer.layer(&layer)?;
+            writer.sync()?;
+            line(report, writer.digest(layer.id)?)
+        };
+        match followed {
+            Some(followed) => self.follow(job, followed, &options, decided, sink),
+            None => self.merge(&folder, decided, samples, job.observer, sink),
+        }
+    }
+
+    /// Reports, seals, and gives the target its name.
+    pub(super) fn conclude(
+        &self,
+        job: &Job<'_>,
+        plan: &WritePlan,
+        reports: BTreeMap<LayerId, LayerReport>,
+        (mut writer, mut journal): (Writer<'_>, Journal),
+        target: &Path,
+    ) -> Result<Report> {
+        let Job { source, stats, observer, .. } = *job;
         let mut report = self.report(reports.into_values().collect());
         report.family = Some(source.family().into());
         report.tokens = stats.tokens();
+        report.written = Some(summary(source, plan, writer.written()));
         let json = serde_json::to_value(&report).unwrap_or_default();
-        let written = writer.seal(&json)?;
-        report.written = Some(summary(source, &plan, written));
+        writer.seal(&json)?;
         remove_hidden(writer.folder())?;
         journal.write(&Line::Whole(Box::new(report.clone())))?;
         drop(journal);
@@ -163,8 +190,12 @@ impl Pipeline {
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
-    fn write_plan(&self, job: &Job<'_>, groupings: BTreeMap<LayerId, Grouping>) -> WritePlan {
-        let output = job.output;
+    /// What to write for some groups, but for the factors.
+    pub(super) fn write_plan(
+        &self,
+        output: &Output,
+        groupings: BTreeMap<LayerId, Grouping>,
+    ) -> WritePlan {
         WritePlan {
             export: output.export.into(),
             groupings,
@@ -173,13 +204,19 @@ impl Pipeline {
             factored: BTreeMap::new(),
             d_ff: None,
             shard_bytes: output.shard_bytes,
+            only: None,
         }
     }
 
     /// Writes the compressor's factors into the plan.
-    fn factor(&self, job: &Job<'_>, plan: &mut WritePlan, ranks: Option<&Ranks>) -> Result<()> {
+    pub(super) fn factor(
+        &self,
+        source: &Checkpoint,
+        plan: &mut WritePlan,
+        ranks: Option<&Ranks>,
+    ) -> Result<()> {
         let Some(compressor) = &self.compressor else { return Ok(()) };
-        for layer in job.source.layers() {
+        for layer in source.layers() {
             let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
             let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
             let kept = compressor.factoring(layer.id, groups, layer.gated, dim, ranks);
@@ -278,9 +315,9 @@ fn summary(source: &Checkpoint, plan: &WritePlan, written: Written) -> WrittenRe
     }
 }
 
-struct Folder<'a> {
-    source: &'a Checkpoint,
-    stats: &'a StatsFile,
+pub(super) struct Folder<'a> {
+    pub(super) source: &'a Checkpoint,
+    pub(super) stats: &'a StatsFile,
 }
 
 impl Source for Folder<'_> {

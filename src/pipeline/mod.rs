@@ -27,8 +27,10 @@ mod journal;
 mod matrix_budget;
 mod neurons;
 mod observe;
+mod part;
 mod pass;
 mod passes;
+mod plan;
 mod policy;
 mod presets;
 mod recipe;
@@ -41,9 +43,10 @@ mod states;
 mod stream;
 mod subject;
 mod tokens;
+mod verify;
 
 pub use builder::{Pipeline, PipelineBuilder};
-pub use calibrate::{calibrate, calibrate_to_file};
+pub use calibrate::{calibrate, calibrate_to_file, calibrate_to_file_observed};
 pub use calibration::Calibration;
 pub use choice::{
     AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
@@ -56,7 +59,9 @@ pub use greedy::{LoopOptions, Loops, generate, loops};
 pub use matrix_budget::{CompressionBudget, MatrixBudget};
 pub use neurons::Neurons;
 pub use observe::{Observer, Phase, Silent};
+pub use part::PartReport;
 pub use passes::Merged;
+pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
 pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{
@@ -67,6 +72,7 @@ pub use run::{Output, merge_then_compress};
 pub use shared_deltas::SharedDeltas;
 pub use size::{Portion, Size, SizeBudget};
 pub use tokens::{CalibrateOptions, Tokens};
+pub use verify::{Check, TensorFate, Verdict, Verification, verify};
 
 /// Indented JSON.
 fn json(format: &'static str, value: &impl serde::Serialize) -> crate::Result<String> {

@@ -7,6 +7,8 @@ use crate::model::LayerId;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
+    /// The text runs through a layer, a dense one too.
+    Calibrate,
     /// First pass: statistics, similarity, layer-wide alignment.
     Measure,
     /// Between them, for a size budget: merged once to see the spectra of its matrices.
@@ -18,6 +20,7 @@ pub enum Phase {
 impl std::fmt::Display for Phase {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Self::Calibrate => "calibrate",
             Self::Measure => "measure",
             Self::Budget => "budget",
             Self::Merge => "merge",

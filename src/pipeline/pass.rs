@@ -109,6 +109,11 @@ impl<'a, S: TensorSource> Pass<'a, S> {
         Ok(pass)
     }
 
+    /// Number of layers that are still to come.
+    pub(super) fn remaining(&self) -> usize {
+        self.steps.len()
+    }
+
     /// Reads the next layer; `None` when there is none.
     pub(super) fn next(&mut self) -> Result<Option<Block>> {
         let Some(id) = self.steps.next() else { return Ok(None) };

@@ -1,8 +1,12 @@
 //! What a run did, as data.
 
+use std::path::Path;
+
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::MANIFEST;
+use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Expert, Grouping, LayerId, RoutingRule};
 
 /// A count before and after.
@@ -183,6 +187,21 @@ impl Report {
         serde_json::to_string_pretty(self).map_err(|e| {
             crate::ErrorKind::Format { format: "report", reason: e.to_string() }.into()
         })
+    }
+
+    /// The report in a folder that a run has written, or in a file of [`Report::to_json`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io); [`ErrorKind::Format`](crate::ErrorKind::Format)
+    /// with the file when it holds none.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join(MANIFEST) } else { path.to_owned() };
+        let text = std::fs::read_to_string(&file).map_err(|e| Error::io("read report", e));
+        let parsed = text.and_then(|text| {
+            serde_json::from_str(&text)
+                .map_err(|e| ErrorKind::Format { format: "report", reason: e.to_string() }.into())
+        });
+        parsed.in_file(&file)
     }
 
     /// Sums a per-layer figure over all layers.

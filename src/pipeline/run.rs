@@ -70,6 +70,9 @@ pub struct Output {
     pub export: ExportChoice,
     /// Largest size of a file, in bytes.
     pub shard_bytes: u64,
+    /// Bytes of hidden states of text that are held in memory; above, they go to a scratch file in
+    /// the partial folder.
+    pub memory: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
     /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
     /// Refused when source, statistics or text, recipe or export are not those of that run. A run
@@ -81,7 +84,7 @@ pub struct Output {
 impl Output {
     /// A folder of one kind, in files of at most 5 GB; a partial folder is in the way.
     pub fn new(export: ExportChoice) -> Self {
-        Self { export, shard_bytes: 5_000_000_000, resume: false }
+        Self { export, shard_bytes: 5_000_000_000, memory: 2 << 30, resume: false }
     }
 
     /// The same, but going on from an interrupted run.
@@ -146,17 +149,7 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
-        self.check_export(output.export)?;
-        self.check_layout(source, output.export)?;
-        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
-        let (active, _) = self.checked(&shapes)?;
-        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
-        self.check_compression(source.layers().iter().map(matrices))?;
-        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        match given {
-            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
-            Given::Tokens(_) => drop(Collector::new(self.needs())?),
-        }
+        let (shapes, ids) = self.check_run(source, given, output)?;
         let print = Fingerprint::of(self, source, given, output)?;
         if output.resume
             && let Some(report) = Journal::whole(target, &print)?
@@ -170,7 +163,8 @@ impl Pipeline {
         let stats = match given {
             Given::Statistics(stats) => stats,
             Given::Tokens(tokens) => {
-                collected = self.collect(source, tokens, partial.path(), &mut journal)?;
+                let scratch = (partial.path(), output.memory);
+                collected = self.collect(source, tokens, &mut journal, scratch, observer)?;
                 &collected
             }
         };
@@ -183,7 +177,29 @@ impl Pipeline {
         self.run_job(&job, partial, journal, target)
     }
 
-    fn check_export(&self, export: ExportChoice) -> Result<()> {
+    /// Everything that can be refused before a weight is read; shapes of all layers, and the layers
+    /// that take part.
+    pub(super) fn check_run(
+        &self,
+        source: &Checkpoint,
+        given: Given<'_>,
+        output: &Output,
+    ) -> Result<(Vec<LayerShape>, Vec<LayerId>)> {
+        self.check_export(output.export)?;
+        self.check_layout(source, output.export)?;
+        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
+        let (active, _) = self.checked(&shapes)?;
+        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
+        self.check_compression(source.layers().iter().map(matrices))?;
+        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
+        match given {
+            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
+            Given::Tokens(_) => drop(Collector::new(self.needs())?),
+        }
+        Ok((shapes, ids))
+    }
+
+    pub(super) fn check_export(&self, export: ExportChoice) -> Result<()> {
         if self.size_budget().is_some() && export != ExportChoice::Native {
             let reason = "a size budget is met by the factors of a native export; the others hold \
                           matrices multiplied out";
@@ -250,6 +266,6 @@ impl Pipeline {
     }
 }
 
-fn shape(info: &LayerInfo) -> LayerShape {
+pub(super) fn shape(info: &LayerInfo) -> LayerShape {
     LayerShape { id: info.id, experts: info.experts, rule: info.rule }
 }

@@ -1,0 +1,203 @@
+//! Options that several commands share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use mcsmoe::linalg::{Compute, Cpu};
+use mcsmoe::pipeline::{ExportChoice, Keep, Output, Recipe};
+
+use crate::exit::{Failure, Outcome};
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// Print one JSON value instead of text; errors too.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Show no progress.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// Threads to compute with; all processors unless given. The result does not depend on it.
+    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+    /// The device to compute on. A device that is absent is an error.
+    #[arg(long, global = true, value_name = "NAME", default_value = "cpu")]
+    pub(crate) device: String,
+}
+
+impl Global {
+    /// The device, or why there is none.
+    pub(crate) fn compute(&self) -> Outcome<Arc<dyn Compute>> {
+        match self.device.as_str() {
+            "cpu" => Ok(Arc::new(Cpu::new())),
+            other => Err(Failure::Usage(format!("no device `{other}`; there is: cpu"))),
+        }
+    }
+}
+
+/// What is done to the experts: a recipe file, or a preset and a few choices.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Method {
+    /// A recipe in TOML, YAML or JSON.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["preset", "keep", "top_k", "seed"])]
+    pub(crate) recipe: Option<PathBuf>,
+    /// A named recipe: m-smoe, mc-smoe, hc-smoe, reap, ream, fast, balanced, best.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) preset: Option<String>,
+    /// How many experts stay: `4` per layer, `50%` of them, or `total:96` over all layers.
+    #[arg(long, value_name = "HOW MANY", value_parser = keep)]
+    pub(crate) keep: Option<Keep>,
+    /// What is written: stock (runs anywhere), native (the paper's semantics), expanded (to check).
+    #[arg(long, value_name = "KIND", value_parser = export)]
+    pub(crate) export: Option<ExportChoice>,
+    /// A lower number of experts per token.
+    #[arg(long, value_name = "K", value_parser = positive)]
+    pub(crate) top_k: Option<usize>,
+    /// Seed of every random choice.
+    #[arg(long, value_name = "SEED")]
+    pub(crate) seed: Option<u64>,
+}
+
+impl Method {
+    /// The recipe; `preset` and `keep` where the command line has none. A preset is written as a
+    /// stock folder unless another kind is asked for.
+    pub(crate) fn read(&self, preset: &str, keep: Option<Keep>) -> Outcome<Recipe> {
+        let mut recipe = match &self.recipe {
+            Some(path) => Recipe::read(path)?,
+            None => {
+                let Some(keep) = self.keep.or(keep) else {
+                    return Err(Failure::Usage("give --keep, or a --recipe".into()));
+                };
+                let name = self.preset.as_deref().unwrap_or(preset);
+                Recipe::preset(name, keep)?.export(ExportChoice::Stock)
+            }
+        };
+        recipe.export = self.export.unwrap_or(recipe.export);
+        recipe.top_k = self.top_k.or(recipe.top_k);
+        recipe.seed = self.seed.unwrap_or(recipe.seed);
+        Ok(recipe)
+    }
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TextArgs {
+    /// Most calibration tokens, in whole windows drawn by the seed.
+    #[arg(long, value_name = "N", default_value = "16384", value_parser = positive)]
+    pub(crate) tokens: usize,
+    /// Tokens of a window; 512, or the model's context if that is less.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) window: Option<usize>,
+    /// Seed of the drawing.
+    #[arg(long, value_name = "SEED", default_value = "7")]
+    pub(crate) text_seed: u64,
+}
+
+/// How a run is carried out.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Running {
+    /// Go on from where a run that was killed has come to; refused when its inputs were others.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print the plan and write nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Refuse to start when the plan needs more; hidden states go to a scratch file before that.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) max_memory: Option<u64>,
+    /// Largest size of a file of weights.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) shard_size: Option<u64>,
+}
+
+impl Running {
+    /// What is written, and how.
+    pub(crate) fn output(&self, recipe: &Recipe) -> Output {
+        let shard_bytes = self.shard_size.unwrap_or(recipe.shard_bytes);
+        Output { shard_bytes, resume: self.resume, ..Output::new(recipe.export) }
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("a number above 0".into()),
+    }
+}
+
+/// `4`, `50%`, `total:96`.
+fn keep(text: &str) -> Result<Keep, String> {
+    let wrong = || "a number per layer (4), a share (50%), or total:96".to_owned();
+    if let Some(total) = text.strip_prefix("total:") {
+        return positive(total).map(Keep::Total).map_err(|_| wrong());
+    }
+    if let Some(percent) = text.strip_suffix('%') {
+        let percent: f64 = percent.trim().parse().map_err(|_| wrong())?;
+        return Ok(Keep::Fraction(percent / 100.0));
+    }
+    positive(text).map(Keep::Experts).map_err(|_| wrong())
+}
+
+fn export(text: &str) -> Result<ExportChoice, String> {
+    match text {
+        "stock" => Ok(ExportChoice::Stock),
+        "native" => Ok(ExportChoice::Native),
+        "expanded" => Ok(ExportChoice::Expanded),
+        _ => Err("stock, native or expanded".into()),
+    }
+}
+
+/// `5000000000`, `5G` or `5GB` (powers of 1000), `5GiB` (powers of 1024).
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || "a number of bytes such as 5000000, 500M, 5GB or 4GiB".to_owned();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit = unit.trim().to_ascii_lowercase();
+    let power = match unit.chars().next() {
+        None | Some('b') => 0,
+        Some('k') => 1,
+        Some('m') => 2,
+        Some('g') => 3,
+        Some('t') => 4,
+        Some(_) => return Err(wrong()),
+    };
+    let base: f64 = match unit.get(1..) {
+        _ if power == 0 && unit.len() < 2 => 1.0,
+        Some("" | "b") if power > 0 => 1000.0,
+        Some("ib") if power > 0 => 1024.0,
+        _ => return Err(wrong()),
+    };
+    let value = (number * base.powi(power)).round();
+    if value >= 1.0 && value < 2f64.powi(63) { Ok(value as u64) } else { Err(wrong()) }
+}
+
+/// Layers `a..b` of those that `inspect` lists, counted from 0, the last excluded.
+pub(crate) fn range(text: &str) -> Result<std::ops::Range<usize>, String> {
+    let wrong = || "a range such as 0..8, the end excluded".to_owned();
+    let (start, end) = text.split_once("..").ok_or_else(wrong)?;
+    let parse = |part: &str| part.trim().parse::<usize>().map_err(|_| wrong());
+    let (start, end) = (parse(start)?, parse(end)?);
+    if start < end { Ok(start..end) } else { Err(wrong()) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // A test fails by panicking.
+    use super::*;
+
+    #[test]
+    fn sizes_shares_and_ranges_are_read_or_refused() {
+        assert_eq!(bytes("700000").unwrap(), 700_000);
+        assert_eq!(bytes("1.5G").unwrap(), 1_500_000_000);
+        assert_eq!((bytes("4GiB").unwrap(), bytes("2kB").unwrap()), (4 << 30, 2000));
+        assert!(["", "x", "0", "5X", "5GG", "1e9", "-1", "5bib"].iter().all(|s| bytes(s).is_err()));
+        assert_eq!(keep("4").unwrap(), Keep::Experts(4));
+        assert_eq!(keep("50%").unwrap(), Keep::Fraction(0.5));
+        assert_eq!(keep("total:96").unwrap(), Keep::Total(96));
+        assert!(["0", "half", "total:", "0.5"].iter().all(|s| keep(s).is_err()));
+        assert_eq!(range("2..5").unwrap(), 2..5);
+        assert!(["5", "5..5", "..3", "3.."].iter().all(|s| range(s).is_err()));
+    }
+}

@@ -1,0 +1,49 @@
+//! `assemble`: the parts of a run, joined.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use mcsmoe::calibrate::StatsFile;
+use mcsmoe::checkpoint::Checkpoint;
+
+use crate::args::{Global, Method, Running};
+use crate::exit::{Failure, Outcome};
+use crate::progress::{Progress, peak_memory};
+use crate::show::Show;
+use crate::work::{self, Finished, Places};
+
+/// Join what `run --layers` or `run --part` has written, with the options of those runs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    places: Places,
+    /// The folders to join.
+    #[arg(required = true)]
+    parts: Vec<PathBuf>,
+    #[command(flatten)]
+    method: Method,
+    #[command(flatten)]
+    running: Running,
+}
+
+pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
+    let start = Instant::now();
+    let recipe = args.method.read("fast", None)?;
+    let Places { model, calibration, target } = &args.places;
+    let source = Checkpoint::open(model)?;
+    if !StatsFile::is_one(calibration)? {
+        return Err(Failure::Usage("parts are made from a statistics file: give that".into()));
+    }
+    let stats = StatsFile::open(calibration)?;
+    let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
+    let output = args.running.output(&recipe);
+    let progress = Progress::new(global, &source);
+    let report = pipeline.assemble(&source, &stats, &args.parts, target, &output, &progress);
+    let done = Finished {
+        target: target.clone(),
+        seconds: start.elapsed().as_secs_f64(),
+        peak_memory: peak_memory(),
+        report: report?,
+    };
+    show.result(&done, |out| work::tell(&done, out))
+}

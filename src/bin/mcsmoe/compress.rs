@@ -1,0 +1,72 @@
+//! `compress`: matrices in factors, after merging or without it.
+
+use clap::ValueEnum;
+use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep};
+
+use crate::args::{Global, Method, Running, TextArgs};
+use crate::exit::{Failure, Outcome};
+use crate::show::Show;
+use crate::work::{self, Places};
+
+/// Compress the experts' matrices, as a native folder of factors unless another export is asked
+/// for; without --keep no expert is merged.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    places: Places,
+    #[command(flatten)]
+    method: Method,
+    /// How a matrix is compressed; the recipe's way, or the paper's, unless given.
+    #[arg(long, value_enum)]
+    by: Option<By>,
+    /// Rank of the low-rank part.
+    #[arg(long, value_name = "R", default_value = "32")]
+    rank: usize,
+    /// Share of the rows that stay dense.
+    #[arg(long, value_name = "PERCENT", default_value = "10")]
+    rows: f64,
+    #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
+    running: Running,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum By {
+    /// Low rank and the most important rows (the paper).
+    LowRankSparse,
+    /// Low rank, truncated SVD.
+    Svd,
+    /// Low rank fitted to the outputs on samples.
+    WhitenedSvd,
+    /// Dense rows, and low rank fitted to the others.
+    Complement,
+    /// Dense rows only.
+    Sparse,
+}
+
+pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
+    let mut recipe = args.method.read("mc-smoe", Some(Keep::Fraction(1.0)))?;
+    if args.method.recipe.is_none() {
+        recipe.export = args.method.export.unwrap_or(ExportChoice::Native);
+    }
+    if args.by.is_some() || recipe.compress.is_none() {
+        recipe.compress = Some(choice(args)?);
+    }
+    work::carry_out(&args.places, &recipe, (&args.text, &args.running), global, show)
+}
+
+fn choice(args: &Args) -> Outcome<CompressChoice> {
+    let rows = args.rows / 100.0;
+    if !(rows > 0.0 && rows <= 1.0) {
+        return Err(Failure::Usage(format!("--rows {}: above 0, at most 100", args.rows)));
+    }
+    let (rank, score) = (args.rank, Default::default());
+    Ok(match args.by.unwrap_or(By::LowRankSparse) {
+        By::LowRankSparse => CompressChoice::LowRankSparse { rank, rows, score },
+        By::Svd => CompressChoice::Svd { rank },
+        By::WhitenedSvd => CompressChoice::WhitenedSvd { rank },
+        By::Complement => CompressChoice::Complement { rank, rows },
+        By::Sparse => CompressChoice::Sparse { rows, score },
+    })
+}

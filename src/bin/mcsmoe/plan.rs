@@ -1,0 +1,114 @@
+//! `plan`: what a run will write, need and take, from headers only.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::pipeline::{Answer, Change, PlanOptions, RunPlan, plan};
+
+use crate::args::{Global, Method, TextArgs, bytes as parse_bytes};
+use crate::exit::{Failure, Outcome};
+use crate::show::{Show, bytes, count, time};
+
+/// Predict bytes, parameters, memory, time, and who will load the result; reads headers only.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The folder of a checkpoint.
+    model: PathBuf,
+    #[command(flatten)]
+    method: Method,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Plan a run that is given a statistics file instead of text.
+    #[arg(long)]
+    statistics: bool,
+    /// Measure nothing and predict no time.
+    #[arg(long)]
+    no_time: bool,
+    /// Exit with 7 when more memory is needed.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    max_memory: Option<u64>,
+    /// Largest size of a file of weights.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    shard_size: Option<u64>,
+}
+
+pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
+    global.compute()?;
+    let source = Checkpoint::open(&args.model)?;
+    let recipe = args.method.read("fast", None)?;
+    let shard_bytes = args.shard_size.unwrap_or(recipe.shard_bytes);
+    let output =
+        mcsmoe::pipeline::Output { shard_bytes, ..mcsmoe::pipeline::Output::new(recipe.export) };
+    let defaults = PlanOptions::default();
+    let options = PlanOptions {
+        tokens: args.text.tokens as u64,
+        window: args.text.window.map_or(defaults.window, |n| n as u64),
+        text: !args.statistics,
+        measure: !args.no_time,
+        ..defaults
+    };
+    let found = plan(&source, &recipe, &output, &options)?;
+    show.result(&found, |out| text(&found, out))?;
+    match args.max_memory {
+        Some(allowed) if found.memory.peak > allowed => {
+            Err(Failure::Memory { needed: found.memory.peak, allowed })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The plan for people.
+pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
+    let export = format!("{:?}", found.export).to_lowercase();
+    writeln!(out, "{} (layout {}), {export} export", found.family, found.layout)?;
+    let change = |out: &mut dyn Write, what: &str, c: Change<u64>, show: fn(u64) -> String| {
+        let saved = 100.0 * c.saved();
+        writeln!(out, "{what}: {} → {} ({saved:.1}% saved)", show(c.before), show(c.after))
+    };
+    let layers = format!("experts in {} layers", found.layers);
+    change(out, &layers, found.experts, count)?;
+    if found.spread {
+        writeln!(out, "  spread over layers by the grouper; the sum is what is asked for")?;
+    }
+    change(out, "parameters", found.parameters, count)?;
+    change(out, "expert bytes", found.expert_bytes, bytes)?;
+    change(out, "tensor bytes", found.tensor_bytes, bytes)?;
+    change(out, "MoE FLOPs per token", found.flops_per_token, count)?;
+    writeln!(out, "files of tensors: {}", found.shards)?;
+    for (why, n) in &found.dropped {
+        writeln!(out, "left out: {n} tensors, {why}")?;
+    }
+    let memory = &found.memory;
+    let phases =
+        [("calibrate", memory.calibrate), ("measure", memory.measure), ("merge", memory.merge)];
+    let phases: Vec<String> =
+        phases.iter().map(|(name, n)| format!("{name} {}", bytes(*n))).collect();
+    writeln!(out, "peak memory: {} ({})", bytes(memory.peak), phases.join(", "))?;
+    if memory.scratch > 0 {
+        writeln!(out, "scratch file: {}", bytes(memory.scratch))?;
+    }
+    if let Some(t) = &found.time {
+        let (calibrate, merge) = (time(t.calibrate), time(t.merge));
+        let (recover, write) = (time(t.recover), time(t.write));
+        writeln!(out, "time: about {}", time(t.total))?;
+        writeln!(
+            out,
+            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write} \
+             ({:.0} GFLOP/s)",
+            t.rates.flops / 1e9
+        )?;
+    }
+    for runtime in &found.runtimes {
+        let answer = match runtime.answer {
+            Answer::Accepts => "accepts",
+            Answer::Refuses => "refuses",
+            Answer::Unknown => "unknown",
+        };
+        writeln!(out, "{:<13} {answer}", runtime.runtime)?;
+        for line in runtime.reasons.iter().chain(&runtime.notes) {
+            writeln!(out, "  {line}")?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! `report`: what a run did, from the manifest that it left in its target.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use mcsmoe::pipeline::{Change, Report};
+
+use crate::exit::Outcome;
+use crate::show::{Show, bytes, count};
+
+/// Groups, output errors and savings of a merged checkpoint.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A folder that a run has written.
+    target: PathBuf,
+}
+
+pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
+    let report = Report::read(&args.target)?;
+    show.result(&report, |out| text(&report, out))
+}
+
+/// The report for people.
+pub(crate) fn text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "{}; {} tokens", report.stages.join(", "), count(report.tokens))?;
+    writeln!(out, "{:<18} {:>9}  {:>11}  groups", "layer", "experts", "output err.")?;
+    for layer in &report.layers {
+        let error = layer
+            .output_error
+            .map_or("-".into(), |e| format!("{:.1}%", 100.0 * e.narrowed.unwrap_or(e.mapped)));
+        let groups: Vec<String> = layer.groups.iter().map(|g| format!("{:?}", g.members)).collect();
+        let experts = format!("{} → {}", layer.experts.before, layer.experts.after);
+        write!(out, "{:<18} {experts:>9}  {error:>11}  {}", layer.layer, groups.join(" "))?;
+        match layer.dropped.is_empty() {
+            true => writeln!(out)?,
+            false => writeln!(out, "; dropped {:?}", layer.dropped)?,
+        }
+    }
+    let change = |out: &mut dyn Write, what: &str, c: Change<u64>, show: fn(u64) -> String| {
+        let saved = 100.0 * c.saved();
+        writeln!(out, "{what}: {} → {} ({saved:.1}% saved)", show(c.before), show(c.after))
+    };
+    change(out, "MoE FLOPs per token", report.flops_per_token, count)?;
+    if let Some(found) = &report.compression {
+        change(out, "expert parameters, dense and factored", found.parameters, count)?;
+        let rank = found.stable_rank;
+        let (before, merged, after) = (rank.original, rank.merged, rank.compressed);
+        writeln!(out, "mean stable rank: {before:.2} → {merged:.2} → {after:.2}")?;
+    }
+    if let Some(written) = &report.written {
+        writeln!(out, "export: {}", written.export)?;
+        change(out, "parameters", written.parameters, count)?;
+        change(out, "expert bytes", written.expert_bytes, bytes)?;
+        change(out, "tensor bytes", written.tensor_bytes, bytes)?;
+    }
+    Ok(())
+}

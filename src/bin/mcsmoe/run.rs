@@ -1,0 +1,136 @@
+//! `run`: a recipe end to end.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use mcsmoe::Recipe;
+use mcsmoe::calibrate::StatsFile;
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::pipeline::{Comparison, EvaluateOptions, Verification, compare, verify as check};
+use serde::Serialize;
+
+use crate::args::{Global, Method, Running, TextArgs, range};
+use crate::evaluate::sentence;
+use crate::exit::{Failure, Outcome};
+use crate::progress::Progress;
+use crate::show::Show;
+use crate::verify;
+use crate::work::{self, Finished, Places};
+
+/// Carry out a recipe: calibrate, merge, recover, compress, write, verify, and evaluate if
+/// asked.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    places: Places,
+    #[command(flatten)]
+    method: Method,
+    #[command(flatten)]
+    text: TextArgs,
+    #[command(flatten)]
+    running: Running,
+    /// Compare the target with the source on this text, which calibration should not have seen.
+    #[arg(long, value_name = "TEXT")]
+    evaluate: Option<PathBuf>,
+    /// Leave the verification out.
+    #[arg(long)]
+    no_verify: bool,
+    /// Write these MoE layers only, positions in the list of `inspect`, for `assemble`; needs a
+    /// statistics file.
+    #[arg(long, value_name = "A..B", value_parser = range)]
+    #[arg(conflicts_with_all = ["evaluate", "part"])]
+    layers: Option<Range<usize>>,
+    /// The I-th of N equal shares of the layers, counted from 0: for arrays of jobs.
+    #[arg(long, value_name = "I/N", value_parser = share, conflicts_with = "evaluate")]
+    part: Option<(usize, usize)>,
+}
+
+#[derive(Serialize)]
+struct Done {
+    #[serde(flatten)]
+    finished: Finished,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verification: Option<Verification>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    comparison: Option<Comparison>,
+}
+
+pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
+    let recipe = args.method.read("fast", None)?;
+    let (places, running) = (&args.places, &args.running);
+    if running.dry_run {
+        return work::dry_run(places, &recipe, (&args.text, running), global, show);
+    }
+    if args.layers.is_some() || args.part.is_some() {
+        return part(args, &recipe, global, show);
+    }
+    let finished = work::execute(places, &recipe, (&args.text, running), global)?;
+    let mut verification = match args.no_verify {
+        true => None,
+        false => Some(check(&places.target, Some(&places.model))?),
+    };
+    if let Some(found) = &mut verification {
+        found.tensors.clear();
+    }
+    let options = EvaluateOptions::default();
+    let comparison = match &args.evaluate {
+        None => None,
+        Some(text) => Some(compare(&places.model, &places.target, text, &options)?),
+    };
+    let done = Done { finished, verification, comparison };
+    show.result(&done, |out| {
+        work::tell(&done.finished, out)?;
+        if let Some(found) = &done.verification {
+            verify::text(found, out)?;
+        }
+        let Some(found) = &done.comparison else { return Ok(()) };
+        writeln!(out, "before: {}", sentence(&found.original))?;
+        writeln!(out, "after:  {}", sentence(&found.other))?;
+        let percent = 100.0 * found.agreement;
+        writeln!(out, "KL {:.4} nats, top-1 agreement {percent:.1}%", found.kl)
+    })?;
+    done.verification.as_ref().map_or(Ok(()), verify::clean)
+}
+
+/// Some layers, into a folder of their own.
+fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
+    let Places { model, calibration, target } = &args.places;
+    let source = Checkpoint::open(model)?;
+    if !StatsFile::is_one(calibration)? {
+        let reason = "layers depend on each other unless statistics are given: run `calibrate`";
+        return Err(Failure::Usage(reason.into()));
+    }
+    let stats = StatsFile::open(calibration)?;
+    let n = source.layers().len();
+    let layers = match (&args.layers, args.part) {
+        (Some(layers), _) => layers.clone(),
+        (None, Some((i, of))) => n * i / of..n * (i + 1) / of,
+        (None, None) => 0..n,
+    };
+    if layers.is_empty() {
+        return Err(Failure::Usage(format!("this share of {n} layers is empty: fewer shares")));
+    }
+    let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
+    let output = args.running.output(recipe);
+    let progress = Progress::new(global, &source);
+    let report = pipeline.run_part(&source, &stats, layers, target, &output, &progress);
+    progress.done();
+    let report = report?;
+    show.result(&report, |out| {
+        for layer in report.layers() {
+            let experts = layer.experts;
+            writeln!(out, "{:<18} {} → {}", layer.layer, experts.before, experts.after)?;
+        }
+        writeln!(out, "{}: a part, for `mcsmoe assemble`", target.display())
+    })
+}
+
+/// `3/16`.
+fn share(text: &str) -> Result<(usize, usize), String> {
+    let wrong = || "I/N with I from 0 to N - 1".to_owned();
+    let (i, n) = text.split_once('/').ok_or_else(wrong)?;
+    match (i.parse::<usize>(), n.parse::<usize>()) {
+        (Ok(i), Ok(n)) if i < n => Ok((i, n)),
+        _ => Err(wrong()),
+    }
+}

@@ -1,0 +1,154 @@
+//! What merge, compress and run have in common: inputs in, a written target out.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use mcsmoe::calibrate::StatsFile;
+use mcsmoe::checkpoint::{Checkpoint, Partial};
+use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, plan};
+use serde::Serialize;
+
+use crate::args::{Global, Running, TextArgs};
+use crate::exit::{Failure, Outcome};
+use crate::progress::{Progress, peak_memory};
+use crate::report;
+use crate::show::{Show, bytes, time};
+
+/// From where to where.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Places {
+    /// The folder of a checkpoint.
+    pub(crate) model: PathBuf,
+    /// Text (.txt, .jsonl, token ids, or a folder of these), or a statistics file.
+    pub(crate) calibration: PathBuf,
+    /// The folder to write; it appears when it is whole.
+    pub(crate) target: PathBuf,
+}
+
+/// A run that has ended.
+#[derive(Debug, Serialize)]
+pub(crate) struct Finished {
+    pub(crate) target: PathBuf,
+    pub(crate) seconds: f64,
+    /// In bytes.
+    pub(crate) peak_memory: Option<u64>,
+    pub(crate) report: Report,
+}
+
+/// Text or statistics, as the path says.
+pub(crate) fn calibration(
+    source: &Checkpoint,
+    path: &Path,
+    text: &TextArgs,
+) -> Outcome<Calibration> {
+    let TextArgs { tokens, window, text_seed } = *text;
+    Ok(Calibration::read(source, path, window, tokens, text_seed)?)
+}
+
+/// Writes the target.
+pub(crate) fn execute(
+    places: &Places,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    global: &Global,
+) -> Outcome<Finished> {
+    let start = Instant::now();
+    let source = Checkpoint::open(&places.model)?;
+    let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
+    let given = calibration(&source, &places.calibration, text)?;
+    let is_text = !matches!(given, Calibration::Statistics(_));
+    let output = bounded(&source, recipe, (text, running), is_text)?;
+    let progress = Progress::new(global, &source);
+    let report = pipeline.run_calibrated(&source, &given, &places.target, &output, &progress);
+    progress.done();
+    Ok(Finished {
+        target: places.target.clone(),
+        seconds: start.elapsed().as_secs_f64(),
+        peak_memory: peak_memory(),
+        report: report?,
+    })
+}
+
+/// The plan of a run, without a measurement of rates unless `measure`.
+fn planned(
+    source: &Checkpoint,
+    recipe: &Recipe,
+    (text, output): (&TextArgs, &Output),
+    is_text: bool,
+    measure: bool,
+) -> Outcome<RunPlan> {
+    let defaults = PlanOptions::default();
+    let options = PlanOptions {
+        tokens: text.tokens as u64,
+        window: text.window.map_or(defaults.window, |n| n as u64),
+        text: is_text,
+        states: output.memory,
+        measure,
+        ..defaults
+    };
+    Ok(plan(source, recipe, output, &options)?)
+}
+
+/// What is written, within --max-memory: hidden states go to a scratch file if that is enough.
+pub(crate) fn bounded(
+    source: &Checkpoint,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    is_text: bool,
+) -> Outcome<Output> {
+    let mut output = running.output(recipe);
+    let Some(allowed) = running.max_memory else { return Ok(output) };
+    let mut needed = 0;
+    for states in [output.memory, 0] {
+        output.memory = states;
+        needed = planned(source, recipe, (text, &output), is_text, false)?.memory.peak;
+        if needed <= allowed {
+            return Ok(output);
+        }
+    }
+    Err(Failure::Memory { needed, allowed })
+}
+
+/// Prints the plan; a target that is in the way is an error here too.
+pub(crate) fn dry_run(
+    places: &Places,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    global: &Global,
+    show: &Show,
+) -> Outcome {
+    let source = Checkpoint::open(&places.model)?;
+    global.compute()?;
+    let is_text = !StatsFile::is_one(&places.calibration)?;
+    let output = bounded(&source, recipe, (text, running), is_text)?;
+    if !running.resume {
+        drop(Partial::create(source.dir(), &places.target)?);
+    }
+    let found = planned(&source, recipe, (text, &output), is_text, true)?;
+    show.result(&found, |out| crate::plan::text(&found, out))
+}
+
+/// Plans, or writes the target and tells what was done.
+pub(crate) fn carry_out(
+    places: &Places,
+    recipe: &Recipe,
+    (text, running): (&TextArgs, &Running),
+    global: &Global,
+    show: &Show,
+) -> Outcome {
+    if running.dry_run {
+        return dry_run(places, recipe, (text, running), global, show);
+    }
+    let done = execute(places, recipe, (text, running), global)?;
+    show.result(&done, |out| tell(&done, out))
+}
+
+/// The end of a run for people.
+pub(crate) fn tell(done: &Finished, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+    report::text(&done.report, out)?;
+    write!(out, "{}: {}", done.target.display(), time(done.seconds))?;
+    match done.peak_memory {
+        Some(peak) => writeln!(out, ", peak memory {}", bytes(peak)),
+        None => writeln!(out),
+    }
+}

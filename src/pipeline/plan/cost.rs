@@ -1,0 +1,147 @@
+//! How long a run will take.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use ndarray::Array2;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::PlanOptions;
+use super::memory::when;
+use super::shape::{Layer, Shape};
+use crate::pipeline::choice::RecoverChoice;
+use crate::pipeline::recipe::Recipe;
+use crate::stage::{Context, Needs};
+
+/// What this machine does in a second.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Floating-point operations of a matrix product of `(256, 1024)` by `(1024, 1024)`.
+    pub flops: f64,
+    /// Bytes in `f32` that are made of bf16.
+    pub convert: f64,
+    /// Bytes that are hashed by SHA-256 on one thread.
+    pub hash: f64,
+}
+
+impl Rates {
+    /// Measures each for about a tenth of a second, on the context's device and threads.
+    pub fn measure(cx: &Context) -> Self {
+        let (x, w) = (Array2::<f32>::ones((256, 1024)), Array2::<f32>::ones((1024, 1024)));
+        let mut product = Array2::<f32>::zeros((256, 1024));
+        let flops = rate(2.0 * 256.0 * 1024.0 * 1024.0, || {
+            let done = cx.compute().gemm(1.0, x.view(), w.view(), 0.0, product.view_mut());
+            black_box((&product, done.is_ok()));
+        });
+        let bf16 = vec![half::bf16::ONE; 1 << 20];
+        let mut wide = vec![0f32; bf16.len()];
+        let convert = rate(4.0 * bf16.len() as f64, || {
+            wide.iter_mut().zip(&bf16).for_each(|(to, from)| *to = from.to_f32());
+            black_box(&wide);
+        });
+        let bytes = vec![7u8; 1 << 20];
+        let hash = rate(bytes.len() as f64, || {
+            black_box(Sha256::digest(&bytes));
+        });
+        Self { flops, convert, hash }
+    }
+}
+
+/// Units per second of work that holds `units`, the best of the tries that fit in a tenth of a
+/// second after one to warm up: other processes only ever slow a try down.
+fn rate(units: f64, mut work: impl FnMut()) -> f64 {
+    work();
+    let (start, mut best) = (Instant::now(), f64::INFINITY);
+    while start.elapsed().as_secs_f64() < 0.1 {
+        let one = Instant::now();
+        work();
+        best = best.min(one.elapsed().as_secs_f64());
+    }
+    units / best.max(1e-9)
+}
+
+/// Predicted seconds of every phase, from operations and bytes at the measured [`Rates`].
+///
+/// With `t` tokens, `B_l` bytes in `f32` and `F_l` operations per token of layer `l`:
+///
+/// - calibrate: `Σ_l B_l / convert + t F_l / flops`; routed experts count twice where expert
+///   outputs are collected;
+/// - merge: reading likewise; `6 d_ff² d_model` operations for each expert that is lined up, and as
+///   many again for its assignment; recovery: the text once more, least squares `t k² d_ff² +
+///   (m d_ff)³` or 48 conjugate-gradient steps of `4 t k d_ff d_model`, `14 t k d_ff d_model` for
+///   an epoch of distillation;
+/// - write: the target's bytes, converted and hashed, and the source's, read.
+///
+/// A model, not a promise: it knows neither the disk nor what else the machine does, and the rates
+/// are those of large products. Expect half to three times as long.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TimePlan {
+    /// While text runs through the model.
+    pub calibrate: f64,
+    /// While layers are measured and merged.
+    pub merge: f64,
+    /// While they are recovered.
+    pub recover: f64,
+    /// While the target is written.
+    pub write: f64,
+    /// All of it.
+    pub total: f64,
+    /// What was measured.
+    pub rates: Rates,
+}
+
+pub(super) fn plan(
+    shape: &Shape,
+    recipe: &Recipe,
+    needs: Needs,
+    options: &PlanOptions,
+    (read, written): (u64, u64),
+    rates: &Rates,
+) -> TimePlan {
+    let f = |n: u64| n as f64;
+    let layers = |of: &dyn Fn(&Layer) -> f64| shape.layers.iter().map(of).sum::<f64>();
+    let held =
+        4.0 * (shape.blocks.iter().copied().map(f).sum::<f64>() + layers(&|l| f(l.parameters)));
+    let load = held / rates.convert;
+    let outputs = [Needs::REAP, Needs::OUTPUT_NORM, Needs::MEAN_OUTPUT];
+    let twice = outputs.iter().any(|&need| needs.contains(need));
+    let met = |passes: f64| {
+        let scores = 4.0 * f(options.window) * f(shape.d_model) * shape.blocks.len() as f64;
+        let rest: f64 = shape.blocks.iter().map(|&p| 2.0 * f(p)).sum();
+        let experts = layers(&|l| 2.0 * f(l.top_k * l.expert()));
+        f(options.tokens) * (rest + scores + passes * experts) / rates.flops
+    };
+    let calibrate = if options.text { load + met(if twice { 2.0 } else { 1.0 }) } else { 0.0 };
+    let aligned = |l: &Layer| {
+        let moved =
+            if when(&recipe.align).is_some() { l.experts - l.kept.min(l.experts) } else { 0 };
+        12.0 * f(moved) * f(l.d_ff * l.d_ff) * f(l.d_model)
+    };
+    let merge = load + layers(&aligned) / rates.flops;
+    let follows = options.text && !recipe.recover.is_empty();
+    let t = f(if follows { options.tokens } else { options.tokens.min(4096) });
+    let stages = recipe.recover.iter().map(|choice| layers(&|l| recovery(choice, l, t)));
+    let stages = stages.sum::<f64>() / rates.flops;
+    let recover = stages + if follows { 2.0 * met(1.0) } else { 0.0 };
+    let write = f(written) / rates.hash + f(read.max(written)) / rates.convert;
+    let total = calibrate + merge + recover + write;
+    TimePlan { calibrate, merge, recover, write, total, rates: *rates }
+}
+
+/// Operations of one stage of recovery on one layer.
+fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64) -> f64 {
+    let (k, d_ff) = (layer.top_k as f64, layer.d_ff as f64);
+    let pass = t * k * d_ff * layer.d_model as f64;
+    match choice {
+        RecoverChoice::LeastSquares(fit) => {
+            let features = layer.kept as f64 * d_ff;
+            match features <= fit.dense_limit as f64 {
+                true => 6.0 * pass + t * k * k * d_ff * d_ff + features.powi(3),
+                false => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
+            }
+        }
+        RecoverChoice::Distill(fit) => 14.0 * pass * fit.epochs as f64,
+        _ => 2.0 * pass,
+    }
+}

@@ -1,0 +1,128 @@
+//! How much memory a run will hold.
+
+use serde::{Deserialize, Serialize};
+
+use super::PlanOptions;
+use super::shape::{Layer, Shape};
+use crate::pipeline::choice::{AlignChoice, RecoverChoice};
+use crate::pipeline::policy::AlignWhen;
+use crate::pipeline::recipe::Recipe;
+use crate::stage::Needs;
+
+/// Bytes that the process holds before a layer is read, and the allocator above what is in use.
+const BASE: u64 = 64 << 20;
+/// A batch of windows on its way, its attention and its products.
+const BATCH: u64 = 4 * (32 << 20);
+/// Most samples per layer.
+const SAMPLES: u64 = 4096;
+
+/// Predicted resident memory of every phase, in bytes.
+///
+/// Let a layer have `n` experts of `d_ff` units, `m` that stay, `P` expert parameters and `B` bytes
+/// on the disk, of which all mapped pages count as resident until the layer is released; `t`
+/// tokens, `s` samples (`min(t, 4096)`), `k` experts per token, `T` threads. The largest layer
+/// decides:
+///
+/// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up
+///   to the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
+/// - measure: `4 P + B` where similarity reads experts or alignment comes first, twice `4 P` with
+///   that; gain matrices `8 T d_ff²`; else the routers;
+/// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs, targets
+///   `16 t d_model` and the layer behind them when it follows text, hidden activations
+///   `4 t k d_ff`, the least-squares systems `40 (m d_ff)²` where `m d_ff` is at most the dense
+///   limit, else `12 t k d_ff`; for distillation `28 P m/n`.
+///
+/// The allocator and what is not in the list are taken as 64 MiB. The pages of shards that are
+/// copied are given back and not counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPlan {
+    /// While text runs through the model; 0 when statistics are given.
+    pub calibrate: u64,
+    /// While layers are measured.
+    pub measure: u64,
+    /// While layers are merged, recovered and compressed.
+    pub merge: u64,
+    /// Hidden states in memory, part of the phases that run text.
+    pub states: u64,
+    /// Hidden states in a scratch file on the disk.
+    pub scratch: u64,
+    /// The largest of the phases.
+    pub peak: u64,
+}
+
+pub(super) fn plan(
+    shape: &Shape,
+    recipe: &Recipe,
+    needs: Needs,
+    options: &PlanOptions,
+) -> MemoryPlan {
+    let states = 4 * options.tokens * shape.d_model;
+    let held = if states <= options.states { states } else { 0 };
+    let block = 4 * shape.blocks.iter().copied().max().unwrap_or(0);
+    let most = |of: &dyn Fn(&Layer) -> u64| shape.layers.iter().map(of).max().unwrap_or(0);
+    let samples = |l: &Layer| {
+        let s = options.tokens.min(SAMPLES);
+        4 * s * (2 * l.d_model + l.experts + 2 * l.top_k)
+    };
+    let calibrate =
+        BASE + block + held + BATCH + most(&|l| 4 * l.parameters + l.bytes + samples(l));
+    let measure = BASE + most(&|l| measure(l, recipe, needs, options));
+    let follows = options.text && !recipe.recover.is_empty();
+    let stream = if follows { block + held + BATCH } else { 0 };
+    let merge = BASE + stream + most(&|l| merge(l, recipe, options, follows) + samples(l));
+    let calibrate = if options.text { calibrate } else { 0 };
+    let peak = calibrate.max(measure).max(merge);
+    MemoryPlan { calibrate, measure, merge, states: held, scratch: states - held, peak }
+}
+
+/// Gain matrices of alignment, one for every thread, and the assignment's own copy.
+fn gains(layer: &Layer, options: &PlanOptions) -> u64 {
+    8 * options.threads as u64 * layer.d_ff * layer.d_ff
+}
+
+fn measure(layer: &Layer, recipe: &Recipe, needs: Needs, options: &PlanOptions) -> u64 {
+    let first = when(&recipe.align) == Some(AlignWhen::BeforeGrouping);
+    if first {
+        return 8 * layer.parameters + layer.bytes + gains(layer, options);
+    }
+    match needs.contains(Needs::EXPERTS) {
+        true => 4 * layer.parameters + layer.bytes,
+        false => 4 * layer.experts * layer.d_model,
+    }
+}
+
+/// When a recipe lines experts up; `None` for never.
+pub(super) fn when(align: &AlignChoice) -> Option<AlignWhen> {
+    match align {
+        AlignChoice::Identity => None,
+        AlignChoice::WeightMatching { when, .. } | AlignChoice::ActivationMatching { when, .. } => {
+            Some(*when)
+        }
+    }
+}
+
+fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions, follows: bool) -> u64 {
+    let kept = layer.expert() * layer.kept;
+    let mut bytes = 4 * (layer.parameters + kept) + layer.bytes;
+    if when(&recipe.align) == Some(AlignWhen::InGroups) {
+        bytes += gains(layer, options);
+    }
+    // Text is followed to every token, statistics to their samples.
+    let t = if follows { options.tokens } else { options.tokens.min(SAMPLES) };
+    let recovered = recipe.recover.iter().map(|choice| match choice {
+        RecoverChoice::LeastSquares(fit) => {
+            let features = layer.kept * layer.d_ff;
+            let hidden = 4 * t * layer.top_k * layer.d_ff;
+            match features <= fit.dense_limit as u64 {
+                true => hidden + 40 * features * features,
+                false => 3 * hidden,
+            }
+        }
+        RecoverChoice::Distill(_) => 28 * kept,
+        _ => 0,
+    });
+    let recovered = recovered.max().unwrap_or(0);
+    let seen = if recipe.recover.is_empty() { 0 } else { 16 * t * layer.d_model };
+    let factors = if recipe.compress.is_some() { 8 * kept } else { 0 };
+    bytes + recovered + seen + factors
+}

@@ -1,0 +1,245 @@
+//! Which runtimes will load a target, which will not, and why.
+//!
+//! Read from their sources (transformers 5, vLLM 0.11, llama.cpp of late 2025), not tried here.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, Export, WritePlan};
+use crate::model::{LayerId, RoutingRule};
+
+/// Whether a runtime will load a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It will.
+    Accepts,
+    /// It will not.
+    Refuses,
+    /// The family is not in our list of what it knows.
+    Unknown,
+}
+
+/// What a runtime will make of a target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuntimePlan {
+    /// `transformers`, `vllm` or `llama.cpp`.
+    pub runtime: String,
+    /// Whether it loads it.
+    pub answer: Answer,
+    /// Why not.
+    pub reasons: Vec<String>,
+    /// What to know where it does.
+    pub notes: Vec<String>,
+}
+
+/// What is the same for all of them.
+struct Planned<'a> {
+    family: &'a str,
+    export: Export,
+    /// Experts of every layer on the disk, fewest and most.
+    experts: (usize, usize),
+    rule: RoutingRule,
+    d_ff: usize,
+    mtp: bool,
+}
+
+/// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`).
+const LLAMA_MAX_EXPERTS: usize = 512;
+/// Families with experts that vLLM has a class for.
+const VLLM: &[&str] = &[
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "gpt_oss",
+    "llama4",
+    "llama4_text",
+    "glm4_moe",
+    "phimoe",
+    "granitemoe",
+    "dbrx",
+    "jamba",
+    "minimax_m2",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "dots1",
+    "lfm2_moe",
+];
+/// Families that llama.cpp converts.
+const LLAMA: &[&str] = &[
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "gpt_oss",
+    "llama4",
+    "llama4_text",
+    "glm4_moe",
+    "phimoe",
+    "granitemoe",
+    "dbrx",
+    "jamba",
+    "minimax_m2",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "dots1",
+    "lfm2_moe",
+];
+/// Families that neither serves: encoder-decoder models.
+const ENCODER_DECODER: &[&str] = &["switch_transformers", "nllb-moe"];
+
+/// Asks all of them.
+pub(super) fn plan(
+    source: &Checkpoint,
+    write: &WritePlan,
+    counts: &BTreeMap<LayerId, usize>,
+    spread: bool,
+) -> Vec<RuntimePlan> {
+    let Some(layer) = source.layers().first() else { return Vec::new() };
+    let on_disk = |l: &crate::checkpoint::LayerInfo| match write.export {
+        Export::Expanded => l.experts,
+        _ => counts.get(&l.id).copied().unwrap_or(l.experts),
+    };
+    let all = || source.layers().iter().map(on_disk);
+    let groups = layer.rule.groups.filter(|_| !write.flatten_groups);
+    let top_k = write.top_k.unwrap_or(layer.rule.top_k);
+    let merges = write.groupings.values().any(|g| !g.is_identity());
+    let planned = Planned {
+        family: source.family(),
+        export: write.export,
+        experts: (all().min().unwrap_or(0), all().max().unwrap_or(0)),
+        rule: RoutingRule { top_k, groups, ..layer.rule },
+        d_ff: layer.d_ff,
+        mtp: source.mtp_tensors().next().is_some() && write.export != Export::Expanded && merges,
+    };
+    let common = planned.common(spread);
+    vec![planned.transformers(common.clone()), planned.vllm(common.clone()), planned.llama(common)]
+}
+
+impl Planned<'_> {
+    /// What every stock runtime refuses.
+    fn common(&self, spread: bool) -> Vec<String> {
+        let mut reasons = Vec::new();
+        let (least, most) = self.experts;
+        let k = self.rule.top_k;
+        if self.export == Export::Native {
+            reasons.push("config.json has model type `mcsmoe`, which it does not know".into());
+            if least != most || spread {
+                reasons.push(
+                    "layers may keep different numbers of experts; its classes read one \
+                              number for all"
+                        .into(),
+                );
+            }
+            return reasons;
+        }
+        if least != most {
+            reasons.push(format!(
+                "layers keep {least} to {most} experts, its classes read one number"
+            ));
+        }
+        if k > least {
+            reasons.push(format!("top-{k} of {least} experts"));
+        }
+        if let Some(misfit) = self.rule.groups.and_then(|g| g.misfit(least, k)) {
+            reasons.push(format!("group-limited routing: {misfit}"));
+        }
+        reasons
+    }
+
+    fn transformers(&self, reasons: Vec<String>) -> RuntimePlan {
+        let mut notes = Vec::new();
+        if self.export == Export::Native {
+            notes.push(
+                "with trust_remote_code where the folder ships a modelling file that knows \
+                        the expert map"
+                    .into(),
+            );
+        }
+        self.mtp_note(&mut notes);
+        // Whatever it is, transformers has the class that config.json names.
+        self.answer("transformers", true, reasons, notes)
+    }
+
+    fn vllm(&self, reasons: Vec<String>) -> RuntimePlan {
+        let mut notes = Vec::new();
+        let m = self.experts.0;
+        if self.export != Export::Native {
+            let even = divisors(m, 64);
+            notes.push(format!(
+                "expert parallel: even over {even} ranks; other sizes up to {m} load, uneven, but \
+                 not with --enable-eplb"
+            ));
+            let widths = divisors(self.d_ff, 16);
+            notes.push(format!("tensor parallel: {} units divide by {widths}", self.d_ff));
+        }
+        self.mtp_note(&mut notes);
+        self.answer("vllm", VLLM.contains(&self.family), reasons, notes)
+    }
+
+    fn llama(&self, mut reasons: Vec<String>) -> RuntimePlan {
+        let mut notes = Vec::new();
+        let most = self.experts.1;
+        if most > LLAMA_MAX_EXPERTS && self.export != Export::Native {
+            reasons.push(format!("{most} experts, at most {LLAMA_MAX_EXPERTS} of a layer"));
+        }
+        if self.export != Export::Native && !self.d_ff.is_multiple_of(256) {
+            notes.push(format!(
+                "K-quants need rows of a multiple of 256: down projections of {} columns fall back \
+                 to another type",
+                self.d_ff
+            ));
+        }
+        self.mtp_note(&mut notes);
+        self.answer("llama.cpp", LLAMA.contains(&self.family), reasons, notes)
+    }
+
+    fn mtp_note(&self, notes: &mut Vec<String>) {
+        if self.mtp && self.export != Export::Native {
+            notes.push(
+                "multi-token-prediction layers are left out, and the config says so: no \
+                        speculative decoding with them"
+                    .into(),
+            );
+        }
+    }
+
+    fn answer(
+        &self,
+        runtime: &str,
+        known: bool,
+        mut reasons: Vec<String>,
+        notes: Vec<String>,
+    ) -> RuntimePlan {
+        if ENCODER_DECODER.contains(&self.family) && runtime != "transformers" {
+            reasons.push("no encoder-decoder models with experts".into());
+        }
+        let answer = match (reasons.is_empty(), known) {
+            (false, _) => Answer::Refuses,
+            (true, true) => Answer::Accepts,
+            (true, false) => Answer::Unknown,
+        };
+        let notes = if answer == Answer::Accepts || self.export == Export::Native {
+            notes
+        } else {
+            Vec::new()
+        };
+        RuntimePlan { runtime: runtime.into(), answer, reasons, notes }
+    }
+}
+
+/// The numbers up to `most` that divide `n`, in words.
+fn divisors(n: usize, most: usize) -> String {
+    let all = (1..=most.min(n)).filter(|d| n.is_multiple_of(*d));
+    all.map(|d| d.to_string()).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,108 @@
+//! The manifest of a written folder, and its files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::checkpoint::{MANIFEST, WritePlan};
+use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::par;
+use crate::pipeline::fingerprint;
+
+/// A file as it was written.
+#[derive(Debug, Deserialize)]
+pub(super) struct Recorded {
+    bytes: u64,
+    sha256: String,
+}
+
+/// What verification needs of the manifest.
+#[derive(Debug, Deserialize)]
+pub(super) struct Manifest {
+    pub(super) plan: WritePlan,
+    pub(super) files: BTreeMap<String, Recorded>,
+    #[serde(default)]
+    stages: Vec<String>,
+}
+
+impl Manifest {
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST);
+        let text = fs::read_to_string(&path).map_err(|e| Error::io("read manifest", e));
+        let parsed = text.and_then(|text| {
+            serde_json::from_str(&text)
+                .map_err(|e| ErrorKind::Format { format: "manifest", reason: e.to_string() }.into())
+        });
+        parsed.in_file(&path)
+    }
+
+    /// Whether a stage may have changed experts that joined no other.
+    pub(super) fn changes_experts(&self) -> bool {
+        let changes =
+            |stage: &String| ["recover ", "compress "].iter().any(|kind| stage.starts_with(kind));
+        // A folder that was written without a pipeline tells nothing of what was done.
+        self.stages.is_empty() || self.stages.iter().any(changes)
+    }
+
+    /// Every listed file against what lies there, and what lies there against the list.
+    pub(super) fn check_files(&self, folder: &Path) -> Vec<String> {
+        let files: Vec<(&String, &Recorded)> = self.files.iter().collect();
+        let checked = par::map(files.len(), |i| {
+            let (name, recorded) = files[i];
+            Ok(check(folder, name, recorded))
+        });
+        let mut doubts: Vec<String> = checked.into_iter().flatten().flatten().collect();
+        let index = "model.safetensors.index.json";
+        if !self.files.contains_key("config.json") {
+            doubts.push("the manifest lists no config.json".into());
+        }
+        match strangers(folder, &self.files.keys().map(|name| &**name).collect()) {
+            Ok(names) => doubts.extend(names.iter().map(|name| {
+                let what = if name == index { "an index" } else { "a file" };
+                format!("{name}: {what} that the manifest does not list")
+            })),
+            Err(error) => doubts.push(error.to_string()),
+        }
+        doubts
+    }
+}
+
+fn check(folder: &Path, name: &str, recorded: &Recorded) -> Option<String> {
+    if Path::new(name).file_name().is_none_or(|plain| plain != name) {
+        return Some(format!("{name}: not the name of a file in the folder"));
+    }
+    let path = folder.join(name);
+    match fs::metadata(&path) {
+        Err(error) => return Some(format!("{name}: {error}")),
+        Ok(data) if data.len() != recorded.bytes => {
+            let (expected, found) = (recorded.bytes, data.len());
+            return Some(format!("{name}: {expected} bytes were written, {found} are there"));
+        }
+        Ok(_) => {}
+    }
+    match fingerprint::of_file(&path) {
+        Err(error) => Some(error.to_string()),
+        Ok(found) if found != recorded.sha256 => {
+            Some(format!("{name}: its SHA-256 is not that of what was written"))
+        }
+        Ok(_) => None,
+    }
+}
+
+/// Files that a runtime might read but that nobody wrote. Reports and cards are for people.
+fn strangers(folder: &Path, listed: &BTreeSet<&str>) -> Result<Vec<String>> {
+    let list = |e| Error::io("list folder", e);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(list).in_file(folder)? {
+        let name = entry.map_err(list).in_file(folder)?.file_name();
+        let name = name.to_string_lossy().into_owned();
+        let for_people = [".md", ".html", ".txt", ".svg"].iter().any(|end| name.ends_with(end));
+        if name != MANIFEST && !for_people && !listed.contains(&*name) {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
+}
