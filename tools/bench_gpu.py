@@ -5,8 +5,8 @@
     python3 tools/bench_gpu.py [--device NAME] [--small]
 
 Prints TFLOP/s of the least time. `whole` includes the matrices' way to the card and back,
-`resident` only that of the right matrix and the result. torch multiplies in f32, TF32 off, with both
-matrices on the card ("kernel") and with their way there and back ("whole"). Refuses a software
+`resident` only that of the right matrix and the result. torch multiplies in f32, without TF32, with
+both matrices on the card ("kernel") and with their way there and back ("whole"). Refuses a software
 renderer unless --small, which shows that the script runs and measures nothing.
 """
 
