@@ -4,10 +4,10 @@
     cargo build --release --features gpu --example gpu_bench
     python3 tools/bench_gpu.py [--device NAME] [--small]
 
-Prints TFLOP/s of the least time. `whole` includes the matrices' way to the card and back, `resident`
-only that of the right matrix and the result. torch multiplies in f32, TF32 off, with both matrices
-on the card ("kernel") and with their way there and back ("whole"). Refuses a software renderer
-unless --small, which shows that the script runs and measures nothing.
+Prints TFLOP/s of the least time. `whole` includes the matrices' way to the card and back,
+`resident` only that of the right matrix and the result. torch multiplies in f32, without TF32, with
+both matrices on the card ("kernel") and with their way there and back ("whole"). Refuses a software
+renderer unless --small, which shows that the script runs and measures nothing.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def main():
           f"torch kernel {rate(flops, kernel)}, whole {rate(flops, whole)}")
     times = {device: ours("layer", (n, f, d), device)["seconds"] for device in (args.device, "cpu")}
     gpu, cpu = times[args.device], times["cpu"]
-    print(f"layer {n} x {f} x {d} to half: {gpu:.1f} s, on the CPU {cpu:.1f} s, {cpu / gpu:.1f} x")
+    print(f"layer {n} x {f} x {d} to half: {gpu:.1f} s, on the CPU {cpu:.1f} s, "
+          f"{cpu / gpu:.1f} x")
 
 
 if __name__ == "__main__":
