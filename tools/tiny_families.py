@@ -41,6 +41,8 @@ CONV = ["full_attention", "conv", "full_attention"]
 
 # Model types that transformers knows by another name only.
 SAME = {"kimi_k2": "deepseek_v3"}
+# Rows of a family whose experts are saved as transformers holds them, fused.
+FUSED = {"qwen3_moe-fused": "qwen3_moe"}
 # Model type: the keys of its config.
 FAMILIES = {
     "mixtral": SIZES | WIDE,
@@ -73,7 +75,7 @@ FAMILIES = {
     "nllb-moe": NLLB,
 }
 FAMILIES["hunyuan_v1_moe"]["moe_topk"] = FAMILIES["hunyuan_v1_moe"].pop("num_experts_per_tok")
-FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
+FAMILIES |= {row: FAMILIES[family] for row, family in (SAME | FUSED).items()}
 FAMILIES["llama4_text"]["num_experts_per_tok"] = 1
 FAMILIES["lfm2_moe"].pop("shared_expert_intermediate_size")
 FAMILIES["jamba"] |= {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
@@ -82,7 +84,7 @@ FAMILIES["jamba"] |= {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_laye
 def build(model_type, seed=11, twin=True, **keys):
     """A random model in f32, with these keys besides the family's."""
     torch.manual_seed(seed)
-    config = transformers.CONFIG_MAPPING[SAME.get(model_type, model_type)]
+    config = transformers.CONFIG_MAPPING[(SAME | FUSED).get(model_type, model_type)]
     config = config(**FAMILIES[model_type] | keys)
     auto = transformers.AutoModelForCausalLM
     if config.is_encoder_decoder:

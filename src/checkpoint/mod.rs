@@ -7,7 +7,8 @@
 //! [`TensorSource`](crate::model::TensorSource): the forward pass runs on it. A [`Writer`] takes
 //! merged layers one at a time and writes one of three kinds of folder ([`Export`]); nothing is
 //! seen under the target's name before it is complete. A native folder may hold experts in factors
-//! ([`WritePlan::factored`]); they are multiplied out when they are read.
+//! ([`WritePlan::factored`]); they are multiplied out when they are read. It also holds
+//! `modeling_mcsmoe.py`, with which transformers runs it when told to trust the folder's code.
 //!
 //! Quantised models are read as what their weights mean: FP8 (E4M3) with a scale per block, as
 //! DeepSeek and Qwen publish, and the MXFP4 experts of gpt-oss. They are written dequantised: every
@@ -15,6 +16,7 @@
 //! [`Written::dropped`] lists, and without `quantization_config`.
 
 mod config;
+mod config_text;
 mod dequantise;
 mod dtype;
 mod encode;
@@ -24,6 +26,7 @@ mod fp8;
 mod header;
 mod json;
 mod layout;
+mod layout_table;
 mod mmap;
 mod mxfp4;
 mod native;

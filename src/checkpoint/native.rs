@@ -1,7 +1,8 @@
 //! The native folder's expert map: which of the router's `N` rows leads to which of `M` experts.
 //!
 //! Kept in `config.json` under `"mcsmoe"`; the model type is replaced, so that a runtime that does
-//! not know the map refuses the folder instead of computing something else.
+//! not know the map refuses the folder instead of computing something else. `modeling_mcsmoe.py`,
+//! which lies in the folder, knows it.
 
 use std::collections::BTreeMap;
 

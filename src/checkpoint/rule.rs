@@ -144,6 +144,8 @@ pub(super) fn rule(config: &Config, family: &str, corrected: bool) -> Result<Rou
     };
     let scale = match policy.scale {
         Some((key, default)) => config.float(key)?.unwrap_or(default),
+        // Stands in for the dropout of whole tokens in training.
+        None if family == NLLB => 1.0 - config.float("moe_token_dropout")?.unwrap_or(0.2),
         None => 1.0,
     };
     let groups = match policy.groups {
@@ -286,7 +288,8 @@ mod tests {
         assert_eq!(norm(r#", "moe_normalize_expert_weights": 1.0"#).unwrap(), (true, 2));
         assert_eq!(norm(r#", "moe_normalize_expert_weights": null"#).unwrap(), (false, 2));
         assert!(norm(r#", "moe_normalize_expert_weights": 2"#).is_err());
-        assert_eq!(of("nllb-moe", "", false), RoutingRule::softmax(2, true));
+        let nllb = RoutingRule { scale: 0.8, ..RoutingRule::softmax(2, true) };
+        assert_eq!(of("nllb-moe", "", false), nllb);
         assert_eq!(of("llama4_text", "", false).score, Score::Sigmoid);
     }
 

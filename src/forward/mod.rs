@@ -31,6 +31,7 @@ mod rope;
 mod rotation;
 mod scratch;
 mod spec;
+mod spec_grouped;
 mod switch;
 mod switch_greedy;
 mod t5;

@@ -6,6 +6,7 @@ use super::family::Family;
 use super::keys::Keys;
 use super::rope::Rope;
 use super::rotation::Pairing;
+use super::spec_grouped;
 use crate::error::{ErrorKind, Result};
 use crate::model::Activation;
 
@@ -137,7 +138,7 @@ impl Spec {
                 return Err(ErrorKind::Unsupported { what, found, supported }.into());
             }
             _ => {
-                let grouped = parse_grouped(family, keys)?;
+                let grouped = spec_grouped::parse(family, keys)?;
                 let theta = match family {
                     Family::Mixtral => 1e6,
                     Family::Ernie45Moe => 5e5,
@@ -160,7 +161,7 @@ impl Spec {
             let (what, supported) = ("biases of ERNIE-4.5", "use_bias = false".into());
             return Err(ErrorKind::Unsupported { what, found: "use_bias".into(), supported }.into());
         }
-        let part = rotated_part(family, keys, d_rotated)?;
+        let part = spec_grouped::rotated_part(family, keys, d_rotated)?;
         Ok(Self {
             family,
             d_model: keys.size("hidden_size")?,
@@ -195,83 +196,6 @@ pub(super) fn activation(keys: Keys<'_>, key: &str) -> Result<Activation> {
             .into());
         }
     })
-}
-
-fn parse_grouped(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
-    let heads = keys.size("num_attention_heads")?;
-    let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
-    if !heads.is_multiple_of(kv_heads) {
-        let expected = format!("a divisor of num_attention_heads {heads}");
-        return Err(keys.wrong("num_key_value_heads", &expected, kv_heads));
-    }
-    let head_dim = match keys.optional_size("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => keys.size("hidden_size")? / heads,
-    };
-    let bare = matches!(family, Family::Mixtral | Family::Ernie45Moe | Family::MinimaxM2);
-    let bias = !bare && keys.flag("attention_bias", false)?;
-    let clip = keys.number("clip_qkv")?.filter(|_| family == Family::Olmoe);
-    Ok(GroupedSpec {
-        heads,
-        kv_heads,
-        head_dim,
-        qk_norm: match family {
-            Family::Qwen3Moe | Family::Dots1 => QkNorm::PerHead,
-            Family::Glm4Moe if keys.flag("use_qk_norm", false)? => QkNorm::PerHead,
-            Family::Olmoe | Family::MinimaxM2 => QkNorm::Whole,
-            _ => QkNorm::None,
-        },
-        qkv_bias: if family == Family::Qwen2Moe { keys.flag("qkv_bias", true)? } else { bias },
-        out_bias: !matches!(family, Family::Qwen2Moe | Family::Glm4Moe) && bias,
-        clip: clip.map(|clip| clip as f32),
-        windows: parse_windows(family, keys)?,
-        pairing: match family {
-            Family::Ernie45Moe => Pairing::Neighbours,
-            _ => Pairing::Halves,
-        },
-    })
-}
-
-/// The part of a head that is rotated where no `partial_rotary_factor` says so.
-fn rotated_part(family: Family, keys: Keys<'_>, d_rotated: usize) -> Result<f64> {
-    Ok(match family {
-        Family::Glm4Moe => 0.5,
-        Family::MinimaxM2 => match keys.optional_size("rotary_dim")? {
-            Some(dim) => dim as f64 / d_rotated as f64,
-            None => 1.0,
-        },
-        _ => 1.0,
-    })
-}
-
-/// Which layers see only the last tokens, and how many.
-fn parse_windows(family: Family, keys: Keys<'_>) -> Result<Vec<Option<usize>>> {
-    let layers = keys.size("num_hidden_layers")?;
-    let used = match family {
-        Family::Mixtral | Family::Dots1 => true,
-        Family::Qwen2Moe | Family::Qwen3Moe => keys.flag("use_sliding_window", false)?,
-        _ => false,
-    };
-    let window = if used { keys.optional_size("sliding_window")? } else { None };
-    if !matches!(family, Family::Qwen2Moe | Family::Dots1) {
-        return Ok(vec![window; layers]);
-    }
-    if let Some(types) = keys.get("layer_types") {
-        let list: Option<Vec<&str>> =
-            types.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
-        let Some(list) = list.filter(|list| list.len() == layers) else {
-            return Err(keys.wrong("layer_types", "one name per layer", types));
-        };
-        return Ok(list.iter().map(|t| window.filter(|_| *t == "sliding_attention")).collect());
-    }
-    // The defaults of the reference configurations.
-    let most = keys.count("max_window_layers")?;
-    if family == Family::Dots1 {
-        let from = most.unwrap_or(62);
-        return Ok((0..layers).map(|i| window.filter(|_| i >= from)).collect());
-    }
-    let below = most.unwrap_or(28);
-    Ok((0..layers).map(|i| window.filter(|_| i % 2 == 0 && i < below)).collect())
 }
 
 fn parse_latent(family: Family, keys: Keys<'_>) -> Result<LatentSpec> {

@@ -83,7 +83,8 @@ pub struct Recipe {
 pub enum ExportChoice {
     /// Fewer experts and a narrowed router: loads in unmodified runtimes.
     Stock,
-    /// The `n`-row router and an expert map: the paper's semantics, for this crate.
+    /// The `n`-row router and an expert map: the paper's semantics, for this crate and, with the
+    /// code that lies in the folder, for transformers.
     Native,
     /// A copy of its group's expert for every expert: exact anywhere, saves nothing.
     Expanded,
