@@ -35,7 +35,7 @@ fn expert_bytes(folder: &Path) -> u64 {
 #[test]
 fn every_target_is_met_from_below_within_one_percent() {
     let dir = tempfile::tempdir().unwrap();
-    let source = Checkpoint::open(&fixture("mixtral-8e")).unwrap();
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
     let (experts, whole) = (expert_bytes(&fixture("mixtral-8e")), source.total_bytes());
     for (i, (keep, size, of, target)) in [
         (4, Size::Percent(20.0), Portion::Experts, experts / 5),
@@ -114,8 +114,8 @@ fn sizes_that_are_none_are_refused() {
 #[test]
 fn in_memory_the_ranks_are_those_of_the_folder() {
     let dir = tempfile::tempdir().unwrap();
-    let source = Checkpoint::open(&fixture("mixtral-8e")).unwrap();
-    let stats = mcsmoe::calibrate::StatsFile::open(&fixture("mixtral-8e.stats.safetensors"));
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
+    let stats = mcsmoe::calibrate::StatsFile::open(fixture("mixtral-8e.stats.safetensors"));
     let stats = stats.unwrap();
     let recipe = recipe(4, Size::Percent(20.0), Portion::Experts);
     let pipeline = recipe.builder().unwrap();
