@@ -3,7 +3,7 @@
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
 //! [`solve_spd`], [`solve_lower`]). Factorisations run on one thread: give each parallel task its
-//! own matrix. [`Factorise`] is all of them as an object: [`PureRust`], or `Lapack` with the feature
+//! own matrix. [`Factorise`] is all of them as an object: [`PureRust`], or `Lapack` with a feature
 //! `lapack`. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
 
 mod assign;

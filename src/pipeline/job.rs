@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file;
-use super::compress::Ranks;
+use super::compressor::Ranks;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
