@@ -44,7 +44,8 @@ fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn every_preset_writes_a_stock_folder_of_every_allowed_size() {
     let dir = tempfile::tempdir().unwrap();
-    for &preset in Recipe::PRESETS {
+    // A size budget is met by factors, which no stock folder holds; tests/budget.rs has it refused.
+    for &preset in Recipe::PRESETS.iter().filter(|preset| **preset != "mc-smoe-budget") {
         for m in [2, 3, 4, 7] {
             let target = dir.path().join(format!("{preset}-{m}"));
             let report = merge(preset, Keep::Experts(m), ExportChoice::Stock, &target).unwrap();

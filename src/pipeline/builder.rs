@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::compress::Compressor;
+use super::compressor::Compressor;
 use super::matrix_budget::{CompressionBudget, MatrixBudget};
 use super::neurons::Neurons;
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};

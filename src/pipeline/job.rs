@@ -6,7 +6,7 @@ use std::path::Path;
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file_observed;
-use super::compress::Ranks;
+use super::compressor::Ranks;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};

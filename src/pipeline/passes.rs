@@ -1,7 +1,7 @@
 //! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
 
 use super::builder::{Pipeline, PipelineBuilder};
-use super::compress::{Compressor, Ranks};
+use super::compressor::{Compressor, Ranks};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
 use super::observe::{Observer, Phase, Silent};

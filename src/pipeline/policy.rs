@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::compress::{Compressor, Ranks};
+use super::compressor::{Compressor, Ranks};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};

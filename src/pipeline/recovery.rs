@@ -8,7 +8,8 @@ use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
-use super::compress::{Given, Ranks};
+use super::compress::Given;
+use super::compressor::Ranks;
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::pass::{Block, Pass};

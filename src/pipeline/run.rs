@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::builder::Pipeline;
 use super::calibration::{Calibration, Given};
-use super::compress::Compressor;
+use super::compressor::Compressor;
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;

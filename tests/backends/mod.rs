@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mcsmoe::linalg::{Factorise, PureRust};
 use mcsmoe::stage::Context;
 
-pub fn backends() -> Vec<Arc<dyn Factorise>> {
+pub(crate) fn backends() -> Vec<Arc<dyn Factorise>> {
     vec![
         Arc::new(PureRust),
         #[cfg(feature = "lapack")]
@@ -13,6 +13,6 @@ pub fn backends() -> Vec<Arc<dyn Factorise>> {
     ]
 }
 
-pub fn contexts(seed: u64) -> Vec<Context> {
+pub(crate) fn contexts(seed: u64) -> Vec<Context> {
     backends().into_iter().map(|b| Context::cpu(seed).with_factorise(b)).collect()
 }

@@ -1,0 +1,105 @@
+//! What the matrices of a merged layer have to offer a size budget.
+
+use ndarray::{ArrayView2, Axis};
+
+use super::compress::{matrices, moments};
+use crate::decompose::ranks::Spectrum;
+use crate::error::{Locate, Result};
+use crate::model::{Expert, ExpertView, MergedLayer, Role, RoutingStats};
+use crate::par;
+use crate::stage::Context;
+
+/// Damping of the moments behind whitened spectra.
+const DAMPING: f64 = 1e-6;
+
+/// The spectra of all matrices of a merged layer, expert by expert.
+pub(super) fn spectra(
+    layer: &MergedLayer,
+    stats: &RoutingStats,
+    counted: &RoutingStats,
+    cx: &Context,
+) -> Result<Vec<Spectrum>> {
+    let jobs = matrices(&layer.experts);
+    let inner = cx.per_task();
+    let inputs = stats.samples.as_ref().map(|s| s.inputs.view()).filter(|x| x.nrows() > 0);
+    let Some(x) = inputs else {
+        let usage = usage(layer, counted);
+        return par::map(jobs.len(), |i| {
+            let (e, role) = jobs[i];
+            let weight = matrix(layer.experts[e].view(), role);
+            let square: f64 = weight.iter().map(|&x| f64::from(x).powi(2)).sum();
+            let count = if square > 0.0 { usage[e] / square } else { 0.0 };
+            Spectrum::of(weight, None, DAMPING, count, &inner).in_expert(e)
+        });
+    };
+    let visits = layer.visits(layer.narrowed.is_some(), x, cx.compute())?;
+    let mass: Vec<f64> = visits
+        .iter()
+        .map(|visits| visits.iter().map(|(_, w)| f64::from(*w).powi(2)).sum())
+        .collect();
+    // An expert that no sample visits is not worth nothing.
+    let floor = 0.01 * mass.iter().sum::<f64>() / mass.len().max(1) as f64;
+    par::map(jobs.len(), |i| {
+        let (e, role) = jobs[i];
+        let expert = &layer.experts[e];
+        let of_one = || {
+            let moments = moments(expert, role, x, &visits[e], &inner)?;
+            let reach = reach(expert, role, x, &visits[e], &inner)?;
+            let weight = mass[e].max(floor) * reach;
+            let matrix = matrix(expert.view(), role);
+            Spectrum::of(matrix, Some(&moments), DAMPING, weight, &inner)
+        };
+        of_one().in_expert(e)
+    })
+}
+
+fn matrix<'a>(view: ExpertView<'a>, role: Role) -> ArrayView2<'a, f32> {
+    view.linear(role).unwrap_or(view.up).weight
+}
+
+/// The share of the layer's tokens that each merged expert gets.
+fn usage(layer: &MergedLayer, counted: &RoutingStats) -> Vec<f64> {
+    let usage = counted.usage();
+    let members = |g: usize| layer.grouping.members(g);
+    (0..layer.experts.len()).map(|g| members(g).iter().map(|&e| usage[e]).sum()).collect()
+}
+
+/// How much of a unit squared error in a matrix's output reaches the expert's: 1 for down, else
+/// the mean over hidden units `a` of `‖W_down[:, a]‖² · E[(∂h_a/∂z_a)²]` over the visiting tokens.
+fn reach(
+    expert: &Expert,
+    role: Role,
+    x: ArrayView2<'_, f32>,
+    visits: &[(usize, f32)],
+    cx: &Context,
+) -> Result<f64> {
+    let view = expert.view();
+    if role == Role::Down {
+        return Ok(1.0);
+    }
+    let tokens: Vec<usize> = match visits {
+        [] => (0..x.nrows()).collect(),
+        visits => visits.iter().map(|(token, _)| *token).collect(),
+    };
+    let x = x.select(Axis(0), &tokens);
+    let up = view.up.forward(x.view(), cx.compute())?;
+    let gate = view.gate.map(|gate| gate.forward(x.view(), cx.compute())).transpose()?;
+    let slope = |t: usize, a: usize| match &gate {
+        None => view.activation.slope(up[[t, a]]),
+        Some(gate) => {
+            let (by_gate, by_up) = view.activation.gate_slopes(gate[[t, a]], up[[t, a]]);
+            if role == Role::Gate { by_gate } else { by_up }
+        }
+    };
+    let (t, f) = up.dim();
+    let mut squares = vec![0.0; f];
+    for row in 0..t {
+        for (a, square) in squares.iter_mut().enumerate() {
+            *square += f64::from(slope(row, a)).powi(2);
+        }
+    }
+    let columns = view.down.weight.columns().into_iter();
+    let norms = columns.map(|c| c.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>());
+    let total: f64 = norms.zip(&squares).map(|(norm, square)| norm * square).sum();
+    Ok(total / (t * f).max(1) as f64)
+}
