@@ -247,7 +247,7 @@ fn mixtral_8x7b_is_planned_from_headers() {
     assert_eq!((found.experts.before, found.experts.after), (256, 128));
     assert_eq!(found.shards, 10);
     // A layer in f32 is 5.6 GB, with its pages 8.5 GB; nothing near the model's 93 GB.
-    assert!((8_400_000_000..16_000_000_000).contains(&found.memory.peak), "{:?}", found.memory);
+    assert!((8_400_000_000..20_000_000_000).contains(&found.memory.peak), "{:?}", found.memory);
     assert_eq!(answers(&found), [Answer::Accepts; 3]);
     let vllm = found.runtimes[1].notes.join("\n");
     assert!(vllm.contains("even over 1, 2, 4 ranks"), "{vllm}");
@@ -290,8 +290,8 @@ fn qwen3_235b_is_planned_from_headers() {
 fn deepseek_v3_is_planned_from_headers() {
     let model = deepseek_v3();
     let found = of(model.path(), &stock("fast", Keep::Experts(128))).unwrap();
-    // 671 B and 14 B of the prediction layer; FP8 becomes bf16: half of the experts are as large.
-    assert!((684_000_000_000..686_000_000_000).contains(&found.parameters.before), "{found:?}");
+    // 671 B as published and the layer of prediction; as bf16 half of the experts are as large.
+    assert!((682_000_000_000..685_000_000_000).contains(&found.parameters.before), "{found:?}");
     assert!(
         (0.9..1.1).contains(&(found.expert_bytes.after as f64 / found.expert_bytes.before as f64))
     );

@@ -1,6 +1,9 @@
 //! Which runtimes will load a target, which will not, and why.
 //!
-//! Read from their sources (transformers 5, vLLM 0.11, llama.cpp of late 2025), not tried here.
+//! None of the runtimes was tried. That vLLM splits experts unevenly over ranks, and llama.cpp's
+//! limit of experts, were read in their code (512; a later llama.cpp has 1024); the lists of
+//! families, the even split that vLLM's load balancing needs and the rows of K-quants are general
+//! knowledge of these programs, and age.
 
 use std::collections::BTreeMap;
 
