@@ -5,7 +5,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)] // A test fails by panicking.
 
-use mcsmoe::linalg::{Activation, Compute, Cpu, LinearView, Mlp, Product, Randomized, Term, rsvd};
+use mcsmoe::linalg::{
+    Activation, Compute, Cpu, LinearView, Mlp, Product, PureRust, Randomized, Term, rsvd,
+};
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 /// Values in [−1, 1] with full mantissas, or in bf16.
@@ -266,7 +268,7 @@ fn held_matrices_and_the_randomised_svd() {
     let a = matrix(210, 150, 1, false);
     let b = matrix(150, 40, 2, false);
     let reference = {
-        let found = rsvd(a.view(), 6, &Randomized::default(), 5, &Cpu::new()).unwrap();
+        let found = rsvd(a.view(), 6, &Randomized::default(), 5, &Cpu::new(), &PureRust).unwrap();
         assert!(!found.fell_back);
         found
     };
@@ -286,7 +288,7 @@ fn held_matrices_and_the_randomised_svd() {
                 assert!((square - row.dot(&row)).abs() <= 2f64.powi(-34) * 154.0, "{name}");
             }
         }
-        let found = rsvd(a.view(), 6, &Randomized::default(), 5, &*device).unwrap();
+        let found = rsvd(a.view(), 6, &Randomized::default(), 5, &*device, &PureRust).unwrap();
         assert_eq!(found.products, reference.products, "{name}");
         for (f, r) in found.svd.s.iter().zip(&reference.svd.s) {
             assert!((f / r - 1.0).abs() <= 1e-5, "{name}: {f} {r}");

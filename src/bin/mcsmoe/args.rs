@@ -31,9 +31,33 @@ impl Global {
     pub(crate) fn compute(&self) -> Outcome<Arc<dyn Compute>> {
         match self.device.as_str() {
             "cpu" => Ok(Arc::new(Cpu::new())),
-            other => Err(Failure::Usage(format!("no device `{other}`; there is: cpu"))),
+            other => gpu(other),
         }
     }
+}
+
+/// `gpu`, `gpu:2` by index, `gpu:NAME` by a part of the adapter's name.
+#[cfg(feature = "gpu")]
+fn gpu(device: &str) -> Outcome<Arc<dyn Compute>> {
+    use mcsmoe::gpu::{Gpu, Options};
+    let options = match device.strip_prefix("gpu:") {
+        None if device == "gpu" => Options::default(),
+        None => {
+            let found = format!("no device `{device}`; there are: cpu, gpu, gpu:INDEX, gpu:NAME");
+            return Err(Failure::Usage(found));
+        }
+        Some(which) => match which.parse() {
+            Ok(index) => Options::index(index),
+            Err(_) => Options::named(which),
+        },
+    };
+    Ok(Arc::new(Gpu::with(&options)?))
+}
+
+#[cfg(not(feature = "gpu"))]
+fn gpu(device: &str) -> Outcome<Arc<dyn Compute>> {
+    let built = "this tool was built without the feature `gpu`";
+    Err(Failure::Usage(format!("no device `{device}`; there is: cpu ({built})")))
 }
 
 /// What is done to the experts: a recipe file, or a preset and a few choices.
@@ -42,7 +66,7 @@ pub(crate) struct Method {
     /// A recipe in TOML, YAML or JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["preset", "keep", "top_k", "seed"])]
     pub(crate) recipe: Option<PathBuf>,
-    /// A named recipe: m-smoe, mc-smoe, hc-smoe, reap, ream, fast, balanced, best.
+    /// A named recipe: m-smoe, mc-smoe, mc-smoe-budget, hc-smoe, reap, ream, fast, balanced, best.
     #[arg(long, value_name = "NAME")]
     pub(crate) preset: Option<String>,
     /// How many experts stay: `4` per layer, `50%` of them, or `total:96` over all layers.
