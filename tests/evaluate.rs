@@ -189,7 +189,7 @@ fn other_families_and_other_models_are_refused() {
     let model = copied(&bundled());
     let config = model.path().join("config.json");
     let own = std::fs::read_to_string(&config).unwrap();
-    std::fs::write(&config, own.replace("\"mixtral\"", "\"minimax_m2\"")).unwrap();
+    std::fs::write(&config, own.replace("\"mixtral\"", "\"granitemoe\"")).unwrap();
     let error = evaluate(model.path(), text.path(), &options(40, 1)).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Unsupported { .. }));
     let says = error.to_string();

@@ -140,7 +140,7 @@ mod tests {
             logit_gram: Some(ndarray::arr2(&[[5.0, 1.0], [1.0, 2.0]])),
             router_mass: Some(vec![2.2, 0.8]),
             mean_output: Some(ndarray::arr2(&[[0.5, 1.0, 0.1], [0.0, 1.5, -2.0]])),
-            ..RoutingStats::from_counts(vec![4, 2], 3)
+            ..RoutingStats::from_counts(vec![4, 2], 4)
         };
         let metadata = [("model_type".to_owned(), "mixtral".to_owned())].into_iter().collect();
         let layers = [(LayerId::causal(1), stats)].into_iter().collect();

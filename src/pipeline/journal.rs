@@ -125,6 +125,16 @@ impl Journal {
         fs::remove_file(&path).map_err(|e| Error::io("remove journal", e)).in_file(&path)
     }
 
+    /// Removes the folder of a run that has failed before there was anything to go on from.
+    pub(super) fn discard_if_bare(folder: &Path) {
+        let Ok(text) = fs::read_to_string(folder.join(NAME)) else { return };
+        let lines = parse(&text).0;
+        if !lines.iter().any(|l| matches!(l, Line::Statistics(_) | Line::Layer(..))) {
+            // The run's own error is what is told.
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+
     /// All whole lines; what follows the last is cut off.
     fn read(&mut self) -> std::io::Result<Vec<Line>> {
         let mut bytes = Vec::new();

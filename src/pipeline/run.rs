@@ -25,10 +25,11 @@ use crate::stage::Needs;
 /// the model first.
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
-/// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed leaves
-/// that folder, and the same call goes on from the last layer that was written; the target has the
-/// bytes of an undisturbed run. With another source, calibration or recipe it is refused. A run
-/// that shall leave nothing behind is [`Pipeline::run_calibrated`] without [`Output::resume`].
+/// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed once
+/// something was computed leaves that folder, and the same call goes on from the last layer that
+/// was written; the target has the bytes of an undisturbed run. With another source, calibration or
+/// recipe it is refused. A run that shall leave nothing behind is [`Pipeline::run_calibrated`]
+/// without [`Output::resume`].
 ///
 /// # Errors
 /// Before any weight is read: an unreadable or unsupported checkpoint, statistics of another model
@@ -74,7 +75,7 @@ pub struct Output {
     /// the partial folder.
     pub memory: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
-    /// leaves the partial folder after a failure. The target has the bytes of an undisturbed run.
+    /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target has the bytes of an undisturbed run.
     /// Refused when source, statistics or text, recipe or export are not those of that run. A run
     /// with a recoverer and text keeps the hidden states behind its last layers in the partial
     /// folder for that, `12 t d_model` bytes (twice that in an encoder-decoder model).
@@ -158,21 +159,36 @@ impl Pipeline {
         }
         let begin = if output.resume { Partial::resume } else { Partial::create };
         let partial = begin(source.dir(), target)?;
-        let mut journal = Journal::open(partial.path(), &print)?;
+        let journal = Journal::open(partial.path(), &print)?;
+        let folder = partial.path().to_owned();
+        let (shapes, ids) = (&shapes[..], &ids[..]);
+        let shown = (output, observer);
+        let done = self.begun(source, given, (shapes, ids), shown, (partial, journal), target);
+        if done.is_err() && output.resume {
+            Journal::discard_if_bare(&folder);
+        }
+        done
+    }
+
+    /// A run whose partial folder is there.
+    fn begun(
+        &self,
+        source: &Checkpoint,
+        given: Given<'_>,
+        (shapes, ids): (&[LayerShape], &[LayerId]),
+        (output, observer): (&Output, &dyn Observer),
+        (partial, mut journal): (Partial, Journal),
+        target: &Path,
+    ) -> Result<Report> {
         let collected;
-        let stats = match given {
-            Given::Statistics(stats) => stats,
+        let (stats, tokens) = match given {
+            Given::Statistics(stats) => (stats, None),
             Given::Tokens(tokens) => {
                 let scratch = (partial.path(), output.memory);
                 collected = self.collect(source, tokens, &mut journal, scratch, observer)?;
-                &collected
+                (&collected, Some(tokens))
             }
         };
-        let tokens = match given {
-            Given::Statistics(_) => None,
-            Given::Tokens(tokens) => Some(tokens),
-        };
-        let (shapes, ids) = (&shapes[..], &ids[..]);
         let job = Job { source, stats, tokens, shapes, ids, output, observer };
         self.run_job(&job, partial, journal, target)
     }
