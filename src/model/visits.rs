@@ -1,6 +1,6 @@
 //! Which tokens visit which expert of a merged layer.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2};
 
 use super::layer::MergedLayer;
 use super::router::{Router, Routing};
@@ -86,17 +86,32 @@ pub struct OutputSums {
     pub sum: Vec<f64>,
 }
 
+/// `‖y‖₂`.
+fn norm(y: ArrayView1<'_, f32>) -> f64 {
+    y.iter().map(|&y| f64::from(y) * f64::from(y)).sum::<f64>().sqrt()
+}
+
 impl OutputSums {
-    /// Of the outputs `(t, d_model)` of one block.
-    pub fn of(outputs: ArrayView2<'_, f32>) -> Self {
-        let norm = |y: ndarray::ArrayView1<'_, f32>| {
-            y.iter().map(|&y| f64::from(y) * f64::from(y)).sum::<f64>().sqrt()
-        };
-        let mut sum = vec![0.0; outputs.ncols()];
-        for row in outputs.rows() {
-            sum.iter_mut().zip(row).for_each(|(sum, &y)| *sum += f64::from(y));
+    /// Of one block: its outputs `(t, d_model)`, which hold their weights as factors. Visits of
+    /// weights below `least` are left for [`OutputSums::put`].
+    pub fn of(outputs: ArrayView2<'_, f32>, weights: &[f32], least: f32) -> Self {
+        let mut sums = Self { norms: Vec::new(), sum: vec![0.0; outputs.ncols()] };
+        for (y, &w) in outputs.rows().into_iter().zip(weights) {
+            let scale = if w < least { 0.0 } else { f64::from(w).recip() };
+            sums.norms.push(norm(y) * scale);
+            sums.sum.iter_mut().zip(y).for_each(|(sum, &y)| *sum += scale * f64::from(y));
         }
-        Self { norms: outputs.rows().into_iter().map(norm).collect(), sum }
+        sums
+    }
+
+    /// Puts the outputs before the weights of some visits of the block.
+    pub fn put(&mut self, visits: &[usize], outputs: ArrayView2<'_, f32>) {
+        for (&i, y) in visits.iter().zip(outputs.rows()) {
+            if let Some(known) = self.norms.get_mut(i) {
+                *known = norm(y);
+            }
+            self.sum.iter_mut().zip(y).for_each(|(sum, &y)| *sum += f64::from(y));
+        }
     }
 
     /// Appends the block that follows.

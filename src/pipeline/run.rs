@@ -75,10 +75,11 @@ pub struct Output {
     /// the partial folder.
     pub memory: u64,
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
-    /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target has the bytes of an undisturbed run.
-    /// Refused when source, statistics or text, recipe or export are not those of that run. A run
-    /// with a recoverer and text keeps the hidden states behind its last layers in the partial
-    /// folder for that, `12 t d_model` bytes (twice that in an encoder-decoder model).
+    /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target
+    /// has the bytes of an undisturbed run. Refused when source, statistics or text, recipe or
+    /// export are not those of that run. A run with a recoverer and text keeps the hidden states
+    /// behind its last layers in the partial folder for that, `12 t d_model` bytes (twice that in
+    /// an encoder-decoder model).
     pub resume: bool,
 }
 
