@@ -160,14 +160,15 @@ impl Planned<'_> {
         reasons
     }
 
-    fn transformers(&self, reasons: Vec<String>) -> RuntimePlan {
+    fn transformers(&self, mut reasons: Vec<String>) -> RuntimePlan {
         let mut notes = Vec::new();
-        if self.export == Export::Native {
-            notes.push(
-                "with trust_remote_code where the folder ships a modelling file that knows \
-                        the expert map"
-                    .into(),
-            );
+        if self.export == Export::Native && self.family.starts_with("llama4") {
+            // Its weights are on the experts' inputs, which the folder's own code does not know.
+            reasons = vec!["the code in a native folder does not run Llama-4".into()];
+        } else if self.export == Export::Native {
+            reasons.clear();
+            notes
+                .push("with trust_remote_code=True: the folder holds the code that runs it".into());
         }
         self.mtp_note(&mut notes);
         // Whatever it is, transformers has the class that config.json names.
