@@ -89,6 +89,8 @@ pub mod par;
 pub mod pipeline;
 pub mod prelude;
 pub mod recover;
+#[cfg(feature = "report")]
+pub mod report;
 pub mod similarity;
 pub mod stage;
 

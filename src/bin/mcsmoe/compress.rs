@@ -1,7 +1,8 @@
 //! `compress`: matrices in factors, after merging or without it.
 
 use clap::ValueEnum;
-use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep};
+use mcsmoe::model::Structure;
+use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep, Portion, Size};
 
 use crate::args::{Global, Method, Running, TextArgs};
 use crate::exit::{Failure, Outcome};
@@ -25,6 +26,13 @@ pub(crate) struct Args {
     /// Share of the rows that stay dense.
     #[arg(long, value_name = "PERCENT", default_value = "10")]
     rows: f64,
+    /// The dense lines are columns.
+    #[arg(long)]
+    columns: bool,
+    /// Low rank of another rank for every matrix, so that the experts of a native folder have this
+    /// size, in percent of the source's.
+    #[arg(long, value_name = "PERCENT", conflicts_with_all = ["by", "rank", "rows", "columns"])]
+    size: Option<f64>,
     #[command(flatten)]
     text: TextArgs,
     #[command(flatten)]
@@ -50,7 +58,8 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     if args.method.recipe.is_none() {
         recipe.export = args.method.export.unwrap_or(ExportChoice::Native);
     }
-    if args.by.is_some() || recipe.compress.is_none() {
+    let asked = args.by.is_some() || args.size.is_some();
+    if asked || recipe.compress.is_none() {
         recipe.compress = Some(choice(args)?);
     }
     work::carry_out(&args.places, &recipe, (&args.text, &args.running), global, show)
@@ -61,12 +70,17 @@ fn choice(args: &Args) -> Outcome<CompressChoice> {
     if !(rows > 0.0 && rows <= 1.0) {
         return Err(Failure::Usage(format!("--rows {}: above 0, at most 100", args.rows)));
     }
+    if let Some(percent) = args.size {
+        let (size, of) = (Size::Percent(percent), Portion::Experts);
+        return Ok(CompressChoice::Size { size, of, least_rank: 1 });
+    }
     let (rank, score) = (args.rank, Default::default());
+    let structure = if args.columns { Structure::Columns } else { Structure::Rows };
     Ok(match args.by.unwrap_or(By::LowRankSparse) {
-        By::LowRankSparse => CompressChoice::LowRankSparse { rank, rows, score },
+        By::LowRankSparse => CompressChoice::LowRankSparse { rank, rows, score, structure },
         By::Svd => CompressChoice::Svd { rank },
         By::WhitenedSvd => CompressChoice::WhitenedSvd { rank },
-        By::Complement => CompressChoice::Complement { rank, rows },
-        By::Sparse => CompressChoice::Sparse { rows, score },
+        By::Complement => CompressChoice::Complement { rank, rows, structure },
+        By::Sparse => CompressChoice::Sparse { rows, score, structure },
     })
 }
