@@ -94,7 +94,7 @@ impl Bars<'_> {
         let (n, (low, high)) = (self.names.len(), self.range());
         let mut chart = ChartBuilder::on(root)
             .margin(8)
-            .x_label_area_size(24)
+            .x_label_area_size(28)
             .y_label_area_size(52)
             .build_cartesian_2d(-0.5..n as f64 - 0.5, low..high)?;
         let name = |x: &f64| match (x.round() as usize, (x - x.round()).abs() < 1e-6) {
@@ -109,7 +109,7 @@ impl Bars<'_> {
             .light_line_style(GREY.mix(0.0))
             .bold_line_style(GREY.mix(0.25))
             .axis_style(GREY.mix(0.7))
-            .label_style(words(12, HPos::Center, VPos::Center))
+            .label_style(words(14, HPos::Center, VPos::Center))
             .x_labels(n.min(fit.max(2) as usize))
             .x_label_formatter(&name)
             .y_labels(5)

@@ -72,8 +72,11 @@ pub(super) fn map(layer: &LayerReport, cells: usize, range: (f64, f64)) -> Resul
         let mut start = 0;
         for group in &layer.groups {
             let end = start + group.members.len();
-            let corners = [(at(start, n), at(start, n)), (at(end, n), at(end, n))];
-            root.draw(&Rectangle::new(corners, FRAME.stroke_width(2)))?;
+            // Two lines, because one is all that the backend draws for any width.
+            for inset in [0, 1] {
+                let (from, to) = (at(start, n) + inset, at(end, n) - inset);
+                root.draw(&Rectangle::new([(from, from), (to, to)], FRAME))?;
+            }
             start = end;
         }
         labels(root, &order, &at)
@@ -90,9 +93,9 @@ fn labels(
     let every = n.div_ceil(16);
     for (i, expert) in order.iter().enumerate().step_by(every) {
         let middle = (at(i, n) + at(i + 1, n)) / 2;
-        let above = words(12, HPos::Center, VPos::Bottom);
+        let above = words(13, HPos::Center, VPos::Bottom);
         root.draw(&Text::new(expert.to_string(), (middle, EDGE - 5), above))?;
-        let beside = words(12, HPos::Right, VPos::Center);
+        let beside = words(13, HPos::Right, VPos::Center);
         root.draw(&Text::new(expert.to_string(), (EDGE - 5, middle), beside))?;
     }
     Ok(())
@@ -118,7 +121,7 @@ pub(super) fn scale((low, high): (f64, f64)) -> Result<String> {
             let corners = [(left, 2), (50 + (i + 1) * 220 / STEPS, 18)];
             root.draw(&Rectangle::new(corners, colour(share, (0.0, 1.0)).filled()))?;
         }
-        let style = |side| words(12, side, VPos::Center);
+        let style = |side| words(13, side, VPos::Center);
         root.draw(&Text::new(format!("{low:.2}"), (44, 10), style(HPos::Right)))?;
         root.draw(&Text::new(format!("{high:.2}"), (276, 10), style(HPos::Left)))
     })

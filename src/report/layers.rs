@@ -113,12 +113,15 @@ pub(super) fn overview(report: &Report, details: &Details) -> Result<String> {
 pub(super) fn sections(report: &Report) -> Result<String> {
     let layers = &report.layers;
     let range = heat::range(layers);
+    let metric = report.stages.iter().find_map(|stage| stage.strip_prefix("similarity "));
+    let metric = metric.map_or(String::new(), |name| format!(" by {name}"));
     let mut out = format!(
-        "<figure class=\"wide\">{}<figcaption>Similarity of two experts, by the run's metric, the \
+        "<figure class=\"wide\">{}<figcaption>Similarity of two experts{}, the \
          same colours in all layers. Experts are in the order of their groups, which are framed; \
          dropped experts come last.</figcaption></figure>\n<p class=\"soft\">Usage: {}{}{}; the \
          dashed line is even use.</p>\n",
         heat::scale(range)?,
+        escape(&metric),
         key(SERIES[0], "dominant expert of its group", true),
         key(SERIES[1], "merged into it", false),
         key(GREY, "dropped", false),
