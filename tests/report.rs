@@ -234,8 +234,9 @@ fn the_card_tells_hubs_and_people() {
 fn text_of_others_stays() {
     let (report, details) = run();
     let card = model_card(report, &Details { quality: None, ..details.clone() });
-    let original = "---\r\nlicense: apache-2.0\r\ntags:\r\n- moe\r\nbase_model: older\r\nmodel-index:\r\n\
-                    - name: x\r\n---\r\n\r\n# The original\r\nIts text.\r\n";
+    let original = "---\nlicense: apache-2.0\ntags:\n- moe\nbase_model: older\nmodel-index:\n\
+                    - name: x\n---\n\n# The original\nIts text.\n";
+    let original = &*original.replace('\n', "\r\n");
     let both = with_original(&card, original);
     let (yaml, text) = front(&both);
     assert_eq!((&yaml["license"], &yaml["base_model"]), (&"apache-2.0".into(), &"older".into()));

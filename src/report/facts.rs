@@ -62,8 +62,8 @@ pub(super) fn limits(report: &Report, details: &Details) -> Vec<String> {
     )];
     if report.layers.iter().any(|l| l.output_error.is_some()) {
         limits.push(
-            "Output errors are those of one layer's routed experts on recorded inputs of the \
-             original; errors of earlier layers are not included."
+            "Output errors compare one layer's routed experts with the original's on the same \
+             inputs: how errors add up over layers they do not tell."
                 .into(),
         );
     }
@@ -101,6 +101,8 @@ pub(super) fn limits(report: &Report, details: &Details) -> Vec<String> {
             "Nothing here tells how well the model predicts text: no evaluation was given.".into()
         }
     });
-    limits.push("Spectra of the matrices are not recorded; stable ranks are, by layer.".into());
+    if report.compression.is_some() {
+        limits.push("Of the spectra of the matrices only stable ranks are recorded.".into());
+    }
     limits
 }
