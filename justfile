@@ -23,21 +23,13 @@ doc:
 test:
     .ci/run test
 
-# The command-line tool, its tests and pages.
-cli:
-    .ci/run cli
+# The tool, LAPACK and the shaders; installs OpenBLAS and a software Vulkan driver if missing.
+features:
+    .ci/run features
 
 # Runs every example.
 examples:
     .ci/run examples
-
-# The same laws on LAPACK; installs OpenBLAS if it is missing.
-lapack:
-    .ci/run lapack
-
-# The shaders on a software Vulkan driver, which it installs if it is missing.
-gpu:
-    .ci/run gpu
 
 # Compiles the benches without running them.
 bench-build:

@@ -41,7 +41,8 @@
 //!
 //! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
 //! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
-//! The same input gives the same bytes at any number of threads.
+//! The same input gives the same bytes at any number of threads. `report`, behind a feature of that
+//! name, shows a run as a page with pictures and as a model card.
 //!
 //! # A stage of one's own
 //!
@@ -89,6 +90,8 @@ pub mod par;
 pub mod pipeline;
 pub mod prelude;
 pub mod recover;
+#[cfg(feature = "report")]
+pub mod report;
 pub mod similarity;
 pub mod stage;
 

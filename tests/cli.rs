@@ -139,6 +139,8 @@ fn a_recipe_runs_end_to_end_on_any_number_of_threads() {
     };
     let (one, two) = (p.at("one"), p.at("two"));
     let done = once(&one, "1");
+    let evaluated = p.at("run.json");
+    fs::write(&evaluated, done.to_string()).unwrap();
     assert!(done["comparison"]["kl"].as_f64().unwrap() > 0.0);
     assert!(done["verification"]["checks"].as_array().unwrap().len() >= 7);
     assert!(done["report"]["compression"].is_object());
@@ -160,7 +162,46 @@ fn a_recipe_runs_end_to_end_on_any_number_of_threads() {
         &"--shard-size",
         &"700k",
     ]);
+    let card = |folder: &Path| fs::read(folder.join("README.md")).unwrap();
+    assert!(card(&one) != card(&compressed), "one has a perplexity");
+    // With that evaluation its card is the other's too.
+    let card = compressed.join("README.md");
+    json(&[&"report", &compressed, &"--card", &card, &"--evaluation", &evaluated]);
     assert_same(&one, &compressed);
+}
+
+#[test]
+fn a_run_leaves_a_card_and_a_page() {
+    let p = Places::new();
+    let (model, target, page) = (p.at("model"), p.at("target"), p.at("page.html"));
+    fs::create_dir(&model).unwrap();
+    for (name, bytes) in contents(&p.model) {
+        fs::write(model.join(name), bytes).unwrap();
+    }
+    let original = "---\nlicense: mit\n---\n# Of the original\n";
+    fs::write(model.join("README.md"), original).unwrap();
+    json(&[&"run", &model, &p.stats, &target, &"--keep", &"4", &"--html", &page]);
+    let card = fs::read_to_string(target.join("README.md")).unwrap();
+    assert!(card.starts_with("---\nlicense: mit\nlibrary_name: transformers\n"), "{card}");
+    assert!(card.contains("16 of 32 experts") && card.ends_with("# Of the original\n"), "{card}");
+    json(&[&"verify", &target, &"--source", &model]);
+
+    // The same page later, and with a perplexity; the card in the target is renewed in its place.
+    let (again, score) = (p.at("again.html"), p.at("score.json"));
+    json(&[&"report", &target, &"--html", &again]);
+    assert_eq!(fs::read(&again).unwrap(), fs::read(&page).unwrap());
+    let legal = fixture("text/legal.txt");
+    let found = json(&[&"evaluate", &target, &legal, &"--windows", &"1"]);
+    fs::write(&score, found.to_string()).unwrap();
+    let file = target.join("README.md");
+    let (html, card, with) = ("--html", "--card", "--evaluation");
+    json(&[&"report", &target, &html, &again, &card, &file, &with, &score]);
+    let renewed = fs::read_to_string(&file).unwrap();
+    assert!(renewed.contains("Perplexity ") && renewed.ends_with("# Of the original\n"));
+    assert!(fs::read_to_string(&again).unwrap().contains("perplexity</span>"));
+    json(&[&"verify", &target, &"--source", &model]);
+    let (code, _, err) = run(&[&"report", &target, &"--html", &again, &"--evaluation", &file]);
+    assert!(code == 3 && err.contains("README.md"), "{err}");
 }
 
 #[test]
@@ -240,8 +281,9 @@ fn a_killed_run_is_resumed_to_the_same_bytes() {
         assert_eq!(args(&target, &[]).status().unwrap().code(), Some(5), "without --resume");
         let other = ["--resume", "--seed", "9"];
         assert_eq!(args(&target, &other).status().unwrap().code(), Some(5), "another recipe");
-        assert!(args(&target, &["--resume"]).status().unwrap().success());
     }
+    // Of a target that is whole only the card may be missing.
+    assert!(args(&target, &["--resume"]).status().unwrap().success());
     assert_same(&target, &whole);
 }
 

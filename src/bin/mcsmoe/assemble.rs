@@ -8,6 +8,7 @@ use mcsmoe::checkpoint::Checkpoint;
 
 use crate::args::{Global, Method, Running};
 use crate::exit::{Failure, Outcome};
+use crate::paper;
 use crate::progress::{Progress, peak_memory};
 use crate::show::Show;
 use crate::work::{self, Finished, Places};
@@ -39,11 +40,13 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let output = args.running.output(&recipe);
     let progress = Progress::new(global, &source);
     let report = pipeline.assemble(&source, &stats, &args.parts, target, &output, &progress);
+    let report = report?;
+    paper::card(&args.places, &report, None)?;
     let done = Finished {
         target: target.clone(),
         seconds: start.elapsed().as_secs_f64(),
         peak_memory: peak_memory(),
-        report: report?,
+        report,
     };
     show.result(&done, |out| work::tell(&done, out))
 }

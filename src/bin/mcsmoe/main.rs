@@ -14,6 +14,7 @@ mod generate;
 mod inspect;
 mod manual;
 mod merge;
+mod paper;
 mod plan;
 mod progress;
 mod report;

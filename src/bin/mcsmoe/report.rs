@@ -4,20 +4,51 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use mcsmoe::pipeline::{Change, Report};
+use mcsmoe::report::{Details, Quality};
 
 use crate::exit::Outcome;
+use crate::paper;
 use crate::show::{Show, bytes, count};
 
-/// Groups, output errors and savings of a merged checkpoint.
+/// Groups, output errors and savings of a merged checkpoint; as a page with pictures or a model
+/// card too.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// A folder that a run has written.
     target: PathBuf,
+    /// Write the report as one HTML page that loads nothing.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write a model card; in a file that exists only what an earlier card wrote is replaced.
+    #[arg(long, value_name = "FILE")]
+    card: Option<PathBuf>,
+    /// Perplexity or divergence for both: what `evaluate --json` or `run --evaluate TEXT --json`
+    /// printed.
+    #[arg(long, value_name = "FILE")]
+    evaluation: Option<PathBuf>,
+    /// The original's name on a model hub, for the card.
+    #[arg(long, value_name = "ORGANISATION/MODEL")]
+    base_model: Option<String>,
 }
 
 pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
     let report = Report::read(&args.target)?;
-    show.result(&report, |out| text(&report, out))
+    let quality = args.evaluation.as_deref().map(Quality::read).transpose()?;
+    if let Some(file) = &args.html {
+        paper::page(&args.target, &report, quality.clone(), file)?;
+    }
+    if let Some(file) = &args.card {
+        let base_model = args.base_model.clone();
+        let details = Details { base_model, quality, ..Details::read(&args.target)? };
+        paper::renew(&report, &details, file)?;
+    }
+    show.result(&report, |out| {
+        text(&report, out)?;
+        for file in [&args.html, &args.card].into_iter().flatten() {
+            writeln!(out, "{}: written", file.display())?;
+        }
+        Ok(())
+    })
 }
 
 /// The report for people.

@@ -7,11 +7,13 @@ use mcsmoe::Recipe;
 use mcsmoe::calibrate::StatsFile;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{Comparison, EvaluateOptions, Verification, compare, verify as check};
+use mcsmoe::report::Quality;
 use serde::Serialize;
 
 use crate::args::{Global, Method, Running, TextArgs, range};
 use crate::evaluate::sentence;
 use crate::exit::{Failure, Outcome};
+use crate::paper;
 use crate::progress::Progress;
 use crate::show::Show;
 use crate::verify;
@@ -32,16 +34,20 @@ pub(crate) struct Args {
     /// Compare the target with the source on this text, which calibration should not have seen.
     #[arg(long, value_name = "TEXT")]
     evaluate: Option<PathBuf>,
+    /// Write the report as a page with pictures, too.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Leave the verification out.
     #[arg(long)]
     no_verify: bool,
     /// Write these MoE layers only, positions in the list of `inspect`, for `assemble`; needs a
     /// statistics file.
     #[arg(long, value_name = "A..B", value_parser = range)]
-    #[arg(conflicts_with_all = ["evaluate", "part"])]
+    #[arg(conflicts_with_all = ["evaluate", "html", "part"])]
     layers: Option<Range<usize>>,
     /// The I-th of N equal shares of the layers, counted from 0: for arrays of jobs.
-    #[arg(long, value_name = "I/N", value_parser = share, conflicts_with = "evaluate")]
+    #[arg(long, value_name = "I/N", value_parser = share)]
+    #[arg(conflicts_with_all = ["evaluate", "html"])]
     part: Option<(usize, usize)>,
 }
 
@@ -77,6 +83,13 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
         None => None,
         Some(text) => Some(compare(&places.model, &places.target, text, &options)?),
     };
+    let quality = comparison.clone().map(|found| Quality::Comparison(Box::new(found)));
+    if quality.is_some() {
+        paper::card(places, &finished.report, quality.clone())?;
+    }
+    if let Some(file) = &args.html {
+        paper::page(&places.target, &finished.report, quality, file)?;
+    }
     let done = Done { finished, verification, comparison };
     show.result(&done, |out| {
         work::tell(&done.finished, out)?;

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+pub(crate) use mcsmoe::report::{bytes, count};
 use serde::Serialize;
 use serde_json::json;
 
@@ -57,29 +58,6 @@ fn whole(written: io::Result<()>) -> Outcome {
     }
 }
 
-/// Bytes in units of 1000, as disks are sold and shards are counted.
-pub(crate) fn bytes(n: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let (mut value, mut unit) = (n as f64, 0);
-    while value >= 999.95 && unit + 1 < UNITS.len() {
-        (value, unit) = (value / 1000.0, unit + 1);
-    }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
-}
-
-/// A number with its thousands apart.
-pub(crate) fn count(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::with_capacity(digits.len() * 4 / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 /// Seconds in the two largest units that matter.
 pub(crate) fn time(seconds: f64) -> String {
     if seconds < 60.0 {
@@ -97,14 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_readable() {
-        assert_eq!(["0 B", "999 B"], [bytes(0), bytes(999)].map(|s| s).each_ref().map(|s| &**s));
-        assert_eq!(bytes(1000), "1.0 kB");
-        assert_eq!(bytes(999_960_000), "1.0 GB");
-        assert_eq!(
-            (count(7), count(1234), count(1_000_000)),
-            ("7".into(), "1,234".into(), "1,000,000".into())
-        );
+    fn times_are_readable() {
         assert_eq!(time(59.94), "59.9 s");
         assert_eq!(time(61.0), "1 min 1 s");
         assert_eq!(time(7260.0), "2 h 1 min");

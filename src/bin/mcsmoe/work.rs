@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::args::{Global, Running, TextArgs};
 use crate::exit::{Failure, Outcome};
+use crate::paper;
 use crate::progress::{Progress, peak_memory};
 use crate::report;
 use crate::show::{Show, bytes, time};
@@ -61,11 +62,13 @@ pub(crate) fn execute(
     let progress = Progress::new(global, &source);
     let report = pipeline.run_calibrated(&source, &given, &places.target, &output, &progress);
     progress.done();
+    let report = report?;
+    paper::card(places, &report, None)?;
     Ok(Finished {
         target: places.target.clone(),
         seconds: start.elapsed().as_secs_f64(),
         peak_memory: peak_memory(),
-        report: report?,
+        report,
     })
 }
 

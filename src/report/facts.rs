@@ -1,0 +1,108 @@
+//! What page and card both tell.
+
+use super::details::Details;
+use super::text::{bytes, count, percent};
+use crate::pipeline::{Change, Report};
+
+/// A figure before and after, as text.
+pub(super) struct Row {
+    pub(super) what: &'static str,
+    pub(super) before: String,
+    pub(super) after: String,
+    pub(super) saved: String,
+}
+
+fn row(what: &'static str, change: Change<u64>, show: fn(u64) -> String) -> Row {
+    let Change { before, after } = change;
+    Row { what, before: show(before), after: show(after), saved: percent(change.saved()) }
+}
+
+/// Experts, parameters, bytes, operations.
+pub(super) fn sizes(report: &Report) -> Vec<Row> {
+    let mut rows = vec![row("experts", report.experts, count)];
+    if let Some(written) = &report.written {
+        rows.push(row("parameters", written.parameters, count));
+    }
+    rows.push(row("expert parameters", report.expert_parameters, count));
+    rows.push(row("MoE FLOPs per token", report.flops_per_token, count));
+    if let Some(found) = &report.compression {
+        rows.push(row("expert parameters, dense and factored", found.parameters, count));
+        rows.push(row("MoE FLOPs per token, dense and factored", found.flops_per_token, count));
+    }
+    if let Some(written) = &report.written {
+        rows.push(row("expert bytes", written.expert_bytes, bytes));
+        rows.push(row("tensor bytes", written.tensor_bytes, bytes));
+    }
+    rows
+}
+
+/// `mixtral, 16 of 32 experts`: the same wherever the target lies.
+pub(super) fn title(report: &Report) -> String {
+    let Change { before, after } = report.experts;
+    let family = report.family.as_deref().unwrap_or("a model");
+    format!("{family} with {after} of {before} experts")
+}
+
+/// The recipe's preset, if it had one.
+pub(super) fn preset(report: &Report) -> Option<&str> {
+    report.recipe.as_ref()?.get("preset")?.as_str()
+}
+
+/// The recipe as indented JSON, which `--recipe` reads.
+pub(super) fn recipe(report: &Report) -> Option<String> {
+    serde_json::to_string_pretty(report.recipe.as_ref()?).ok()
+}
+
+/// What the figures do not tell.
+pub(super) fn limits(report: &Report, details: &Details) -> Vec<String> {
+    let mut limits = vec![format!(
+        "Usage and similarity come from {} calibration tokens. What that text does not use was \
+         weighed least, and may be what is missing now.",
+        count(report.tokens)
+    )];
+    if report.layers.iter().any(|l| l.output_error.is_some()) {
+        limits.push(
+            "Output errors compare one layer's routed experts with the original's on the same \
+             inputs: how errors add up over layers they do not tell."
+                .into(),
+        );
+    }
+    let export = report.written.as_ref().map(|w| &*w.export);
+    match export {
+        Some("native") => limits.push(
+            "A native folder keeps the original's router and an expert map; it runs in mcsmoe, and \
+             in transformers with the code that lies in the folder, if there is any."
+                .into(),
+        ),
+        Some("expanded") => limits.push(
+            "An expanded folder repeats the merged experts: it is for checking and saves no bytes."
+                .into(),
+        ),
+        Some("stock") => limits.push(
+            "A stock folder has a narrowed router, which chooses otherwise than the original's \
+             with an expert map."
+                .into(),
+        ),
+        _ => {}
+    }
+    if report.compression.is_some() && export != Some("native") {
+        limits.push(
+            "The matrices lie multiplied out: figures that say dense and factored are those of a \
+             runtime that would hold the factors."
+                .into(),
+        );
+    }
+    limits.push(match &details.quality {
+        Some(found) => format!(
+            "Perplexity on {} tokens is no benchmark: measure the tasks that the model is for.",
+            count(found.target().score.tokens)
+        ),
+        None => {
+            "Nothing here tells how well the model predicts text: no evaluation was given.".into()
+        }
+    });
+    if report.compression.is_some() {
+        limits.push("Of the spectra of the matrices only stable ranks are recorded.".into());
+    }
+    limits
+}
