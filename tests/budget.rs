@@ -8,8 +8,8 @@ use mcsmoe::Result;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::decompose::LowRank;
 use mcsmoe::pipeline::{
-    CompressChoice, EvaluateOptions, ExportChoice, Keep, Portion, Recipe, Report, Size, SizeBudget,
-    evaluate, merge_then_compress,
+    CalibrateOptions, Calibration, CompressChoice, EvaluateOptions, ExportChoice, Keep, Portion,
+    Recipe, Report, Size, SizeBudget, Tokens, calibrate_to_file, evaluate, merge_then_compress,
 };
 use mcsmoe::stage::Needs;
 
@@ -71,6 +71,31 @@ fn whatever_fits_is_left_whole() {
     let options = EvaluateOptions { max_windows: 1, ..EvaluateOptions::default() };
     let of = |folder: &Path| evaluate(folder, &fixture("text"), &options).unwrap().score.nll;
     assert_eq!(of(&folder), of(&plain));
+}
+
+#[test]
+fn recovery_on_text_leaves_the_ranks_to_the_same_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let window = |w: u32| (0..64).map(|i| (i * i * 17 + i * 5 + w * 131) % 2048).collect();
+    let tokens = Tokens::Windows((0..6).map(window).collect());
+    let (source, stats) = (fixture("mixtral-8e"), dir.path().join("stats.safetensors"));
+    let model = Checkpoint::open(&source).unwrap();
+    let options = CalibrateOptions::default();
+    calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &options, &stats).unwrap();
+    let mut recipe = Recipe::preset("fast", Keep::Experts(6)).unwrap();
+    recipe.compress =
+        CompressChoice::Size { size: Size::Percent(20.0), of: Portion::Experts, least_rank: 1 }
+            .into();
+    let shapes = |calibration: Calibration, name: &str| {
+        let folder = dir.path().join(name);
+        merge_then_compress(&source, calibration, &recipe, &folder).unwrap();
+        let folder = Checkpoint::open(&folder).unwrap();
+        let shapes = folder.tensors().map(|(name, _, shape)| (name.to_owned(), shape.to_vec()));
+        shapes.collect::<Vec<_>>()
+    };
+    let found = shapes(tokens.clone().into(), "text");
+    assert!(found.iter().any(|(name, _)| name.contains("experts.5")));
+    assert_eq!(found, shapes(stats.clone().into(), "statistics"));
 }
 
 #[test]

@@ -40,7 +40,10 @@ impl Pipeline {
     pub(super) fn needs_along_text(&self) -> Needs {
         let Some(recoverer) = &self.recoverer else { return self.needs() | Needs::SAMPLES };
         let merge = Plan { recoverer: None, compressor: None, ..self.plan(false) }.merge_needs();
-        self.measure_needs() | self.similarity.needs() | merge | recoverer.needs()
+        // A size budget weighs the matrices of all layers before the first is recovered.
+        let weighs = self.size_budget().is_some();
+        let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
+        self.measure_needs() | self.similarity.needs() | merge | recoverer.needs() | samples
     }
 
     /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
