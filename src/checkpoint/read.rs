@@ -69,30 +69,14 @@ pub(super) fn expert(
     i: usize,
     activation: Activation,
 ) -> Result<Expert> {
-    let Some(projections) = layer.experts.get(i) else {
-        return Err(Error::range("expert", format!("below {}", layer.experts.len()), i));
-    };
-    let [mut weights, mut biases] = [(); 2].map(|()| Slabs { store, last: None });
-    let (mut gate, mut up, mut down) = (None, None, None);
-    for projection in projections {
-        let Projection { role, weight, bias, order, factors } = *projection;
-        let shape = (weight.rows, weight.cols);
-        let weight = match factors {
+    let [gate, up, down] =
+        projections(store, layer, i, |projection, slabs| match projection.factors {
             Some(factors) => factors.dense(store),
-            None => weights.piece(weight, shape, order).and_then(|w| matrix(shape, w)),
-        };
-        let bias = bias.map(|b| biases.piece(b, (b.cols, 1), order.upright()));
-        let bias = bias.transpose().in_expert(i)?.map(Array1::from);
-        let linear = Some(Linear { weight: weight.in_expert(i)?, bias });
-        match role {
-            Role::Gate => gate = linear,
-            Role::Up => up = linear,
-            Role::Down => down = linear,
-        }
-    }
-    let missing = || Error::range("expert", "an up and a down projection", "none");
-    let (up, down) = (up.ok_or_else(missing)?, down.ok_or_else(missing)?);
-    Expert::new(gate, up, down, activation).in_expert(i)
+            None => whole(projection, slabs),
+        })?;
+    let linear = |(weight, bias): (Array2<f32>, Option<Array1<f32>>)| Linear { weight, bias };
+    let (up, down) = (required(up)?, required(down)?);
+    Expert::new(gate.map(linear), linear(up), linear(down), activation).in_expert(i)
 }
 
 /// Expert `i` of a layer with the factors that its projections lie in.
@@ -102,29 +86,53 @@ pub(super) fn expert_in_factors(
     i: usize,
     activation: Activation,
 ) -> Result<FactoredExpert> {
-    let (mut gate, mut up, mut down) = (None, None, None);
-    for projection in layer.experts.get(i).into_iter().flatten() {
-        let Projection { role, weight, bias, order, factors } = *projection;
-        let shape = (weight.rows, weight.cols);
-        let mut slabs = Slabs { store, last: None };
-        let weight = match factors {
+    let [gate, up, down] =
+        projections(store, layer, i, |projection, slabs| match projection.factors {
             Some(factors) => factors.read(store).map(Weight::Factored),
-            None => {
-                slabs.piece(weight, shape, order).and_then(|w| matrix(shape, w)).map(Weight::Dense)
-            }
-        };
-        let bias = bias.map(|b| slabs.piece(b, (b.cols, 1), order.upright()));
+            None => whole(projection, slabs).map(Weight::Dense),
+        })?;
+    let linear = |(weight, bias): (Weight, Option<Array1<f32>>)| FactoredLinear { weight, bias };
+    let (up, down) = (required(up)?, required(down)?);
+    FactoredExpert::new(gate.map(linear), linear(up), linear(down), activation).in_expert(i)
+}
+
+/// Gate, up and down, each with its bias, where they are there.
+type Projections<W> = [Option<(W, Option<Array1<f32>>)>; 3];
+
+/// Reads the projections of expert `i`, the weights by `read`.
+fn projections<W>(
+    store: &Store,
+    layer: &LayerTensors,
+    i: usize,
+    read: impl Fn(&Projection, &mut Slabs<'_>) -> Result<W>,
+) -> Result<Projections<W>> {
+    let Some(projections) = layer.experts.get(i) else {
+        return Err(Error::range("expert", format!("below {}", layer.experts.len()), i));
+    };
+    let [mut weights, mut biases] = [(); 2].map(|()| Slabs { store, last: None });
+    let mut found = [None, None, None];
+    for projection in projections {
+        let order = projection.order.upright();
+        let bias = projection.bias.map(|b| biases.piece(b, (b.cols, 1), order));
         let bias = bias.transpose().in_expert(i)?.map(Array1::from);
-        let linear = Some(FactoredLinear { weight: weight.in_expert(i)?, bias });
-        match role {
-            Role::Gate => gate = linear,
-            Role::Up => up = linear,
-            Role::Down => down = linear,
-        }
+        let at = match projection.role {
+            Role::Gate => 0,
+            Role::Up => 1,
+            Role::Down => 2,
+        };
+        found[at] = Some((read(projection, &mut weights).in_expert(i)?, bias));
     }
-    let missing = || Error::range("expert", "an up and a down projection", "none");
-    let (up, down) = (up.ok_or_else(missing)?, down.ok_or_else(missing)?);
-    FactoredExpert::new(gate, up, down, activation).in_expert(i)
+    Ok(found)
+}
+
+/// A weight that does not lie in factors.
+fn whole(projection: &Projection, slabs: &mut Slabs<'_>) -> Result<Array2<f32>> {
+    let shape = (projection.weight.rows, projection.weight.cols);
+    slabs.piece(projection.weight, shape, projection.order).and_then(|w| matrix(shape, w))
+}
+
+fn required<T>(projection: Option<T>) -> Result<T> {
+    projection.ok_or_else(|| Error::range("expert", "an up and a down projection", "none"))
 }
 
 /// The router of a layer.
