@@ -131,6 +131,51 @@ fn headers_and_configs_of_a_checkpoint() {
     }
 }
 
+/// A file of one router `[8, 4]` of zeros and tensors without data.
+fn hollow(model_type: &str, prefix: &str, router: &str, experts: &[(&str, [u64; 3], usize)]) {
+    let dir = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "model_type": model_type, "hidden_size": 4, "num_experts": 8, "num_experts_per_tok": 2,
+        "num_local_experts": 8, "num_hidden_layers": 1,
+        "ffn_config": { "moe_num_experts": 8, "moe_top_k": 2 },
+    });
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let mut header = serde_json::Map::new();
+    let tensor = |shape: &[u64], from: u64| {
+        let data = [from, 128];
+        serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": data })
+    };
+    let rows = tensor(&[8, 4], 0);
+    header.insert(format!("{prefix}{router}"), rows);
+    for (name, shape, axes) in experts {
+        header.insert(format!("{prefix}{name}"), tensor(&shape[..*axes], 128));
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes().chain([0; 128]));
+    fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    let error = Checkpoint::open(dir.path()).map(drop).unwrap_err();
+    assert!(matches!(error.kind(), mcsmoe::ErrorKind::Shape { .. }), "{model_type}: {error}");
+    assert!(error.to_string().contains("no side of 0"), "{model_type}: {error}");
+}
+
+#[test]
+fn experts_without_data_cannot_be_any_number() {
+    let many = 1 << 40;
+    let fused =
+        |up, down| [("mlp.experts.gate_up_proj", up, 3), ("mlp.experts.down_proj", down, 3)];
+    let (qwen, oss, dbrx) = ("model.layers.0.", "model.layers.0.", "transformer.blocks.0.");
+    let tensors = fused([many, 0, 4], [many, 4, 0]);
+    hollow("qwen3_moe", qwen, "mlp.gate.weight", &tensors);
+    let tensors = fused([many, 4, 0], [many, 0, 4]);
+    hollow("gpt_oss", oss, "mlp.router.weight", &tensors);
+    let tensors = fused([0, 4, u64::MAX], [0, 1 << 63, 4]);
+    hollow("gpt_oss", oss, "mlp.router.weight", &tensors);
+    let flat = ["ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2"];
+    let tensors = flat.map(|name| (name, [0, 4, 0], 2));
+    hollow("dbrx", dbrx, "ffn.router.layer.weight", &tensors);
+}
+
 #[test]
 fn indexes() {
     let dir = copied("forward/mixtral");

@@ -22,6 +22,7 @@ pub(super) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<V
         return Err(Error::shape("fused down projection", "[N, d, f]", &second.shape))
             .in_tensor(&second.name);
     };
+    check_sizes(store, down, [n, rows, cols])?;
     let transposed = cols == d && first.shape == [n, d, rows.saturating_mul(2)];
     let f = if transposed { rows } else { cols };
     if !transposed && rows != d {
@@ -80,6 +81,9 @@ pub(super) fn flat(
         }
     };
     let found = [find(Role::Gate)?, find(Role::Up)?, find(Role::Down)?];
+    for (tensor, f) in found {
+        check_sizes(store, tensor, [n, f, d])?;
+    }
     let expert = |i: usize| {
         let part = |(role, (tensor, f)): (Role, (usize, usize))| {
             let start = i * f * d * store.entry(tensor).dtype.alignment();
@@ -109,6 +113,7 @@ pub(super) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projec
         return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
     };
     let (n, d, f) = dims(store, down)?;
+    check_sizes(store, down, [n, d, f])?;
     let expected = (n, f.saturating_mul(2), d);
     let found = dims(store, gate_up)?;
     if found != expected {
@@ -146,12 +151,26 @@ pub(super) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projec
     Ok((0..n).map(expert).collect())
 }
 
+/// Most experts of a layer. Without data a header could name any number, and each takes memory.
+const MAX_EXPERTS: usize = 8192;
+
+/// Refuses `[N, ..]` where a side is 0: it holds no bytes, so that no file size bounds the others.
+fn check_sizes(store: &Store, tensor: usize, sizes: [usize; 3]) -> Result<()> {
+    let [n, first, second] = sizes;
+    if n > 0 && n <= MAX_EXPERTS && first > 0 && second > 0 {
+        return Ok(());
+    }
+    let entry = store.entry(tensor);
+    let expected = format!("1 to {MAX_EXPERTS} experts, no side of 0");
+    Err(Error::shape("experts that share a tensor", expected, &entry.shape)).in_tensor(&entry.name)
+}
+
 /// Experts, outputs and inputs of a tensor of an interleaved layout.
 fn dims(store: &Store, tensor: usize) -> Result<(usize, usize, usize)> {
     let entry = store.entry(tensor);
     match (store.quantised().scheme(tensor), &entry.shape[..]) {
         (Some(Scheme::Mxfp4 { .. }), &[n, outputs, groups, _]) => {
-            Ok((n, outputs, groups * mxfp4::VALUES))
+            Ok((n, outputs, groups.saturating_mul(mxfp4::VALUES)))
         }
         (None, &[n, inputs, outputs]) => Ok((n, outputs, inputs)),
         (_, shape) => {

@@ -127,7 +127,15 @@ impl Journal {
 
     /// Removes the folder of a run that has failed before there was anything to go on from.
     pub(super) fn discard_if_bare(folder: &Path) {
-        let Ok(text) = fs::read_to_string(folder.join(NAME)) else { return };
+        let Ok(mut file) = File::open(folder.join(NAME)) else { return };
+        if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            // Another run has resumed it meanwhile.
+            return;
+        }
+        let mut text = String::new();
+        if file.read_to_string(&mut text).is_err() {
+            return;
+        }
         let lines = parse(&text).0;
         if !lines.iter().any(|l| matches!(l, Line::Statistics(_) | Line::Layer(..))) {
             // The run's own error is what is told.
@@ -153,6 +161,14 @@ impl Journal {
         text.push('\n');
         let written = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
         written.map_err(|e| Error::io("write journal", e)).in_file(&self.path)
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        // A process that this one is about to start may hold a copy of the file until it does:
+        // closing alone would leave the lock to it. There is nobody left to tell of a failure.
+        let _ = self.file.unlock();
     }
 }
 
