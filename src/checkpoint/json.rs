@@ -1,17 +1,18 @@
 //! JSON objects in which order and repetition of keys matter.
 
-use std::fmt;
 use std::marker::PhantomData;
+use std::path::Path;
+use std::{fmt, fs};
 
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Locate, Result};
 
 /// The members of a JSON object in file order, repeated keys kept.
 pub(super) struct Members<T>(pub(super) Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         struct Collect<T>(PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for Collect<T> {
             type Value = Members<T>;
@@ -20,7 +21,10 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<T>, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Members<T>, A::Error> {
                 let mut members = Vec::new();
                 while let Some(member) = map.next_entry()? {
                     members.push(member);
@@ -30,6 +34,21 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
         }
         deserializer.deserialize_map(Collect(PhantomData))
     }
+}
+
+/// The value in a JSON file.
+///
+/// # Errors
+/// [`ErrorKind::Io`] of the `operation`, [`ErrorKind::Format`] of the `format`, with the file.
+pub(crate) fn read_json<T: DeserializeOwned>(
+    path: &Path,
+    operation: &'static str,
+    format: &'static str,
+) -> Result<T> {
+    let text = fs::read_to_string(path).map_err(|e| Error::io(operation, e));
+    let parsed =
+        text.and_then(|text| serde_json::from_str(&text).map_err(|e| malformed(format, e)));
+    parsed.in_file(path)
 }
 
 /// An error about a file's format.

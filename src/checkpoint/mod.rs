@@ -54,6 +54,7 @@ mod write_target;
 pub use config::Config;
 pub use encode::{Encoded, Encoder};
 pub use factors::Factoring;
+pub(crate) use json::read_json;
 pub use open::{Checkpoint, LayerInfo};
 pub use outline::{Fate, Outline, OutlineTensor};
 pub use part::Part;

@@ -6,7 +6,6 @@ use std::collections::HashMap;
 use ndarray::ArrayView1;
 
 use super::dequantise;
-use super::factors::is_index;
 use super::open::Checkpoint;
 use super::scan_layer::LayerTensors;
 use super::write::{Export, WritePlan};
@@ -94,16 +93,15 @@ impl Checkpoint {
             file: out.file,
             copies: out.copies.filter(exact).map(name),
         };
-        let (bytes, parameters, expert_bytes) = laid.totals(self);
         Ok(Outline {
             tensors: laid.outs.iter().map(tensor).collect(),
             files: laid.files.iter().map(|f| (f.name.clone(), f.size)).collect(),
             config,
             sources: self.fates(plan, &laid),
             alone: self.alone(plan),
-            bytes,
-            parameters,
-            expert_bytes,
+            bytes: laid.bytes(),
+            parameters: laid.parameters(),
+            expert_bytes: laid.expert_bytes(self),
         })
     }
 
@@ -178,28 +176,6 @@ impl Checkpoint {
             self.store.release(tensor, i * BLOCK..i * BLOCK + block.len());
         }
         Ok(())
-    }
-}
-
-impl Plan {
-    /// Bytes and parameters of all tensors, and bytes of the routed experts.
-    pub(super) fn totals(&self, source: &Checkpoint) -> (u64, u64, u64) {
-        let outs = &self.outs;
-        let of = |t: usize| outs[t].bytes as u64;
-        let merged: u64 = self.layers.values().flat_map(LayerTensors::expert_tensors).map(of).sum();
-        let others = source.tensors.iter().filter(|l| !self.layers.contains_key(&l.id));
-        let copied: std::collections::BTreeSet<usize> =
-            others.flat_map(LayerTensors::expert_tensors).collect();
-        let copied = outs.iter().filter(|o| o.copies.is_some_and(|t| copied.contains(&t)));
-        let size = |o: &super::write_plan::Out| match is_index(&o.name) {
-            true => 0,
-            false => o.shape.iter().product::<usize>() as u64,
-        };
-        (
-            outs.iter().map(|o| o.bytes as u64).sum(),
-            outs.iter().map(size).sum(),
-            merged + copied.map(|o| o.bytes as u64).sum::<u64>(),
-        )
     }
 }
 

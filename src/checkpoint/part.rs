@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::store::Store;
 use super::write::Writer;
-use super::write_file::{CHUNK, hexadecimal};
+use super::write_file::CHUNK;
 use super::write_layer::Begun;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::LayerId;
@@ -41,11 +41,7 @@ impl Writer<'_> {
     /// layer, has it in another type or shape, or when the digest is another.
     pub fn take(&mut self, id: LayerId, part: &Part, digest: &str) -> Result<()> {
         self.copy_part(id, part).in_layer(id).in_file(part.dir())?;
-        let mut all = <sha2::Sha256 as sha2::Digest>::new();
-        for sum in self.sums(id).in_layer(id)? {
-            sha2::Digest::update(&mut all, sum);
-        }
-        if hexadecimal(all) != digest {
+        if self.digest_on_disk(id)? != digest {
             let reason = "its tensors are not those that its manifest tells".to_owned();
             let kind = ErrorKind::Format { format: "part", reason };
             return Err(kind.into()).in_layer(id).in_file(part.dir());

@@ -114,12 +114,11 @@ impl Writer<'_> {
 
     /// What is written once everything is, known from the plan; `files` grows until then.
     pub fn written(&self) -> Written {
-        let (bytes, parameters, expert_bytes) = self.plan.totals(self.source);
         Written {
             files: self.digests.keys().cloned().collect(),
-            bytes,
-            parameters,
-            expert_bytes,
+            bytes: self.plan.bytes(),
+            parameters: self.plan.parameters(),
+            expert_bytes: self.plan.expert_bytes(self.source),
             dropped: self.plan.dropped.clone(),
         }
     }

@@ -195,26 +195,17 @@ impl Writer<'_> {
     /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned,
     /// [`Io`](crate::ErrorKind::Io) when a part of it is not there.
     pub fn digest(&self, id: LayerId) -> Result<String> {
-        let mut all = Sha256::new();
-        match self.begun.get(&id) {
-            Some(begun) => {
-                begun
-                    .routing
-                    .iter()
-                    .chain(begun.slots.iter().flatten())
-                    .for_each(|s| all.update(s));
-            }
-            None => {
-                for sum in self.sums(id).in_layer(id)? {
-                    all.update(sum);
-                }
-            }
-        }
-        Ok(hexadecimal(all))
+        let Some(begun) = self.begun.get(&id) else { return self.digest_on_disk(id) };
+        Ok(digest(begun.routing.iter().chain(begun.slots.iter().flatten())))
+    }
+
+    /// [`Writer::digest`] of what lies on the disk.
+    pub(super) fn digest_on_disk(&self, id: LayerId) -> Result<String> {
+        Ok(digest(&self.sums(id).in_layer(id)?))
     }
 
     /// The sums of a layer's parts as they lie on the disk.
-    pub(super) fn sums(&self, id: LayerId) -> Result<Vec<Sum>> {
+    fn sums(&self, id: LayerId) -> Result<Vec<Sum>> {
         let Some(layer) = self.plan.layers.get(&id) else {
             return Err(Error::range("layer", "a planned layer", id));
         };
@@ -263,4 +254,10 @@ impl Writer<'_> {
     pub fn sync(&mut self) -> Result<()> {
         self.open.values_mut().try_for_each(Output::sync)
     }
+}
+
+fn digest<'a>(sums: impl IntoIterator<Item = &'a Sum>) -> String {
+    let mut all = Sha256::new();
+    sums.into_iter().for_each(|sum| all.update(sum));
+    hexadecimal(all)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::factors::is_index;
 use super::open::Checkpoint;
 use super::scan_layer::LayerTensors;
 use super::write::WritePlan;
@@ -47,6 +48,12 @@ impl Plan {
     /// Bytes of all tensors.
     pub(super) fn bytes(&self) -> u64 {
         self.outs.iter().map(|o| o.bytes as u64).sum()
+    }
+
+    /// Parameters of all tensors; the numbers of kept lines are none.
+    pub(super) fn parameters(&self) -> u64 {
+        let weights = self.outs.iter().filter(|o| !is_index(&o.name));
+        weights.map(|o| o.shape.iter().product::<usize>() as u64).sum()
     }
 
     /// Bytes of all experts, those of layers that are copied included.

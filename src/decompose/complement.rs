@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::score::{LineScore, others, squares, top};
 use super::{LowRankSparse, Whitening, check};
 use crate::error::{Error, Result};
-use crate::linalg::{SvdMethod, truncated_svd};
+use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
@@ -85,14 +85,7 @@ impl Problem<'_> {
             None => part,
         };
         let rank = self.budget.rank.min(white.nrows()).min(white.ncols());
-        let svd = truncated_svd(
-            white.view(),
-            rank,
-            self.how.svd,
-            cx.seed(),
-            cx.compute(),
-            cx.factorise(),
-        )?;
+        let svd = cx.truncated_svd(white.view(), rank, self.how.svd)?;
         let total: f64 = squares(white.view(), Structure::Rows).iter().sum();
         let captured: f64 = svd.s.iter().map(|&s| f64::from(s).powi(2)).sum();
         let (left, right) = svd.into_balanced();

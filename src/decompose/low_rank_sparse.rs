@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::check;
 use super::score::{LineScore, check_scores, top};
 use crate::error::{Error, Result};
-use crate::linalg::{SvdMethod, truncated_svd};
+use crate::linalg::SvdMethod;
 use crate::model::{Factored, Finite, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
@@ -36,14 +36,14 @@ impl LowRankSparse {
     /// begins to prune.
     ///
     /// # Errors
-    /// Those of [`truncated_svd`].
+    /// Those of [`Context::truncated_svd`].
     pub fn split(
         &self,
         weight: ArrayView2<'_, f32>,
         rank: usize,
         cx: &Context,
     ) -> Result<(Array2<f32>, Array2<f32>, Array2<f32>)> {
-        let svd = truncated_svd(weight, rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?;
+        let svd = cx.truncated_svd(weight, rank, self.svd)?;
         let (left, right) = svd.into_balanced();
         let mut residual = weight.to_owned();
         if rank > 0 {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Whitening, check};
 use crate::error::{Error, Result};
-use crate::linalg::{SvdMethod, Term, truncated_svd};
+use crate::linalg::{SvdMethod, Term};
 use crate::model::Structure;
 use crate::par;
 use crate::stage::{Context, Moments, RankBudget};
@@ -154,8 +154,7 @@ impl SharedBasis {
         cx: &Context,
     ) -> Result<(Array2<f32>, Array2<f32>)> {
         let fit = |a: ArrayView2<'_, f32>| -> Result<_> {
-            Ok(truncated_svd(a, rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?
-                .into_balanced())
+            Ok(cx.truncated_svd(a, rank, self.svd)?.into_balanced())
         };
         let Some(moments) = moments else { return fit(delta) };
         let whitening = Whitening::new(moments, self.damping, cx)?;

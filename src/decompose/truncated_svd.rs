@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{check, no_lines};
 use crate::error::Result;
-use crate::linalg::{SvdMethod, truncated_svd};
+use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
@@ -35,8 +35,7 @@ impl Decomposer for TruncatedSvd {
     ) -> Result<Factored> {
         check(weight, moments, budget, Structure::Rows)?;
         no_lines("svd", budget)?;
-        let svd =
-            truncated_svd(weight, budget.rank, self.svd, cx.seed(), cx.compute(), cx.factorise())?;
+        let svd = cx.truncated_svd(weight, budget.rank, self.svd)?;
         let (left, right) = svd.into_balanced();
         Factored::low_rank(left, right)
     }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Whitening, check, no_lines};
 use crate::error::{ErrorKind, Result};
-use crate::linalg::{SvdMethod, truncated_svd};
+use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, Needs, RankBudget, Stage};
 
@@ -62,14 +62,7 @@ impl Decomposer for Whitened {
         })?;
         let whitening = Whitening::new(moments, self.damping, cx)?;
         let white = whitening.apply(weight, cx)?;
-        let svd = truncated_svd(
-            white.view(),
-            budget.rank,
-            self.svd,
-            cx.seed(),
-            cx.compute(),
-            cx.factorise(),
-        )?;
+        let svd = cx.truncated_svd(white.view(), budget.rank, self.svd)?;
         let (left, right) = svd.into_balanced();
         Factored::low_rank(left, whitening.undo(right.view(), cx)?)
     }

@@ -1,9 +1,10 @@
 //! One MLP on a block of tokens: the kernel under routed, shared and dense experts.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 
 use super::load::Loader;
-use super::math::{activate, gated, sigmoid};
+use super::math::sigmoid;
+use super::mlp::{Parts, Projection};
 use super::moe::Kernel;
 use super::scratch::{Pool, Scratch};
 use super::spec::{SharedSpec, Spec};
@@ -17,9 +18,6 @@ use crate::stage::Context;
 pub(super) const BLOCK: usize = 512;
 
 /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
-///
-/// The weight is applied to the hidden activations, which are fewer than the outputs where experts
-/// are narrow, and to the bias of the down projection.
 fn weighted_expert<'a>(
     expert: &ExpertView<'_>,
     x: ArrayView2<'_, f32>,
@@ -32,27 +30,9 @@ fn weighted_expert<'a>(
         compute.mlp(&expert.mlp(), x, weights, out.view_mut())?;
         return Ok(out);
     }
-    let mut hidden = project(expert.gate.as_ref().unwrap_or(&expert.up), x, pool, compute)?;
-    if expert.gate.is_some() {
-        let mut up = project(&expert.up, x, pool, compute)?;
-        gated(expert.activation, hidden.values(), up.values());
-    } else {
-        activate(expert.activation, hidden.values());
-    }
-    if let Some(weights) = weights {
-        let width = expert.d_ff().max(1);
-        for (row, w) in hidden.values().chunks_exact_mut(width).zip(weights) {
-            row.iter_mut().for_each(|h| *h *= w);
-        }
-    }
-    let mut out = pool.take(x.nrows(), expert.d_model());
-    compute.gemm(1.0, hidden.view(), expert.down.weight.t(), 0.0, out.view_mut())?;
-    if let Some(bias) = expert.down.bias {
-        for (i, mut row) in out.view_mut().rows_mut().into_iter().enumerate() {
-            row.scaled_add(weights.map_or(1.0, |w| w[i]), &bias);
-        }
-    }
-    Ok(out)
+    let ExpertView { gate, up, down, activation } = expert;
+    let parts = Parts { gate: gate.as_ref(), up, down, activation: *activation };
+    parts.weighted(x, weights, pool, compute)
 }
 
 impl Kernel for Expert {
@@ -67,20 +47,21 @@ impl Kernel for Expert {
     }
 }
 
-/// `X Wᵀ + b`.
-fn project<'a>(
-    linear: &LinearView<'_>,
-    x: ArrayView2<'_, f32>,
-    pool: &'a Pool,
-    compute: &dyn Compute,
-) -> Result<Scratch<'a>> {
-    let mut out = pool.take(x.nrows(), linear.weight.nrows());
-    compute.gemm(1.0, x, linear.weight.t(), 0.0, out.view_mut())?;
-    if let Some(bias) = linear.bias {
-        let mut out = out.view_mut();
-        out += &bias;
+impl Projection for LinearView<'_> {
+    fn multiply<'a>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        pool: &'a Pool,
+        compute: &dyn Compute,
+    ) -> Result<Scratch<'a>> {
+        let mut out = pool.take(x.nrows(), self.weight.nrows());
+        compute.gemm(1.0, x, self.weight.t(), 0.0, out.view_mut())?;
+        Ok(out)
     }
-    Ok(out)
+
+    fn bias(&self) -> Option<ArrayView1<'_, f32>> {
+        self.bias
+    }
 }
 
 /// `out ← out + w ⊙ E(X)` for all tokens, in parallel blocks.

@@ -2,9 +2,9 @@
 //! columns of `S`. Nothing is multiplied out, so that a token costs `2 r (m + n) + 2 k n`
 //! operations a matrix, and a layer takes the memory of its factors.
 
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
-use super::math::{activate, gated};
+use super::mlp::{Parts, Projection};
 use super::moe::Kernel;
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Result};
@@ -12,7 +12,6 @@ use crate::linalg::Compute;
 use crate::model::{Factored, FactoredExpert, FactoredLinear, Role, Structure, Weight};
 
 impl Kernel for FactoredExpert {
-    /// The weight is applied to the hidden activations and the bias of the down projection.
     fn weighted<'a>(
         &self,
         x: ArrayView2<'_, f32>,
@@ -24,66 +23,39 @@ impl Kernel for FactoredExpert {
             let linear = self.linear(role);
             linear.ok_or_else(|| Error::shape("expert", format!("a {role} projection"), "none"))
         };
-        let mut hidden = project(of(Role::Up)?, x, pool, compute)?;
-        if let Some(gate) = self.linear(Role::Gate) {
-            let mut up = hidden;
-            hidden = project(gate, x, pool, compute)?;
-            gated(self.activation(), hidden.values(), up.values());
-        } else {
-            activate(self.activation(), hidden.values());
-        }
-        let width = self.dim().0.max(1);
-        for (row, w) in hidden.values().chunks_exact_mut(width).zip(weights) {
-            row.iter_mut().for_each(|h| *h *= w);
-        }
-        let down = of(Role::Down)?;
-        let mut out = multiply(&down.weight, hidden.view(), pool, compute)?;
-        if let Some(bias) = &down.bias {
-            for (mut row, w) in out.view_mut().rows_mut().into_iter().zip(weights) {
-                row.scaled_add(*w, bias);
+        let (gate, up, down) = (self.linear(Role::Gate), of(Role::Up)?, of(Role::Down)?);
+        let parts = Parts { gate, up, down, activation: self.activation() };
+        parts.weighted(x, Some(weights), pool, compute)
+    }
+}
+
+impl Projection for FactoredLinear {
+    fn multiply<'a>(
+        &self,
+        x: ArrayView2<'_, f32>,
+        pool: &'a Pool,
+        compute: &dyn Compute,
+    ) -> Result<Scratch<'a>> {
+        let mut out = pool.take(x.nrows(), self.weight.dim().0);
+        match &self.weight {
+            Weight::Dense(w) => compute.gemm(1.0, x, w.t(), 0.0, out.view_mut())?,
+            Weight::Factored(f) => {
+                if f.rank() > 0 {
+                    let mut inner = pool.take(x.nrows(), f.rank());
+                    compute.gemm(1.0, x, f.right().t(), 0.0, inner.view_mut())?;
+                    compute.gemm(1.0, inner.view(), f.left().t(), 0.0, out.view_mut())?;
+                } else {
+                    out.values().fill(0.0);
+                }
+                add_lines(f, x, out.view_mut(), pool, compute)?;
             }
         }
         Ok(out)
     }
-}
 
-/// `X Wᵀ + b`.
-fn project<'a>(
-    linear: &FactoredLinear,
-    x: ArrayView2<'_, f32>,
-    pool: &'a Pool,
-    compute: &dyn Compute,
-) -> Result<Scratch<'a>> {
-    let mut out = multiply(&linear.weight, x, pool, compute)?;
-    if let Some(bias) = &linear.bias {
-        let mut out = out.view_mut();
-        out += bias;
+    fn bias(&self) -> Option<ArrayView1<'_, f32>> {
+        self.bias.as_ref().map(|bias| bias.view())
     }
-    Ok(out)
-}
-
-/// `X Wᵀ`.
-fn multiply<'a>(
-    weight: &Weight,
-    x: ArrayView2<'_, f32>,
-    pool: &'a Pool,
-    compute: &dyn Compute,
-) -> Result<Scratch<'a>> {
-    let mut out = pool.take(x.nrows(), weight.dim().0);
-    match weight {
-        Weight::Dense(w) => compute.gemm(1.0, x, w.t(), 0.0, out.view_mut())?,
-        Weight::Factored(f) => {
-            if f.rank() > 0 {
-                let mut inner = pool.take(x.nrows(), f.rank());
-                compute.gemm(1.0, x, f.right().t(), 0.0, inner.view_mut())?;
-                compute.gemm(1.0, inner.view(), f.left().t(), 0.0, out.view_mut())?;
-            } else {
-                out.values().fill(0.0);
-            }
-            add_lines(f, x, out.view_mut(), pool, compute)?;
-        }
-    }
-    Ok(out)
 }
 
 /// `out ← out + X Sᵀ`.

@@ -24,6 +24,7 @@ mod keys;
 mod load;
 mod math;
 mod mla;
+mod mlp;
 mod model;
 mod moe;
 mod norm;

@@ -110,8 +110,12 @@ pub trait Compute: Debug + Send + Sync {
     /// # Errors
     /// As [`Compute::gemm`].
     fn gemm_sum(&self, terms: &[Product<'_>], mut out: ArrayViewMut2<'_, f32>) -> Result<()> {
-        out.fill(0.0);
-        terms.iter().try_for_each(|term| self.gemm(term.alpha, term.a, term.b, 1.0, out.view_mut()))
+        let Some((first, rest)) = terms.split_first() else {
+            out.fill(0.0);
+            return Ok(());
+        };
+        self.gemm(first.alpha, first.a, first.b, 0.0, out.view_mut())?;
+        rest.iter().try_for_each(|term| self.gemm(term.alpha, term.a, term.b, 1.0, out.view_mut()))
     }
 
     /// Hidden activations of an MLP, the input of its down projection, for `X: (t, d_model)`:

@@ -5,9 +5,9 @@ use ndarray::{Array1, Array2};
 use super::expert::{Expert, Linear, Role};
 use super::factored::Factored;
 use super::grouping::Grouping;
-use super::layer::{LayerId, MergedLayer};
+use super::layer::LayerId;
 use super::router::Router;
-use crate::error::{Error, Locate, Result};
+use crate::error::{Error, Result};
 use crate::linalg::{Activation, Compute};
 
 /// A weight `(m, n)`, whole or in factors.
@@ -132,7 +132,7 @@ impl FactoredExpert {
     }
 }
 
-/// A [`MergedLayer`] whose experts are in factors.
+/// A [`MergedLayer`](super::MergedLayer) whose experts are in factors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FactoredLayer {
     /// Which layer it is.
@@ -143,19 +143,6 @@ pub struct FactoredLayer {
     pub grouping: Grouping,
     /// The original router, `n` rows.
     pub router: Router,
-}
-
-impl FactoredLayer {
-    /// The layer with all factors multiplied out.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when experts, grouping and router do not fit.
-    pub fn to_merged(&self, compute: &dyn Compute) -> Result<MergedLayer> {
-        let dense = |(i, expert): (usize, &FactoredExpert)| expert.to_expert(compute).in_expert(i);
-        let experts = self.experts.iter().enumerate().map(dense).collect::<Result<_>>()?;
-        let (grouping, router) = (self.grouping.clone(), self.router.clone());
-        MergedLayer::new(self.id, experts, grouping, router, None)
-    }
 }
 
 #[cfg(test)]

@@ -238,6 +238,15 @@ pub(super) fn matrices(experts: &[Expert]) -> Vec<(usize, Role)> {
     experts.iter().enumerate().flat_map(roles).collect()
 }
 
+/// The inputs of the tokens that visit an expert; of all where none does.
+pub(super) fn visiting(inputs: ArrayView2<'_, f32>, visits: &[(usize, f32)]) -> Array2<f32> {
+    if visits.is_empty() {
+        return inputs.to_owned();
+    }
+    let tokens: Vec<usize> = visits.iter().map(|(token, _)| *token).collect();
+    inputs.select(Axis(0), &tokens)
+}
+
 /// Of what goes into a matrix.
 pub(super) fn moments(
     expert: &Expert,
@@ -246,11 +255,7 @@ pub(super) fn moments(
     visits: &[(usize, f32)],
     cx: &Context,
 ) -> Result<Moments> {
-    let tokens: Vec<usize> = match visits {
-        [] => (0..inputs.nrows()).collect(),
-        visits => visits.iter().map(|(token, _)| *token).collect(),
-    };
-    let x = inputs.select(Axis(0), &tokens);
+    let x = visiting(inputs, visits);
     match role {
         Role::Gate | Role::Up => Moments::of(x.view(), cx.compute()),
         Role::Down => {
@@ -261,7 +266,7 @@ pub(super) fn moments(
 }
 
 /// The expert with its matrices replaced by the next ones of `weights`, where there are any.
-fn with_weights(
+pub(super) fn with_weights(
     expert: Expert,
     weights: &mut dyn Iterator<Item = Option<Array2<f32>>>,
 ) -> Result<Expert> {

@@ -78,9 +78,11 @@ impl Pipeline {
             }
         };
         let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
-        let mut plan = self.write_plan(job.output, groupings);
+        let mut plan = self.write_plan(source, job.output, groupings)?;
         let ranks = self.job_ranks(&folder, job, &plan, fresh.as_ref(), samples, &mut journal)?;
-        self.factor(source, &mut plan, ranks.as_ref())?;
+        if ranks.is_some() {
+            self.factor(source, &mut plan, ranks.as_ref())?;
+        }
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         let followed = job.tokens.filter(|_| self.recoverer.is_some());
@@ -190,13 +192,15 @@ impl Pipeline {
             && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
     }
 
-    /// What to write for some groups, but for the factors.
+    /// What to write for some groups. What a size budget leaves of each matrix depends on the
+    /// weights and is not yet in it.
     pub(super) fn write_plan(
         &self,
+        source: &Checkpoint,
         output: &Output,
         groupings: BTreeMap<LayerId, Grouping>,
-    ) -> WritePlan {
-        WritePlan {
+    ) -> Result<WritePlan> {
+        let mut plan = WritePlan {
             export: output.export.into(),
             groupings,
             top_k: self.top_k,
@@ -205,11 +209,15 @@ impl Pipeline {
             d_ff: None,
             shard_bytes: output.shard_bytes,
             only: None,
+        };
+        if self.size_budget().is_none() {
+            self.factor(source, &mut plan, None)?;
         }
+        Ok(plan)
     }
 
     /// Writes the compressor's factors into the plan.
-    pub(super) fn factor(
+    fn factor(
         &self,
         source: &Checkpoint,
         plan: &mut WritePlan,

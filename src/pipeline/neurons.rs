@@ -1,6 +1,6 @@
 //! Compression of merged experts by whole hidden units.
 
-use super::compress::{Ranked, Tokens, describe};
+use super::compress::{Ranked, Tokens, describe, with_weights};
 use super::report::CompressionReport;
 use crate::decompose::analysis::stable_rank;
 use crate::decompose::{Complement, around_neurons, kept_neurons, reduced};
@@ -92,18 +92,9 @@ impl Neurons {
             let inputs = tokens.moments(e, expert, Role::Up, cx)?;
             let moments = (inputs.as_ref(), hidden.as_ref());
             let parts = around_neurons(&view, &kept, self.rank, moments, &self.how, cx)?;
-            let (mut gate, mut up, mut down) = expert.clone().into_parts();
-            for (role, factored) in &parts {
-                let linear = match role {
-                    Role::Gate => gate.as_mut(),
-                    Role::Up => Some(&mut up),
-                    Role::Down => Some(&mut down),
-                };
-                if let Some(linear) = linear {
-                    linear.weight = factored.to_dense(cx.compute())?;
-                }
-            }
-            let small = Expert::new(gate, up, down, view.activation)?;
+            let dense = parts.iter().map(|(_, factored)| factored.to_dense(cx.compute()).map(Some));
+            let dense = dense.collect::<Result<Vec<_>>>()?;
+            let small = with_weights(expert.clone(), &mut dense.into_iter())?;
             (small, parts.into_iter().map(|(_, factored)| Some(factored)).collect())
         };
         let ranks = ranks(expert, &small, &factors, cx)?;

@@ -21,7 +21,7 @@ use super::policy::LayerShape;
 use super::report::{LayerReport, Report};
 use super::run::Output;
 use crate::calibrate::StatsFile;
-use crate::checkpoint::{Checkpoint, MANIFEST, Part, Partial, Writer};
+use crate::checkpoint::{Checkpoint, MANIFEST, Part, Partial, Writer, read_json};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId};
 use crate::stage::Needs;
@@ -41,13 +41,7 @@ impl PartReport {
     }
 
     fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(MANIFEST);
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read manifest", e));
-        let parsed = text.and_then(|text| {
-            serde_json::from_str(&text)
-                .map_err(|e| ErrorKind::Format { format: "part", reason: e.to_string() }.into())
-        });
-        parsed.in_file(&path)
+        read_json(&folder.join(MANIFEST), "read manifest", "part")
     }
 }
 
@@ -94,8 +88,7 @@ impl Pipeline {
         let job = Job { source, stats, tokens: None, shapes: &shapes, ids: &ids, output, observer };
         let decided = self.decide(&Folder { source, stats }, &shapes, observer)?;
         let all: Vec<_> = decided.ids.iter().copied().zip(decided.groupings.clone()).collect();
-        let mut plan = self.write_plan(output, all.iter().cloned().collect());
-        self.factor(source, &mut plan, None)?;
+        let mut plan = self.write_plan(source, output, all.iter().cloned().collect())?;
         plan.only = Some(own.iter().copied().filter(|id| ids.contains(id)).collect());
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut written = Vec::new();
@@ -173,8 +166,7 @@ impl Pipeline {
         let mut journal = Journal::open(partial.path(), &run)?;
         journal.write(&Line::Groups(groups.clone()))?;
         let job = Job { source, stats, tokens: None, shapes: &shapes, ids: &ids, output, observer };
-        let mut plan = self.write_plan(output, groups.into_iter().collect());
-        self.factor(source, &mut plan, None)?;
+        let plan = self.write_plan(source, output, groups.into_iter().collect())?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
         for id in ids.iter().copied() {

@@ -5,8 +5,8 @@ use std::path::Path;
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::MANIFEST;
-use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::checkpoint::{MANIFEST, read_json};
+use crate::error::Result;
 use crate::model::{Expert, Grouping, LayerId, RoutingRule};
 
 /// A count before and after.
@@ -196,12 +196,7 @@ impl Report {
     /// with the file when it holds none.
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join(MANIFEST) } else { path.to_owned() };
-        let text = std::fs::read_to_string(&file).map_err(|e| Error::io("read report", e));
-        let parsed = text.and_then(|text| {
-            serde_json::from_str(&text)
-                .map_err(|e| ErrorKind::Format { format: "report", reason: e.to_string() }.into())
-        });
-        parsed.in_file(&file)
+        read_json(&file, "read report", "report")
     }
 
     /// Sums a per-layer figure over all layers.

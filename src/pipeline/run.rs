@@ -17,7 +17,7 @@ use super::tokens::Tokens;
 use crate::calibrate::{Collector, StatsFile};
 use crate::checkpoint::{Checkpoint, LayerInfo, Partial};
 use crate::error::{ErrorKind, Locate, Result};
-use crate::model::LayerId;
+use crate::model::{LayerId, Target};
 use crate::stage::Needs;
 
 /// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
@@ -202,12 +202,7 @@ impl Pipeline {
         given: Given<'_>,
         output: &Output,
     ) -> Result<(Vec<LayerShape>, Vec<LayerId>)> {
-        self.check_export(output.export)?;
-        self.check_layout(source, output.export)?;
-        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
-        let (active, _) = self.checked(&shapes)?;
-        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
-        self.check_compression(source.layers().iter().map(matrices))?;
+        let Checked { shapes, active, .. } = self.check_source(source, output.export)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
         match given {
             Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
@@ -216,7 +211,22 @@ impl Pipeline {
         Ok((shapes, ids))
     }
 
-    pub(super) fn check_export(&self, export: ExportChoice) -> Result<()> {
+    /// What of it does not depend on the statistics.
+    pub(super) fn check_source(
+        &self,
+        source: &Checkpoint,
+        export: ExportChoice,
+    ) -> Result<Checked> {
+        self.check_export(export)?;
+        self.check_layout(source, export)?;
+        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
+        let (active, target) = self.checked(&shapes)?;
+        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
+        self.check_compression(source.layers().iter().map(matrices))?;
+        Ok(Checked { shapes, active, target })
+    }
+
+    fn check_export(&self, export: ExportChoice) -> Result<()> {
         if self.size_budget().is_some() && export != ExportChoice::Native {
             let reason = "a size budget is met by the factors of a native export; the others hold \
                           matrices multiplied out";
@@ -283,6 +293,16 @@ impl Pipeline {
     }
 }
 
-pub(super) fn shape(info: &LayerInfo) -> LayerShape {
+/// A source that a pipeline can work on.
+pub(super) struct Checked {
+    /// Of all MoE layers.
+    pub(super) shapes: Vec<LayerShape>,
+    /// Of those that take part.
+    pub(super) active: Vec<LayerShape>,
+    /// What the budget asks of them.
+    pub(super) target: Target,
+}
+
+fn shape(info: &LayerInfo) -> LayerShape {
     LayerShape { id: info.id, experts: info.experts, rule: info.rule }
 }

@@ -182,9 +182,6 @@ impl Room {
     }
 }
 
-/// A matrix to be allocated a rank: whose it is, and its spectrum.
-type Entry = (LayerId, usize, Spectrum);
-
 impl Pipeline {
     /// The size budget, if that is what the compressor has.
     pub(super) fn size_budget(&self) -> Option<&SizeBudget> {
@@ -205,7 +202,7 @@ impl Pipeline {
     ) -> Result<Ranks> {
         let plan =
             Plan { recoverer: None, compressor: None, measure_error: false, ..self.plan(samples) };
-        let mut entries: Vec<Entry> = Vec::new();
+        let (mut owners, mut all) = (Vec::new(), Vec::new());
         for (at, (measured, grouping)) in
             decided.measured.iter().zip(&decided.groupings).enumerate()
         {
@@ -221,23 +218,28 @@ impl Pipeline {
                 let roles = spectra.len() / merged.experts.len();
                 for (i, mut spectrum) in spectra.into_iter().enumerate() {
                     spectrum.unit = bytes[i / roles][i % roles];
-                    entries.push((id, i / roles, spectrum));
+                    owners.push((id, i / roles));
+                    all.push(spectrum);
                 }
                 Ok(())
             };
             one().in_layer(id)?;
         }
-        spend(budget, room, &entries)
+        spend(budget, room, &owners, &all)
     }
 }
 
-/// Allocates what is left for the matrices.
-fn spend(budget: &SizeBudget, room: &Room, entries: &[Entry]) -> Result<Ranks> {
-    let spectra: Vec<Spectrum> = entries.iter().map(|(.., spectrum)| spectrum.clone()).collect();
+/// Allocates what is left for the matrices, of which `owners` tells layer and expert.
+fn spend(
+    budget: &SizeBudget,
+    room: &Room,
+    owners: &[(LayerId, usize)],
+    spectra: &[Spectrum],
+) -> Result<Ranks> {
     let left = room.target.saturating_sub(room.fixed) as usize;
-    let chosen = allocate(&spectra, left, budget.least_rank).map_err(|error| {
+    let chosen = allocate(spectra, left, budget.least_rank).map_err(|error| {
         // The matrices' share of the bytes says nothing to who asked for a size.
-        let Some(least) = least(&spectra, budget.least_rank) else { return error };
+        let Some(least) = least(spectra, budget.least_rank) else { return error };
         let (least, found) = (room.fixed + least, room.target);
         let percent = 100.0 * least as f64 / found.max(1) as f64;
         let reason = format!(
@@ -248,7 +250,7 @@ fn spend(budget: &SizeBudget, room: &Room, entries: &[Entry]) -> Result<Ranks> {
         ErrorKind::Budget { reason }.into()
     })?;
     let mut experts: BTreeMap<LayerId, Vec<Vec<Kept>>> = BTreeMap::new();
-    for ((id, expert, _), allocation) in entries.iter().zip(chosen) {
+    for ((id, expert), allocation) in owners.iter().zip(chosen) {
         let layer = experts.entry(*id).or_default();
         layer.resize_with(layer.len().max(expert + 1), Vec::new);
         layer[*expert].push(match allocation {

@@ -1,8 +1,8 @@
 //! What the matrices of a merged layer have to offer a size budget.
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::ArrayView2;
 
-use super::compress::{matrices, moments};
+use super::compress::{matrices, moments, visiting};
 use crate::decompose::ranks::Spectrum;
 use crate::error::{Locate, Result};
 use crate::model::{Expert, ExpertView, MergedLayer, Role, RoutingStats};
@@ -77,11 +77,7 @@ fn reach(
     if role == Role::Down {
         return Ok(1.0);
     }
-    let tokens: Vec<usize> = match visits {
-        [] => (0..x.nrows()).collect(),
-        visits => visits.iter().map(|(token, _)| *token).collect(),
-    };
-    let x = x.select(Axis(0), &tokens);
+    let x = visiting(x, visits);
     let up = view.up.forward(x.view(), cx.compute())?;
     let gate = view.gate.map(|gate| gate.forward(x.view(), cx.compute())).transpose()?;
     let slope = |t: usize, a: usize| match &gate {

@@ -106,6 +106,9 @@ impl Tokens {
     }
 }
 
+/// Samples per layer unless asked for otherwise.
+pub(super) const SAMPLES: usize = 4096;
+
 /// How text is run through a model.
 #[derive(Debug, Clone)]
 pub struct CalibrateOptions {
@@ -122,7 +125,8 @@ pub struct CalibrateOptions {
 impl Default for CalibrateOptions {
     /// 4096 samples, 2 GiB, the system's folder for temporary files, the CPU.
     fn default() -> Self {
-        Self { samples: 4096, memory: 2 << 30, scratch: std::env::temp_dir(), cx: Context::cpu(0) }
+        let (memory, scratch, cx) = (2 << 30, std::env::temp_dir(), Context::cpu(0));
+        Self { samples: SAMPLES, memory, scratch, cx }
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::checkpoint::MANIFEST;
+use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::pipeline::{Comparison, Evaluation};
 
@@ -107,12 +107,7 @@ impl Details {
             files: BTreeMap<String, Recorded>,
         }
         let path = if target.is_dir() { target.join(MANIFEST) } else { target.to_owned() };
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read manifest", e));
-        let parsed = text.and_then(|text| {
-            serde_json::from_str(&text)
-                .map_err(|e| ErrorKind::Format { format: "manifest", reason: e.to_string() }.into())
-        });
-        let Manifest { files } = parsed.in_file(&path)?;
+        let Manifest { files } = read_json(&path, "read manifest", "manifest")?;
         let record = |(name, Recorded { bytes, sha256 })| FileRecord { name, bytes, sha256 };
         Ok(Self {
             name: target.file_name().map(|name| name.to_string_lossy().into_owned()),

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::linalg::{Compute, Cpu, Factorise, PureRust};
+use ndarray::ArrayView2;
+
+use crate::error::Result;
+use crate::linalg::{Compute, Cpu, Factorise, PureRust, Svd, SvdMethod, truncated_svd};
 
 /// Where a stage runs: a device, who factorises, and a seed. No globals, no environment.
 #[derive(Debug, Clone)]
@@ -54,6 +57,20 @@ impl Context {
     /// Who factorises.
     pub fn factorise(&self) -> &dyn Factorise {
         &*self.factorise
+    }
+
+    /// The leading `rank` singular triplets of `A`, on this device, by who factorises here and by
+    /// this seed; see [`truncated_svd`].
+    ///
+    /// # Errors
+    /// As [`truncated_svd`].
+    pub fn truncated_svd(
+        &self,
+        a: ArrayView2<'_, f32>,
+        rank: usize,
+        method: SvdMethod,
+    ) -> Result<Svd> {
+        truncated_svd(a, rank, method, self.seed, self.compute(), self.factorise())
     }
 
     /// The same context for use inside a task that runs in parallel with others.

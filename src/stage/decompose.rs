@@ -177,16 +177,6 @@ pub enum Kept {
     },
 }
 
-impl Kept {
-    /// Numbers stored of an `(m, n)` matrix.
-    pub const fn parameters(&self, (m, n): (usize, usize)) -> usize {
-        match self {
-            Self::Dense => m * n,
-            Self::Factors { budget, structure } => budget.parameters((m, n), *structure),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,7 +9,7 @@ use mcsmoe::checkpoint::Checkpoint;
 use crate::args::{Global, Method, Running};
 use crate::exit::{Failure, Outcome};
 use crate::paper;
-use crate::progress::{Progress, peak_memory};
+use crate::progress::Progress;
 use crate::show::Show;
 use crate::work::{self, Finished, Places};
 
@@ -40,13 +40,9 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let output = args.running.output(&recipe);
     let progress = Progress::new(global, &source);
     let report = pipeline.assemble(&source, &stats, &args.parts, target, &output, &progress);
+    progress.done();
     let report = report?;
     paper::card(&args.places, &report, None)?;
-    let done = Finished {
-        target: target.clone(),
-        seconds: start.elapsed().as_secs_f64(),
-        peak_memory: peak_memory(),
-        report,
-    };
+    let done = Finished::now(target, start, report);
     show.result(&done, |out| work::tell(&done, out))
 }

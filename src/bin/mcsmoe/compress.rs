@@ -4,19 +4,17 @@ use clap::ValueEnum;
 use mcsmoe::model::Structure;
 use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep, Portion, Size};
 
-use crate::args::{Global, Method, Running, TextArgs};
+use crate::args::Global;
 use crate::exit::{Failure, Outcome};
 use crate::show::Show;
-use crate::work::{self, Places};
+use crate::work::{self, Task};
 
 /// Compress the experts' matrices, as a native folder of factors unless another export is asked
 /// for; without --keep no expert is merged.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    places: Places,
-    #[command(flatten)]
-    method: Method,
+    task: Task,
     /// How a matrix is compressed; the recipe's way, or the paper's, unless given.
     #[arg(long, value_enum)]
     by: Option<By>,
@@ -33,10 +31,6 @@ pub(crate) struct Args {
     /// size, in percent of the source's.
     #[arg(long, value_name = "PERCENT", conflicts_with_all = ["by", "rank", "rows", "columns"])]
     size: Option<f64>,
-    #[command(flatten)]
-    text: TextArgs,
-    #[command(flatten)]
-    running: Running,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -54,15 +48,15 @@ enum By {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
-    let mut recipe = args.method.read("mc-smoe", Some(Keep::Fraction(1.0)))?;
-    if args.method.recipe.is_none() {
-        recipe.export = args.method.export.unwrap_or(ExportChoice::Native);
+    let mut recipe = args.task.method.read("mc-smoe", Some(Keep::Fraction(1.0)))?;
+    if args.task.method.recipe.is_none() {
+        recipe.export = args.task.method.export.unwrap_or(ExportChoice::Native);
     }
     let asked = args.by.is_some() || args.size.is_some();
     if asked || recipe.compress.is_none() {
         recipe.compress = Some(choice(args)?);
     }
-    work::carry_out(&args.places, &recipe, (&args.text, &args.running), global, show)
+    work::carry_out(&args.task, &recipe, global, show)
 }
 
 fn choice(args: &Args) -> Outcome<CompressChoice> {

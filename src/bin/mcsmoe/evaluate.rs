@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use mcsmoe::pipeline::{EvaluateOptions, Evaluation, LoopOptions, compare, evaluate, loops};
+use mcsmoe::pipeline::{
+    Comparison, EvaluateOptions, Evaluation, LoopOptions, compare, evaluate, loops,
+};
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Outcome};
@@ -37,8 +39,7 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
         return show.result(&found, |out| {
             writeln!(out, "original: {}", sentence(&found.original))?;
             writeln!(out, "model:    {}", sentence(&found.other))?;
-            let percent = 100.0 * found.agreement;
-            writeln!(out, "KL {:.4} nats, top-1 agreement {percent:.1}%", found.kl)?;
+            writeln!(out, "{}", divergence(&found))?;
             for layer in &found.layers {
                 writeln!(out, "{:<18} output error {:6.2}%", layer.layer, 100.0 * layer.error)?;
             }
@@ -65,6 +66,12 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
             None => Ok(()),
         }
     })
+}
+
+/// How far a checkpoint is from the original, in words.
+pub(crate) fn divergence(found: &Comparison) -> String {
+    let percent = 100.0 * found.agreement;
+    format!("KL {:.4} nats, top-1 agreement {percent:.1}%", found.kl)
 }
 
 /// The score in words.

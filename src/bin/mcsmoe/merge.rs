@@ -1,25 +1,19 @@
 //! `merge`: fewer experts, by a preset or a recipe, without compression.
 
-use crate::args::{Global, Method, Running, TextArgs};
+use crate::args::Global;
 use crate::exit::Outcome;
 use crate::show::Show;
-use crate::work::{self, Places};
+use crate::work::{self, Task};
 
 /// Merge the experts of a checkpoint; matrices stay dense.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    places: Places,
-    #[command(flatten)]
-    method: Method,
-    #[command(flatten)]
-    text: TextArgs,
-    #[command(flatten)]
-    running: Running,
+    task: Task,
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
-    let mut recipe = args.method.read("fast", None)?;
+    let mut recipe = args.task.method.read("fast", None)?;
     recipe.compress = None;
-    work::carry_out(&args.places, &recipe, (&args.text, &args.running), global, show)
+    work::carry_out(&args.task, &recipe, global, show)
 }

@@ -4,11 +4,12 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use mcsmoe::checkpoint::Checkpoint;
-use mcsmoe::pipeline::{Answer, Change, PlanOptions, RunPlan, plan};
+use mcsmoe::pipeline::{Answer, Output, RunPlan};
 
 use crate::args::{Global, Method, TextArgs, bytes as parse_bytes};
 use crate::exit::{Failure, Outcome};
-use crate::show::{Show, bytes, count, time};
+use crate::show::{Show, bytes, change, count, time};
+use crate::work::planned;
 
 /// Predict bytes, parameters, memory, time, and who will load the result; reads headers only.
 #[derive(Debug, clap::Args)]
@@ -38,17 +39,9 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let source = Checkpoint::open(&args.model)?;
     let recipe = args.method.read("fast", None)?;
     let shard_bytes = args.shard_size.unwrap_or(recipe.shard_bytes);
-    let output =
-        mcsmoe::pipeline::Output { shard_bytes, ..mcsmoe::pipeline::Output::new(recipe.export) };
-    let defaults = PlanOptions::default();
-    let options = PlanOptions {
-        tokens: args.text.tokens as u64,
-        window: args.text.window.map_or(defaults.window, |n| n as u64),
-        text: !args.statistics,
-        measure: !args.no_time,
-        ..defaults
-    };
-    let found = plan(&source, &recipe, &output, &options)?;
+    let output = Output { shard_bytes, ..Output::new(recipe.export) };
+    let (is_text, measure) = (!args.statistics, !args.no_time);
+    let found = planned(&source, &recipe, (&args.text, &output), is_text, measure)?;
     show.result(&found, |out| text(&found, out))?;
     match args.max_memory {
         Some(allowed) if found.memory.peak > allowed => {
@@ -62,10 +55,6 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
 pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
     let export = format!("{:?}", found.export).to_lowercase();
     writeln!(out, "{} (layout {}), {export} export", found.family, found.layout)?;
-    let change = |out: &mut dyn Write, what: &str, c: Change<u64>, show: fn(u64) -> String| {
-        let saved = 100.0 * c.saved();
-        writeln!(out, "{what}: {} → {} ({saved:.1}% saved)", show(c.before), show(c.after))
-    };
     let layers = format!("experts in {} layers", found.layers);
     change(out, &layers, found.experts, count)?;
     if found.spread {

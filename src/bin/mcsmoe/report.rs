@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use mcsmoe::pipeline::{Change, Report};
+use mcsmoe::pipeline::Report;
 use mcsmoe::report::{Details, Quality};
 
 use crate::exit::Outcome;
 use crate::paper;
-use crate::show::{Show, bytes, count};
+use crate::show::{Show, bytes, change, count};
 
 /// Groups, output errors and savings of a merged checkpoint; as a page with pictures or a model
 /// card too.
@@ -67,10 +67,6 @@ pub(crate) fn text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             false => writeln!(out, "; dropped {:?}", layer.dropped)?,
         }
     }
-    let change = |out: &mut dyn Write, what: &str, c: Change<u64>, show: fn(u64) -> String| {
-        let saved = 100.0 * c.saved();
-        writeln!(out, "{what}: {} → {} ({saved:.1}% saved)", show(c.before), show(c.after))
-    };
     change(out, "MoE FLOPs per token", report.flops_per_token, count)?;
     if let Some(found) = &report.compression {
         change(out, "expert parameters, dense and factored", found.parameters, count)?;

@@ -10,27 +10,21 @@ use mcsmoe::pipeline::{Comparison, EvaluateOptions, Verification, compare, verif
 use mcsmoe::report::Quality;
 use serde::Serialize;
 
-use crate::args::{Global, Method, Running, TextArgs, range};
-use crate::evaluate::sentence;
+use crate::args::{Global, range};
+use crate::evaluate::{divergence, sentence};
 use crate::exit::{Failure, Outcome};
 use crate::paper;
 use crate::progress::Progress;
 use crate::show::Show;
 use crate::verify;
-use crate::work::{self, Finished, Places};
+use crate::work::{self, Finished, Places, Task};
 
 /// Carry out a recipe: calibrate, merge, recover, compress, write, verify, and evaluate if
 /// asked.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    places: Places,
-    #[command(flatten)]
-    method: Method,
-    #[command(flatten)]
-    text: TextArgs,
-    #[command(flatten)]
-    running: Running,
+    task: Task,
     /// Compare the target with the source on this text, which calibration should not have seen.
     #[arg(long, value_name = "TEXT")]
     evaluate: Option<PathBuf>,
@@ -62,15 +56,15 @@ struct Done {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
-    let recipe = args.method.read("fast", None)?;
-    let (places, running) = (&args.places, &args.running);
-    if running.dry_run {
-        return work::dry_run(places, &recipe, (&args.text, running), global, show);
+    let recipe = args.task.method.read("fast", None)?;
+    let places = &args.task.places;
+    if args.task.running.dry_run {
+        return work::dry_run(&args.task, &recipe, global, show);
     }
     if args.layers.is_some() || args.part.is_some() {
         return part(args, &recipe, global, show);
     }
-    let finished = work::execute(places, &recipe, (&args.text, running), global)?;
+    let finished = work::execute(&args.task, &recipe, global)?;
     let mut verification = match args.no_verify {
         true => None,
         false => Some(check(&places.target, Some(&places.model))?),
@@ -99,15 +93,14 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
         let Some(found) = &done.comparison else { return Ok(()) };
         writeln!(out, "before: {}", sentence(&found.original))?;
         writeln!(out, "after:  {}", sentence(&found.other))?;
-        let percent = 100.0 * found.agreement;
-        writeln!(out, "KL {:.4} nats, top-1 agreement {percent:.1}%", found.kl)
+        writeln!(out, "{}", divergence(found))
     })?;
     done.verification.as_ref().map_or(Ok(()), verify::clean)
 }
 
 /// Some layers, into a folder of their own.
 fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
-    let Places { model, calibration, target } = &args.places;
+    let Places { model, calibration, target } = &args.task.places;
     let source = Checkpoint::open(model)?;
     if !StatsFile::is_one(calibration)? {
         let reason = "layers depend on each other unless statistics are given: run `calibrate`";
@@ -124,7 +117,7 @@ fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
         return Err(Failure::Usage(format!("this share of {n} layers is empty: fewer shares")));
     }
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
-    let output = args.running.output(recipe);
+    let output = args.task.running.output(recipe);
     let progress = Progress::new(global, &source);
     let report = pipeline.run_part(&source, &stats, layers, target, &output, &progress);
     progress.done();

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use mcsmoe::pipeline::Change;
 pub(crate) use mcsmoe::report::{bytes, count};
 use serde::Serialize;
 use serde_json::json;
@@ -56,6 +57,17 @@ fn whole(written: io::Result<()>) -> Outcome {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => Ok(other?),
     }
+}
+
+/// A figure before and after, and what was saved.
+pub(crate) fn change(
+    out: &mut dyn Write,
+    what: &str,
+    found: Change<u64>,
+    show: fn(u64) -> String,
+) -> io::Result<()> {
+    let (Change { before, after }, saved) = (found, 100.0 * found.saved());
+    writeln!(out, "{what}: {} → {} ({saved:.1}% saved)", show(before), show(after))
 }
 
 /// Seconds in the two largest units that matter.

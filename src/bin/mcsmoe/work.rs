@@ -8,7 +8,7 @@ use mcsmoe::checkpoint::{Checkpoint, Partial};
 use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, plan};
 use serde::Serialize;
 
-use crate::args::{Global, Running, TextArgs};
+use crate::args::{Global, Method, Running, TextArgs};
 use crate::exit::{Failure, Outcome};
 use crate::paper;
 use crate::progress::{Progress, peak_memory};
@@ -26,6 +26,19 @@ pub(crate) struct Places {
     pub(crate) target: PathBuf,
 }
 
+/// What is to be done: the arguments of merge, compress and run.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Task {
+    #[command(flatten)]
+    pub(crate) places: Places,
+    #[command(flatten)]
+    pub(crate) method: Method,
+    #[command(flatten)]
+    pub(crate) text: TextArgs,
+    #[command(flatten)]
+    pub(crate) running: Running,
+}
+
 /// A run that has ended.
 #[derive(Debug, Serialize)]
 pub(crate) struct Finished {
@@ -34,6 +47,14 @@ pub(crate) struct Finished {
     /// In bytes.
     pub(crate) peak_memory: Option<u64>,
     pub(crate) report: Report,
+}
+
+impl Finished {
+    /// A run that began at `start` and ends now.
+    pub(crate) fn now(target: &Path, start: Instant, report: Report) -> Self {
+        let seconds = start.elapsed().as_secs_f64();
+        Self { target: target.to_owned(), seconds, peak_memory: peak_memory(), report }
+    }
 }
 
 /// Text or statistics, as the path says.
@@ -47,33 +68,24 @@ pub(crate) fn calibration(
 }
 
 /// Writes the target.
-pub(crate) fn execute(
-    places: &Places,
-    recipe: &Recipe,
-    (text, running): (&TextArgs, &Running),
-    global: &Global,
-) -> Outcome<Finished> {
+pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<Finished> {
+    let Task { places, text, .. } = task;
     let start = Instant::now();
     let source = Checkpoint::open(&places.model)?;
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let given = calibration(&source, &places.calibration, text)?;
     let is_text = !matches!(given, Calibration::Statistics(_));
-    let output = bounded(&source, recipe, (text, running), is_text)?;
+    let output = bounded(&source, recipe, task, is_text)?;
     let progress = Progress::new(global, &source);
     let report = pipeline.run_calibrated(&source, &given, &places.target, &output, &progress);
     progress.done();
     let report = report?;
     paper::card(places, &report, None)?;
-    Ok(Finished {
-        target: places.target.clone(),
-        seconds: start.elapsed().as_secs_f64(),
-        peak_memory: peak_memory(),
-        report,
-    })
+    Ok(Finished::now(&places.target, start, report))
 }
 
 /// The plan of a run, without a measurement of rates unless `measure`.
-fn planned(
+pub(crate) fn planned(
     source: &Checkpoint,
     recipe: &Recipe,
     (text, output): (&TextArgs, &Output),
@@ -85,7 +97,6 @@ fn planned(
         tokens: text.tokens as u64,
         window: text.window.map_or(defaults.window, |n| n as u64),
         text: is_text,
-        states: output.memory,
         measure,
         ..defaults
     };
@@ -93,18 +104,13 @@ fn planned(
 }
 
 /// What is written, within --max-memory: hidden states go to a scratch file if that is enough.
-pub(crate) fn bounded(
-    source: &Checkpoint,
-    recipe: &Recipe,
-    (text, running): (&TextArgs, &Running),
-    is_text: bool,
-) -> Outcome<Output> {
-    let mut output = running.output(recipe);
-    let Some(allowed) = running.max_memory else { return Ok(output) };
+fn bounded(source: &Checkpoint, recipe: &Recipe, task: &Task, is_text: bool) -> Outcome<Output> {
+    let mut output = task.running.output(recipe);
+    let Some(allowed) = task.running.max_memory else { return Ok(output) };
     let mut needed = 0;
     for states in [output.memory, 0] {
         output.memory = states;
-        needed = planned(source, recipe, (text, &output), is_text, false)?.memory.peak;
+        needed = planned(source, recipe, (&task.text, &output), is_text, false)?.memory.peak;
         if needed <= allowed {
             return Ok(output);
         }
@@ -113,17 +119,12 @@ pub(crate) fn bounded(
 }
 
 /// Prints the plan; a target that is in the way is an error here too.
-pub(crate) fn dry_run(
-    places: &Places,
-    recipe: &Recipe,
-    (text, running): (&TextArgs, &Running),
-    global: &Global,
-    show: &Show,
-) -> Outcome {
+pub(crate) fn dry_run(task: &Task, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
+    let Task { places, text, running, .. } = task;
     let source = Checkpoint::open(&places.model)?;
     global.compute()?;
     let is_text = !StatsFile::is_one(&places.calibration)?;
-    let output = bounded(&source, recipe, (text, running), is_text)?;
+    let output = bounded(&source, recipe, task, is_text)?;
     if !running.resume {
         drop(Partial::create(source.dir(), &places.target)?);
     }
@@ -132,17 +133,11 @@ pub(crate) fn dry_run(
 }
 
 /// Plans, or writes the target and tells what was done.
-pub(crate) fn carry_out(
-    places: &Places,
-    recipe: &Recipe,
-    (text, running): (&TextArgs, &Running),
-    global: &Global,
-    show: &Show,
-) -> Outcome {
-    if running.dry_run {
-        return dry_run(places, recipe, (text, running), global, show);
+pub(crate) fn carry_out(task: &Task, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
+    if task.running.dry_run {
+        return dry_run(task, recipe, global, show);
     }
-    let done = execute(places, recipe, (text, running), global)?;
+    let done = execute(task, recipe, global)?;
     show.result(&done, |out| tell(&done, out))
 }
 

@@ -12,7 +12,7 @@ use super::memory::when;
 use super::shape::{Layer, Shape};
 use crate::pipeline::choice::RecoverChoice;
 use crate::pipeline::recipe::Recipe;
-use crate::stage::{Context, Needs};
+use crate::stage::Context;
 
 /// What this machine does in a second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -64,12 +64,12 @@ fn rate(units: f64, mut work: impl FnMut()) -> f64 {
 ///
 /// With `t` tokens, `B_l` bytes in `f32` and `F_l` operations per token of layer `l`:
 ///
-/// - calibrate: `Σ_l B_l / convert + t F_l / flops`; routed experts count twice where expert
-///   outputs are collected;
+/// - calibrate: `Σ_l B_l / convert + t F_l / flops`;
 /// - merge: reading likewise; `6 d_ff² d_model` operations for each expert that is lined up, and as
-///   many again for its assignment; recovery: the text once more, least squares `t k² d_ff² +
-///   (m d_ff)³` or 48 conjugate-gradient steps of `4 t k d_ff d_model`, `14 t k d_ff d_model` for
-///   an epoch of distillation;
+///   many again for its assignment;
+/// - recovery: what it sees of the text once more, least squares `t k² d_ff² + (m d_ff)³` or 48
+///   conjugate-gradient steps of `4 t k d_ff d_model`, `14 t k d_ff d_model` for an epoch of
+///   distillation;
 /// - write: the target's bytes, converted and hashed, and the source's, read.
 ///
 /// A model, not a promise: it does not know the disk, or what else the machine will do, and the
@@ -94,7 +94,6 @@ pub struct TimePlan {
 pub(super) fn plan(
     shape: &Shape,
     recipe: &Recipe,
-    needs: Needs,
     options: &PlanOptions,
     (read, written): (u64, u64),
     rates: &Rates,
@@ -104,26 +103,23 @@ pub(super) fn plan(
     let held =
         4.0 * (shape.blocks.iter().copied().map(f).sum::<f64>() + layers(&|l| f(l.parameters)));
     let load = held / rates.convert;
-    let outputs = [Needs::REAP, Needs::OUTPUT_NORM, Needs::MEAN_OUTPUT];
-    let twice = outputs.iter().any(|&need| needs.contains(need));
-    let met = |passes: f64| {
+    let met = |tokens: u64| {
         let scores = 4.0 * f(options.window) * f(shape.d_model) * shape.blocks.len() as f64;
         let rest: f64 = shape.blocks.iter().map(|&p| 2.0 * f(p)).sum();
         let experts = layers(&|l| 2.0 * f(l.top_k * l.expert()));
-        f(options.tokens) * (rest + scores + passes * experts) / rates.flops
+        f(tokens) * (rest + scores + experts) / rates.flops
     };
-    let calibrate = if options.text { load + met(if twice { 2.0 } else { 1.0 }) } else { 0.0 };
+    let calibrate = if options.text { load + met(options.tokens) } else { 0.0 };
     let aligned = |l: &Layer| {
         let moved =
             if when(&recipe.align).is_some() { l.experts - l.kept.min(l.experts) } else { 0 };
         12.0 * f(moved) * f(l.d_ff * l.d_ff) * f(l.d_model)
     };
     let merge = load + layers(&aligned) / rates.flops;
-    let follows = options.text && !recipe.recover.is_empty();
-    let t = f(if follows { options.tokens } else { options.tokens.min(4096) });
-    let stages = recipe.recover.iter().map(|choice| layers(&|l| recovery(choice, l, t)));
+    let t = options.recovered_tokens(recipe);
+    let stages = recipe.recover.iter().map(|choice| layers(&|l| recovery(choice, l, f(t))));
     let stages = stages.sum::<f64>() / rates.flops;
-    let recover = stages + if follows { 2.0 * met(1.0) } else { 0.0 };
+    let recover = stages + if options.follows(recipe) { 2.0 * met(t) } else { 0.0 };
     let write = f(written) / rates.hash + f(read.max(written)) / rates.convert;
     let total = calibrate + merge + recover + write;
     TimePlan { calibrate, merge, recover, write, total, rates: *rates }

@@ -13,15 +13,13 @@ use crate::stage::Needs;
 const BASE: u64 = 64 << 20;
 /// A batch of windows on its way, its attention and its products.
 const BATCH: u64 = 4 * (32 << 20);
-/// Most samples per layer.
-const SAMPLES: u64 = 4096;
 
 /// Predicted resident memory of every phase, in bytes.
 ///
-/// Let a layer have `n` experts of `d_ff` units, `m` that stay, `P` expert parameters and `B` bytes
-/// on the disk, of which all mapped pages count as resident until the layer is released; `t`
-/// tokens, `s` samples (`min(t, 4096)`), `k` experts per token, `T` threads. The largest layer
-/// decides:
+/// Let a layer have `n` experts of `d_ff` units, `m` that stay, `P` expert parameters and `B`
+/// bytes on the disk, of which all mapped pages count as resident until the layer is released; `t`
+/// tokens, `s` samples (`min(t, 4096)`, if a stage needs them), `k` experts per token, `T`
+/// threads. The largest layer decides:
 ///
 /// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up
 ///   to the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
@@ -55,21 +53,22 @@ pub(super) fn plan(
     recipe: &Recipe,
     needs: Needs,
     options: &PlanOptions,
+    most_states: u64,
 ) -> MemoryPlan {
     let states = 4 * options.tokens * shape.d_model;
-    let held = if states <= options.states { states } else { 0 };
+    let held = if states <= most_states { states } else { 0 };
     let block = 4 * shape.blocks.iter().copied().max().unwrap_or(0);
     let most = |of: &dyn Fn(&Layer) -> u64| shape.layers.iter().map(of).max().unwrap_or(0);
-    let samples = |l: &Layer| {
-        let s = options.tokens.min(SAMPLES);
-        4 * s * (2 * l.d_model + l.experts + 2 * l.top_k)
+    let samples = |l: &Layer| match needs.contains(Needs::SAMPLES) {
+        true => 4 * options.samples() * (2 * l.d_model + l.experts + 2 * l.top_k),
+        false => 0,
     };
     let calibrate =
         BASE + block + held + BATCH + most(&|l| 4 * l.parameters + l.bytes + samples(l));
     let measure = BASE + most(&|l| measure(l, recipe, needs, options));
-    let follows = options.text && !recipe.recover.is_empty();
+    let follows = options.follows(recipe);
     let stream = if follows { block + held + BATCH } else { 0 };
-    let merge = BASE + stream + most(&|l| merge(l, recipe, options, follows) + samples(l));
+    let merge = BASE + stream + most(&|l| merge(l, recipe, options) + samples(l));
     let calibrate = if options.text { calibrate } else { 0 };
     let peak = calibrate.max(measure).max(merge);
     MemoryPlan { calibrate, measure, merge, states: held, scratch: states - held, peak }
@@ -101,14 +100,13 @@ pub(super) fn when(align: &AlignChoice) -> Option<AlignWhen> {
     }
 }
 
-fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions, follows: bool) -> u64 {
+fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
     let kept = layer.expert() * layer.kept;
     let mut bytes = 4 * (layer.parameters + kept) + layer.bytes;
     if when(&recipe.align) == Some(AlignWhen::InGroups) {
         bytes += gains(layer, options);
     }
-    // Text is followed to every token, statistics to their samples.
-    let t = if follows { options.tokens } else { options.tokens.min(SAMPLES) };
+    let t = options.recovered_tokens(recipe);
     let recovered = recipe.recover.iter().map(|choice| match choice {
         RecoverChoice::LeastSquares(fit) => {
             let features = layer.kept * layer.d_ff;

@@ -17,11 +17,11 @@ use self::shape::Shape;
 use super::builder::Pipeline;
 use super::recipe::{ExportChoice, Recipe};
 use super::report::{self, Change, Kind};
-use super::run::{Output, shape as layer_shape};
+use super::run::{Checked, Output};
+use super::tokens::SAMPLES;
 use crate::checkpoint::{Checkpoint, Outline, WritePlan};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId, Target};
-use crate::stage::Needs;
 
 /// What a plan assumes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,17 +35,36 @@ pub struct PlanOptions {
     pub text: bool,
     /// Threads that compute.
     pub threads: usize,
-    /// Bytes of hidden states in memory, as in [`Output::memory`].
-    pub states: u64,
     /// Whether rates are measured, which takes about half a second, and the time predicted.
     pub measure: bool,
 }
 
 impl Default for PlanOptions {
-    /// 16,384 tokens of text in windows of 512, rayon's threads, 2 GiB of states, measured.
+    /// 16,384 tokens of text in windows of 512, rayon's threads, measured.
     fn default() -> Self {
         let threads = rayon::current_num_threads();
-        Self { tokens: 16_384, window: 512, text: true, threads, states: 2 << 30, measure: true }
+        Self { tokens: 16_384, window: 512, text: true, threads, measure: true }
+    }
+}
+
+impl PlanOptions {
+    /// Samples of a layer.
+    fn samples(&self) -> u64 {
+        self.tokens.min(SAMPLES as u64)
+    }
+
+    /// Whether recovery follows the text.
+    fn follows(&self, recipe: &Recipe) -> bool {
+        self.text && !recipe.recover.is_empty()
+    }
+
+    /// Tokens that recovery sees: of the text at most as many as the recipe allows, of statistics
+    /// the samples.
+    fn recovered_tokens(&self, recipe: &Recipe) -> u64 {
+        match self.follows(recipe) {
+            true => recipe.recover_tokens.map_or(self.tokens, |most| self.tokens.min(most as u64)),
+            false => self.samples(),
+        }
     }
 }
 
@@ -117,17 +136,18 @@ pub fn plan(
     options: &PlanOptions,
 ) -> Result<RunPlan> {
     let pipeline = recipe.builder()?.build()?;
-    let counts = pipeline.predicted(source, output)?;
+    let checked = pipeline.check_source(source, output.export)?;
+    let counts = predicted(&checked);
     let write = pipeline.predicted_plan(source, output, &counts)?;
     let outline = source.outline(&write)?;
     let shape = Shape::of(source, &counts);
-    let needs = pipeline.needs() | if options.text { Needs::SAMPLES } else { Needs::NONE };
-    let memory = memory::plan(&shape, recipe, needs, options);
+    let needs = if options.text { pipeline.needs_along_text() } else { pipeline.needs() };
+    let memory = memory::plan(&shape, recipe, needs, options, output.memory);
     let time = options.measure.then(|| {
         let bytes = (source.total_bytes(), outline.bytes);
-        cost::plan(&shape, recipe, needs, options, bytes, &Rates::measure(&pipeline.cx))
+        cost::plan(&shape, recipe, options, bytes, &Rates::measure(&pipeline.cx))
     });
-    let spread = matches!(pipeline.target(source)?, Target::Total(_));
+    let spread = matches!(checked.target, Target::Total(_));
     Ok(RunPlan {
         family: source.family().into(),
         layout: source.layout().into(),
@@ -155,42 +175,32 @@ pub fn plan(
     })
 }
 
-impl Pipeline {
-    fn target(&self, source: &Checkpoint) -> Result<Target> {
-        let shapes: Vec<_> = source.layers().iter().map(layer_shape).collect();
-        Ok(self.checked(&shapes)?.1)
-    }
-
-    /// The number of experts of every layer, split evenly where only their sum is known.
-    fn predicted(&self, source: &Checkpoint, output: &Output) -> Result<BTreeMap<LayerId, usize>> {
-        self.check_export(output.export)?;
-        let matrices = |l: &crate::checkpoint::LayerInfo| (l.id, (l.d_ff, l.d_model));
-        self.check_compression(source.layers().iter().map(matrices))?;
-        let shapes: Vec<_> = source.layers().iter().map(layer_shape).collect();
-        let (active, target) = self.checked(&shapes)?;
-        let mut counts: BTreeMap<LayerId, usize> =
-            shapes.iter().map(|s| (s.id, s.experts)).collect();
-        match target {
-            Target::PerLayer(m) => {
-                for layer in &active {
-                    counts.insert(layer.id, m.min(layer.experts));
-                }
-            }
-            Target::Total(total) => {
-                let all: usize = active.iter().map(|l| l.experts).sum();
-                let (mut seen, mut given) = (0, 0);
-                for layer in &active {
-                    seen += layer.experts;
-                    let until = (total * seen).div_ceil(all.max(1));
-                    let m = until.saturating_sub(given).clamp(1, layer.experts);
-                    given += m;
-                    counts.insert(layer.id, m);
-                }
+/// The number of experts of every layer, split evenly where only their sum is known.
+fn predicted(checked: &Checked) -> BTreeMap<LayerId, usize> {
+    let Checked { shapes, active, target } = checked;
+    let mut counts: BTreeMap<LayerId, usize> = shapes.iter().map(|s| (s.id, s.experts)).collect();
+    match *target {
+        Target::PerLayer(m) => {
+            for layer in active {
+                counts.insert(layer.id, m.min(layer.experts));
             }
         }
-        Ok(counts)
+        Target::Total(total) => {
+            let all: usize = active.iter().map(|l| l.experts).sum();
+            let (mut seen, mut given) = (0, 0);
+            for layer in active {
+                seen += layer.experts;
+                let until = (total * seen).div_ceil(all.max(1));
+                let m = until.saturating_sub(given).clamp(1, layer.experts);
+                given += m;
+                counts.insert(layer.id, m);
+            }
+        }
     }
+    counts
+}
 
+impl Pipeline {
     /// A write plan with groups of the predicted numbers.
     fn predicted_plan(
         &self,
@@ -204,12 +214,7 @@ impl Pipeline {
             let labels = (0..layer.experts).map(|i| Some(i % m)).collect();
             groupings.insert(layer.id, Grouping::new(labels, (0..m).collect())?);
         }
-        let mut plan = self.write_plan(output, groupings);
-        // What a size budget leaves of each matrix depends on the weights.
-        if self.size_budget().is_none() {
-            self.factor(source, &mut plan, None)?;
-        }
-        Ok(plan)
+        self.write_plan(source, output, groupings)
     }
 }
 

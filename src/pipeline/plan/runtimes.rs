@@ -50,32 +50,8 @@ struct Planned<'a> {
 
 /// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`).
 const LLAMA_MAX_EXPERTS: usize = 512;
-/// Families with experts that vLLM has a class for.
-const VLLM: &[&str] = &[
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "kimi_k2",
-    "gpt_oss",
-    "llama4",
-    "llama4_text",
-    "glm4_moe",
-    "phimoe",
-    "granitemoe",
-    "dbrx",
-    "jamba",
-    "minimax_m2",
-    "ernie4_5_moe",
-    "hunyuan_v1_moe",
-    "dots1",
-    "lfm2_moe",
-];
-/// Families that llama.cpp converts.
-const LLAMA: &[&str] = &[
+/// Families with experts that vLLM has a class for and that llama.cpp converts.
+const SERVED: &[&str] = &[
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
@@ -188,7 +164,7 @@ impl Planned<'_> {
             notes.push(format!("tensor parallel: {} units divide by {widths}", self.d_ff));
         }
         self.mtp_note(&mut notes);
-        self.answer("vllm", VLLM.contains(&self.family), reasons, notes)
+        self.answer("vllm", SERVED.contains(&self.family), reasons, notes)
     }
 
     fn llama(&self, mut reasons: Vec<String>) -> RuntimePlan {
@@ -205,7 +181,7 @@ impl Planned<'_> {
             ));
         }
         self.mtp_note(&mut notes);
-        self.answer("llama.cpp", LLAMA.contains(&self.family), reasons, notes)
+        self.answer("llama.cpp", SERVED.contains(&self.family), reasons, notes)
     }
 
     fn mtp_note(&self, notes: &mut Vec<String>) {

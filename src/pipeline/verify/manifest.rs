@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::checkpoint::{MANIFEST, WritePlan};
-use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::checkpoint::{MANIFEST, WritePlan, read_json};
+use crate::error::{Error, Locate, Result};
 use crate::par;
 use crate::pipeline::fingerprint;
 
@@ -29,13 +29,7 @@ pub(super) struct Manifest {
 
 impl Manifest {
     pub(super) fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(MANIFEST);
-        let text = fs::read_to_string(&path).map_err(|e| Error::io("read manifest", e));
-        let parsed = text.and_then(|text| {
-            serde_json::from_str(&text)
-                .map_err(|e| ErrorKind::Format { format: "manifest", reason: e.to_string() }.into())
-        });
-        parsed.in_file(&path)
+        read_json(&folder.join(MANIFEST), "read manifest", "manifest")
     }
 
     /// Whether a stage may have changed experts that joined no other.
