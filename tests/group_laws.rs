@@ -182,6 +182,29 @@ proptest! {
     }
 
     #[test]
+    fn layers_of_known_counts_can_be_decided_one_by_one(
+        (layers, budget) in layers().prop_flat_map(|l| { let b = budget(&l); (Just(l), b) }),
+        seed: u64,
+    ) {
+        let (sizes, cx): (Vec<_>, _) =
+            (layers.iter().map(|l| (l.id, l.experts())).collect(), Context::cpu(seed));
+        for (grouper, _) in groupers() {
+            let together = grouper.group(&layers, &budget, &cx);
+            let Ok(Some(counts)) = grouper.counts(&sizes, &budget) else {
+                let global = matches!(budget.target, Target::Total(_));
+                prop_assert!(global || together.is_err(), "{grouper:?}");
+                continue;
+            };
+            let together = together.unwrap();
+            for ((layer, count), expected) in layers.iter().zip(counts).zip(together) {
+                let budget = Budget { target: Target::PerLayer(count), ..budget.clone() };
+                let alone = grouper.group(std::slice::from_ref(layer), &budget, &cx).unwrap();
+                prop_assert_eq!(&alone, &[expected], "{:?}", grouper);
+            }
+        }
+    }
+
+    #[test]
     fn dominant_experts_are_the_best_and_attract_the_most_similar(
         layers in layers(), m in 1usize..4,
     ) {

@@ -49,7 +49,7 @@ pub struct Batch<'a> {
 /// ([`Batch::outputs`]); else every token goes through its experts once more.
 ///
 /// Sums are added in fixed blocks and in order: the same batches give the same bits at any number
-/// of threads.
+/// of threads. Norms and saliencies are rounded to `f32` at the end.
 ///
 /// # Memory
 /// `8 n (n + d_model + 4)` bytes of sums; `4 s (2 d_model + n + 2 k)` bytes of `s` samples; while a
@@ -244,8 +244,11 @@ impl Collector {
         let mean = |sum: f64, i: usize| {
             if self.counts[i] == 0 { 0.0 } else { sum / self.counts[i] as f64 }
         };
+        // As precise as a statistics file holds them, so that a run on text and one on the file of
+        // that text are the same.
+        let rounded = |x: f64| f64::from(x as f32);
         let per_expert = |of: fn(&Sums) -> f64| -> Vec<f64> {
-            self.sums.iter().enumerate().map(|(i, sums)| mean(of(sums), i)).collect()
+            self.sums.iter().enumerate().map(|(i, sums)| rounded(mean(of(sums), i))).collect()
         };
         let stats = RoutingStats {
             tokens: self.tokens,

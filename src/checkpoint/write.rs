@@ -142,7 +142,8 @@ impl<'a> Writer<'a> {
     ) -> Result<Self> {
         let request = request.clone();
         let plan = Plan::new(source, &request)?;
-        let config = write_config::config(source, &request, plan.experts)?;
+        // Written at the end, when all groups are known; what it refuses is told now.
+        write_config::config(source, &request, plan.experts)?;
         let target = target()?;
         let mut owner = HashMap::new();
         for (id, layer) in &plan.layers {
@@ -166,9 +167,6 @@ impl<'a> Writer<'a> {
             done,
             owner,
         };
-        if writer.request.only.is_none() {
-            writer.small("config.json", config.as_bytes())?;
-        }
         writer.advance()?;
         Ok(writer)
     }

@@ -46,10 +46,7 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
             return Err(Error::shape("factors of experts", grouping.groups(), planned))
                 .in_layer(id);
         }
-        if plan.export == Export::Expanded && grouping.labels().contains(&None) {
-            let found = "dropped experts, whose router rows would still choose them";
-            return Err(unsupported("expanded export", found, "merged experts")).in_layer(id);
-        }
+        check_dropped(plan.export, grouping).in_layer(id)?;
     }
     for layer in source.layers() {
         let k = plan.top_k.unwrap_or(layer.rule.top_k);
@@ -66,6 +63,16 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
         reduced(source, plan, d_ff)?;
     }
     if plan.export == Export::Stock { uniform(source, plan).map(Some) } else { Ok(None) }
+}
+
+/// Refuses dropped experts where the router would still choose them.
+pub(super) fn check_dropped(export: Export, grouping: &Grouping) -> Result<()> {
+    if export != Export::Expanded || !grouping.labels().contains(&None) {
+        return Ok(());
+    }
+    let found = "dropped experts, whose router rows would still choose them".into();
+    let what = "expanded export";
+    Err(ErrorKind::Unsupported { what, found, supported: "merged experts".into() }.into())
 }
 
 /// Refuses experts of another width where a runtime could not know it.

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::folder::INDEX;
 use super::json::malformed;
 use super::write::{Export, MANIFEST, Writer, Written};
-use super::write_config::MODELING;
+use super::write_config::{self, MODELING};
 use super::write_file::{Flush, copy_whole};
 use crate::error::{Error, Locate, Result};
 
@@ -43,6 +43,8 @@ impl Writer<'_> {
             self.small(INDEX, index.as_bytes())?;
         }
         if self.request.only.is_none() {
+            let config = write_config::config(self.source, &self.request, self.plan.experts)?;
+            self.small("config.json", config.as_bytes())?;
             self.companions()?;
         }
         let files = self.digests.iter().map(|(name, (bytes, sha256))| {

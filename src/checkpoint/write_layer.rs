@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::encode::{Encoded, Encoder, Part, Sum, places};
 use super::write::{Export, Writer};
-use super::write_check::target_rule;
+use super::write_check::{check_dropped, target_rule};
 use super::write_file::{Output, hash_part, hexadecimal};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId, MergedLayer, Router};
@@ -57,6 +57,32 @@ impl Writer<'_> {
             encoded.into_iter().try_for_each(|encoded| self.expert(encoded))?;
         }
         self.end(*id)
+    }
+
+    /// Plans other groups for a layer that is not yet written: as many of them, which is all that
+    /// decides where tensors lie. So a layer can be decided after the first one was written.
+    ///
+    /// # Errors
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for a layer that is not planned or was begun,
+    /// [`Shape`](crate::ErrorKind::Shape) for another number of experts or groups,
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) for dropped experts in an expanded export.
+    pub fn regroup(&mut self, id: LayerId, grouping: &Grouping) -> Result<()> {
+        let mut regroup = || {
+            let planned =
+                self.request.groupings.get_mut(&id).filter(|_| !self.begun.contains_key(&id));
+            let Some(planned) = planned else {
+                return Err(Error::range("layer", "a planned layer that is not yet written", id));
+            };
+            let size = |g: &Grouping| (g.experts(), g.groups());
+            if size(planned) != size(grouping) {
+                return Err(Error::shape("grouping", size(planned), size(grouping)));
+            }
+            check_dropped(self.request.export, grouping)?;
+            *planned = grouping.clone();
+            Arc::make_mut(&mut self.groupings).insert(id, grouping.clone());
+            Ok(())
+        };
+        regroup().in_layer(id)
     }
 
     /// Begins a layer: writes its router. [`Writer::expert`] for every group and [`Writer::end`]

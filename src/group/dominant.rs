@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::quota::{Quota, Rest, Spread};
 use super::ranking::{LayerScale, Ranking, join_most_similar, needs_of};
 use crate::error::{Locate, Result};
-use crate::model::{Budget, Grouping, Importance};
+use crate::model::{Budget, Grouping, Importance, LayerId};
 use crate::par;
 use crate::stage::{Context, Grouper, LayerSummary, Needs, Stage};
 
@@ -67,5 +67,9 @@ impl Grouper for Dominant {
         par::map(layers.len(), |l| {
             join_most_similar(&layers[l], budget, &order[l], kept[l]).in_layer(layers[l].id)
         })
+    }
+
+    fn counts(&self, layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>> {
+        Quota::known(layers, budget, self.spread, Rest::Joins)
     }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::quota::{Quota, Rest, Spread};
 use super::ranking::{LayerScale, Ranking, join_most_similar, needs_of};
 use crate::error::{Locate, Result};
-use crate::model::{Budget, Grouping, Importance, Numbering};
+use crate::model::{Budget, Grouping, Importance, LayerId, Numbering};
 use crate::par;
 use crate::stage::{Context, Grouper, LayerSummary, Needs, Stage};
 
@@ -65,6 +65,12 @@ impl Stage for Prune {
     }
 }
 
+impl Prune {
+    fn rest(&self) -> Rest {
+        if self.absorb == Absorb::Drop { Rest::Drops } else { Rest::Joins }
+    }
+}
+
 impl Grouper for Prune {
     fn group(
         &self,
@@ -72,8 +78,7 @@ impl Grouper for Prune {
         budget: &Budget,
         _cx: &Context,
     ) -> Result<Vec<Grouping>> {
-        let rest = if self.absorb == Absorb::Drop { Rest::Drops } else { Rest::Joins };
-        let quota = Quota::new(layers, budget, self.spread, rest)?;
+        let quota = Quota::new(layers, budget, self.spread, self.rest())?;
         let Ranking { scores, order } = Ranking::new(layers, budget, self.importance, self.scale)?;
         let kept = quota.allot(&scores, &order);
         par::map(layers.len(), |l| {
@@ -83,6 +88,10 @@ impl Grouper for Prune {
             };
             grouping.in_layer(layers[l].id)
         })
+    }
+
+    fn counts(&self, layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>> {
+        Quota::known(layers, budget, self.spread, self.rest())
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{Budget, Target};
+use crate::model::{Budget, LayerId, Target};
 use crate::stage::LayerSummary;
 
 /// How a budget over all layers is spread.
@@ -49,13 +49,44 @@ impl Quota {
         spread: Spread,
         rest: Rest,
     ) -> Result<Self> {
-        let least = layers.iter().map(|l| least_groups(l, budget, rest).in_layer(l.id));
+        for layer in layers {
+            let (counted, compared) = (layer.stats.experts(), layer.experts());
+            if counted != compared {
+                let reason = format!("{counted} experts were counted, {compared} compared");
+                return Err(ErrorKind::Statistics { reason }.into()).in_layer(layer.id);
+            }
+        }
+        let sizes: Vec<_> = layers.iter().map(|l| (l.id, l.experts())).collect();
+        Self::of_sizes(&sizes, budget, spread, rest)
+    }
+
+    /// The final counts where they do not depend on the layers' scores.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Budget`] with the reachable numbers.
+    pub(super) fn known(
+        layers: &[(LayerId, usize)],
+        budget: &Budget,
+        spread: Spread,
+        rest: Rest,
+    ) -> Result<Option<Vec<usize>>> {
+        let quota = Self::of_sizes(layers, budget, spread, rest)?;
+        Ok((quota.extra == 0).then_some(quota.least))
+    }
+
+    fn of_sizes(
+        layers: &[(LayerId, usize)],
+        budget: &Budget,
+        spread: Spread,
+        rest: Rest,
+    ) -> Result<Self> {
+        let least = layers.iter().map(|l| least_groups(*l, budget, rest).in_layer(l.0));
         let least: Vec<usize> = least.collect::<Result<_>>()?;
         let total = match budget.target {
             Target::PerLayer(m) => return per_layer(layers, &least, m),
             Target::Total(total) => total,
         };
-        let (low, high) = (least.iter().sum(), layers.iter().map(LayerSummary::experts).sum());
+        let (low, high) = (least.iter().sum(), layers.iter().map(|l| l.1).sum());
         if !(low..=high).contains(&total) {
             let found = format!("{total} experts were asked for over {} layers", layers.len());
             return Err(unreachable(&found, low, high));
@@ -101,17 +132,12 @@ fn unreachable(found: &str, low: usize, high: usize) -> Error {
 }
 
 /// The smallest number of groups that keeps every promise of the budget.
-fn least_groups(layer: &LayerSummary, budget: &Budget, rest: Rest) -> Result<usize> {
-    let n = layer.experts();
-    if layer.stats.experts() != n {
-        let reason = format!("{} experts were counted, {n} compared", layer.stats.experts());
-        return Err(ErrorKind::Statistics { reason }.into());
-    }
-    let protected = budget.protected.get(&layer.id);
+fn least_groups((id, n): (LayerId, usize), budget: &Budget, rest: Rest) -> Result<usize> {
+    let protected = budget.protected.get(&id);
     if let Some(i) = protected.and_then(|experts| experts.iter().find(|&&i| i >= n)) {
         return Err(budget_error(format!("expert {i} is protected, but there are only {n}")));
     }
-    let alone = budget.protected_in(layer.id);
+    let alone = budget.protected_in(id);
     let capacity = budget.group_capacity.unwrap_or(n.max(1));
     if capacity == 0 {
         return Err(budget_error("a group capacity of 0 leaves no room for any expert"));
@@ -124,20 +150,20 @@ fn least_groups(layer: &LayerSummary, budget: &Budget, rest: Rest) -> Result<usi
     Ok(minimum.max(alone + joined))
 }
 
-fn per_layer(layers: &[LayerSummary], least: &[usize], m: usize) -> Result<Quota> {
-    for (layer, &low) in layers.iter().zip(least) {
-        if !(low..=layer.experts()).contains(&m) {
+fn per_layer(layers: &[(LayerId, usize)], least: &[usize], m: usize) -> Result<Quota> {
+    for (&(id, n), &low) in layers.iter().zip(least) {
+        if !(low..=n).contains(&m) {
             let found = format!("{m} experts were asked for");
-            return Err(unreachable(&found, low, layer.experts())).in_layer(layer.id);
+            return Err(unreachable(&found, low, n)).in_layer(id);
         }
     }
     Ok(Quota { least: vec![m; layers.len()], extra: 0 })
 }
 
 /// Raises the lowest counts first; earlier layers win ties, full layers are passed over.
-fn fill_evenly(layers: &[LayerSummary], mut counts: Vec<usize>, extra: usize) -> Vec<usize> {
+fn fill_evenly(layers: &[(LayerId, usize)], mut counts: Vec<usize>, extra: usize) -> Vec<usize> {
     for _ in 0..extra {
-        let open = (0..counts.len()).filter(|&l| counts[l] < layers[l].experts());
+        let open = (0..counts.len()).filter(|&l| counts[l] < layers[l].1);
         if let Some(l) = open.min_by_key(|&l| counts[l]) {
             counts[l] += 1;
         }
@@ -148,7 +174,7 @@ fn fill_evenly(layers: &[LayerSummary], mut counts: Vec<usize>, extra: usize) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{LayerId, RoutingStats, SimilarityMatrix};
+    use crate::model::{RoutingStats, SimilarityMatrix};
     use ndarray::Array2;
 
     fn layers(sizes: &[usize]) -> Vec<LayerSummary> {

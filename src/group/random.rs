@@ -9,7 +9,7 @@ use super::clusters::{Representative, grouping};
 use super::layer_rng;
 use super::quota::{Quota, Rest, Spread, free};
 use crate::error::{Locate, Result};
-use crate::model::{Budget, Grouping};
+use crate::model::{Budget, Grouping, LayerId};
 use crate::par;
 use crate::stage::{Context, Grouper, LayerSummary, Stage};
 
@@ -48,6 +48,10 @@ impl Grouper for RandomGroups {
             let clusters = draw(experts, groups, capacity, &mut rng);
             grouping(layer, budget, clusters, self.representative).in_layer(layer.id)
         })
+    }
+
+    fn counts(&self, layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>> {
+        Quota::known(layers, budget, Spread::Uniform, Rest::Joins)
     }
 }
 

@@ -6,7 +6,7 @@ use super::prune::keep_only;
 use super::quota::{Quota, Rest, Spread};
 use super::ranking::{LayerScale, Ranking};
 use crate::error::{Error, Locate, Result};
-use crate::model::{Budget, Grouping, Importance};
+use crate::model::{Budget, Grouping, Importance, LayerId};
 use crate::par;
 use crate::stage::{Context, Grouper, LayerSummary, Stage};
 
@@ -91,6 +91,10 @@ impl Grouper for TaskSpecific {
         })?;
         let kept = quota.allot(&shares, &ranking.order);
         par::map(layers.len(), |l| keep_only(&ranking.order[l], kept[l]).in_layer(layers[l].id))
+    }
+
+    fn counts(&self, layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>> {
+        Quota::known(layers, budget, self.spread, Rest::Drops)
     }
 }
 

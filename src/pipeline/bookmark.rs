@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
 use super::pass::Pass;
@@ -18,6 +19,24 @@ use crate::model::{LayerId, TensorSource};
 const KEPT: usize = 3;
 /// Bytes of the SHA-256 that ends the file.
 const HASH: usize = 32;
+
+/// Text on its way, whose place can be marked.
+pub(super) trait Marked {
+    /// Leaves out all layers up to `id`.
+    fn jump_behind(&mut self, id: LayerId) -> Result<()>;
+    /// Hands all hidden states to `f`, in the same order every time.
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()>;
+}
+
+impl<S: TensorSource> Marked for Pass<'_, S> {
+    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
+        Pass::jump_behind(self, id)
+    }
+
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
+        Pass::batches(self, f)
+    }
+}
 
 /// The bookmarks of a run, in its partial folder.
 #[derive(Debug)]
@@ -38,11 +57,7 @@ impl<'a> Bookmarks<'a> {
     }
 
     /// Writes the states of `pass` as those behind layer `id`.
-    pub(super) fn set<S: TensorSource>(
-        &mut self,
-        pass: &mut Pass<'_, S>,
-        id: LayerId,
-    ) -> Result<()> {
+    pub(super) fn set(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
         let path = path(self.folder, id);
         let draft = path.with_extension("draft");
         let io = |e| Error::io("write hidden states", e);
@@ -70,11 +85,7 @@ impl<'a> Bookmarks<'a> {
     }
 
     /// Puts `pass` behind layer `id`.
-    pub(super) fn open<S: TensorSource>(
-        &mut self,
-        pass: &mut Pass<'_, S>,
-        id: LayerId,
-    ) -> Result<()> {
+    pub(super) fn open(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
         let path = path(self.folder, id);
         let io = |e| Error::io("read hidden states", e);
         let mut file = BufReader::new(File::open(&path).map_err(io).in_file(&path)?);

@@ -125,7 +125,7 @@ pub(super) fn each_layer<S: TensorSource>(
 }
 
 /// One batch of windows through a layer, with the experts watched.
-fn observed(
+pub(super) fn observed(
     block: &Block,
     hidden: &mut Hidden,
     encoded: Option<&Hidden>,

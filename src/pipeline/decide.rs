@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::engine::Measured;
-use super::policy::{Constraints, LayerShape};
+use super::policy::LayerShape;
 use crate::error::{ErrorKind, Locate, Result};
 use crate::model::{Budget, Grouping, Numbering, RoutingStats, Target};
 use crate::stage::{Context, Grouper, LayerSummary};
@@ -15,27 +15,25 @@ pub(super) fn decide(
     grouper: &dyn Grouper,
     measured: &[Measured],
     shapes: &[LayerShape],
-    target: Target,
-    constraints: &Constraints,
+    budget: &Budget,
     narrow: bool,
     cx: &Context,
 ) -> Result<Vec<Grouping>> {
-    let budget = constraints.budget(target, shapes, narrow);
     let groups = |shape: &LayerShape| shape.rule.groups.map_or(1, |g| g.groups);
-    let groupings = match target {
+    let groupings = match budget.target {
         Target::PerLayer(m) if narrow && shapes.iter().any(|s| groups(s) > 1) => {
             let each = |(measured, shape): (&Measured, &LayerShape)| {
-                in_routing_groups(grouper, &measured.summary, groups(shape), m, &budget, cx)
+                in_routing_groups(grouper, &measured.summary, groups(shape), m, budget, cx)
                     .in_layer(shape.id)
             };
             measured.iter().zip(shapes).map(each).collect::<Result<Vec<_>>>()?
         }
         _ => {
             let summaries: Vec<LayerSummary> = measured.iter().map(|m| m.summary.clone()).collect();
-            grouper.group(&summaries, &budget, cx)?
+            grouper.group(&summaries, budget, cx)?
         }
     };
-    check(&groupings, shapes, &budget, narrow, grouper.name())?;
+    check(&groupings, shapes, budget, narrow, grouper.name())?;
     Ok(groupings.iter().map(|g| g.renumbered(Numbering::ByDominant)).collect())
 }
 

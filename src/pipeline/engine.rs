@@ -7,8 +7,8 @@ use ndarray::{Array2, ArrayView2};
 use super::compress::Given;
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
-use super::recovery;
 use super::report::{self, Change, Kind, LayerReport, OutputError};
+use super::seen::Seen;
 use crate::align;
 use crate::error::{Error, Locate, Result};
 use crate::model::{
@@ -50,36 +50,75 @@ pub(super) fn measure(
     needs: Needs,
     cx: &Context,
 ) -> Result<Measured> {
-    let before = alignment.filter(|a| a.when == AlignWhen::BeforeGrouping);
     let mut needs = needs | similarity.needs();
-    if let Some(before) = before {
+    if let Some(before) = before_grouping(alignment) {
         needs = needs | before.aligner.needs() | Needs::EXPERTS;
     }
     let stats = source.stats(id, needs)?;
-    let (table, permutations) = if needs.contains(Needs::EXPERTS) {
+    let measured = if needs.contains(Needs::EXPERTS) {
         let layer = source.layer(id)?;
-        stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
-        let (layer, permutations) = match before {
-            None => (layer, None),
-            Some(a) => {
-                let view = LayerView::of(&layer, &stats);
-                let permutations = align::align_layer(&a.aligner, a.reference, &view, cx)?;
-                // Metrics on weights see the aligned experts: that is what aligning first is for.
-                (permuted(&layer, &permutations, cx)?, Some(permutations))
-            }
-        };
-        (similarity.similarity(&LayerView::of(&layer, &stats), cx)?, permutations)
+        measure_layer(&layer, &stats, similarity, alignment, cx)?
     } else {
         let router = source.router(id)?;
         stats.validate(router.experts(), router.weight().ncols())?;
-        (similarity.similarity(&LayerView::new(id, &router, &stats), cx)?, None)
+        let table = similarity.similarity(&LayerView::new(id, &router, &stats), cx)?;
+        Measured::new(id, table, &stats, None)?
     };
     source.release(id);
-    if table.experts() != stats.experts() {
-        return Err(Error::shape("similarity matrix", stats.experts(), table.experts()));
+    Ok(measured)
+}
+
+/// [`measure`] of a layer that is in memory.
+pub(super) fn measure_layer(
+    layer: &MoeLayer,
+    stats: &RoutingStats,
+    similarity: &dyn Similarity,
+    alignment: Option<&Alignment>,
+    cx: &Context,
+) -> Result<Measured> {
+    stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
+    let Some(a) = before_grouping(alignment) else {
+        let table = similarity.similarity(&LayerView::of(layer, stats), cx)?;
+        return Measured::new(layer.id(), table, stats, None);
+    };
+    let view = LayerView::of(layer, stats);
+    let permutations = align::align_layer(&a.aligner, a.reference, &view, cx)?;
+    // Metrics on weights see the aligned experts: that is what aligning first is for.
+    let aligned = permuted(layer, &permutations, cx)?;
+    let table = similarity.similarity(&LayerView::of(&aligned, stats), cx)?;
+    Measured::new(layer.id(), table, stats, Some(permutations))
+}
+
+fn before_grouping(alignment: Option<&Alignment>) -> Option<&Alignment> {
+    alignment.filter(|a| a.when == AlignWhen::BeforeGrouping)
+}
+
+impl Measured {
+    /// Keeps of the statistics what is small.
+    fn new(
+        id: LayerId,
+        similarity: SimilarityMatrix,
+        stats: &RoutingStats,
+        permutations: Option<Vec<Permutation>>,
+    ) -> Result<Self> {
+        if similarity.experts() != stats.experts() {
+            let found = similarity.experts();
+            return Err(Error::shape("similarity matrix", stats.experts(), found));
+        }
+        let stats = RoutingStats {
+            tokens: stats.tokens,
+            counts: stats.counts.clone(),
+            logit_gram: stats.logit_gram.clone(),
+            router_mass: stats.router_mass.clone(),
+            output_norm: stats.output_norm.clone(),
+            reap: stats.reap.clone(),
+            mean_output: stats.mean_output.clone(),
+            samples: None,
+            gradients: None,
+            fisher: None,
+        };
+        Ok(Self { summary: LayerSummary { id, similarity, stats }, permutations })
     }
-    let stats = RoutingStats { samples: None, gradients: None, fisher: None, ..stats };
-    Ok(Measured { summary: LayerSummary { id, similarity: table, stats }, permutations })
 }
 
 fn permuted(layer: &MoeLayer, permutations: &[Permutation], cx: &Context) -> Result<MoeLayer> {
@@ -139,8 +178,7 @@ pub(super) fn merge_layer(
     let experts = put_alone(groups, experts, grouping)?;
     let mut merged = MergedLayer::new(id, experts, grouping.clone(), router, narrowed)?;
     if let (Some(recoverer), Some((inputs, targets))) = (plan.recoverer, &before.outputs) {
-        let held_out = recovery::held_out(inputs.nrows());
-        let (inputs, targets) = recovery::tail_like_the_rest(inputs, targets, held_out);
+        let (inputs, targets, held_out) = Seen::samples(inputs.clone(), targets.clone()).split()?;
         let (inputs, targets) = (inputs.view(), targets.view());
         let task = Recovery { inputs, targets, narrowed: plan.router.is_some(), held_out };
         merged = recoverer.recover(&task, merged, cx)?;

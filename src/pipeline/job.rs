@@ -47,7 +47,7 @@ impl Pipeline {
     }
 
     /// How text runs through a model during a run whose partial folder is `folder`.
-    fn options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
+    pub(super) fn options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
         CalibrateOptions {
             memory,
             scratch: folder.into(),
@@ -111,7 +111,8 @@ impl Pipeline {
         let followed = spread.as_deref().map(|tokens| (tokens, from));
         let new = self.write_layers(job, followed, (&decided, samples), &mut writer, line)?;
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
-        self.conclude(job, &plan, reports, (writer, journal), target)
+        let shown = (job.stats.tokens(), observer);
+        self.conclude(source, &plan, reports, (writer, journal), shown, target)
     }
 
     /// Merges the decided layers and writes them; `line` is told of each that is on the disk, with
@@ -143,16 +144,16 @@ impl Pipeline {
     /// Reports, seals, and gives the target its name.
     pub(super) fn conclude(
         &self,
-        job: &Job<'_>,
+        source: &Checkpoint,
         plan: &WritePlan,
         reports: BTreeMap<LayerId, LayerReport>,
         (mut writer, mut journal): (Writer<'_>, Journal),
+        (tokens, observer): (u64, &dyn Observer),
         target: &Path,
     ) -> Result<Report> {
-        let Job { source, stats, observer, .. } = *job;
         let mut report = self.report(reports.into_values().collect());
         report.family = Some(source.family().into());
-        report.tokens = stats.tokens();
+        report.tokens = tokens;
         report.written = Some(summary(source, plan, writer.written()));
         let json = serde_json::to_value(&report).unwrap_or_default();
         writer.seal(&json)?;
@@ -266,7 +267,7 @@ impl Pipeline {
 }
 
 /// The last layer that lies whole in the folder with all before it, and the states behind it.
-fn behind(
+pub(super) fn behind(
     writer: &Writer<'_>,
     ids: &[LayerId],
     finished: &BTreeMap<LayerId, (LayerReport, String)>,

@@ -27,7 +27,7 @@ pub(super) enum Line {
     Run(Fingerprint),
     /// SHA-256 of the statistics that were collected.
     Statistics(String),
-    /// The groups of all layers that are merged.
+    /// The groups of layers that are merged: of all, or of one before it is written.
     Groups(Vec<(LayerId, Grouping)>),
     /// Under a size budget, what is left of the matrices of all layers that are merged.
     Ranks(Vec<(LayerId, Factoring)>),
@@ -91,7 +91,7 @@ impl Journal {
         for line in lines {
             match line {
                 Line::Statistics(sha256) => journal.statistics = Some(sha256),
-                Line::Groups(groups) => journal.groups = Some(groups),
+                Line::Groups(groups) => journal.groups.get_or_insert_default().extend(groups),
                 Line::Ranks(ranks) => journal.ranks = Some(ranks),
                 Line::Layer(report, digest) => {
                     journal.layers.insert(report.layer, (*report, digest));

@@ -152,7 +152,7 @@ impl Pipeline {
         observer: &dyn Observer,
     ) -> Result<Report> {
         let given = Given::Statistics(stats);
-        let (shapes, ids) = self.check_part(source, given, output)?;
+        let (_, ids) = self.check_part(source, given, output)?;
         let run = Fingerprint::of(self, source, given, output)?;
         let (groups, mut found) = gather(parts, &run)?;
         let missing: Vec<String> =
@@ -165,7 +165,6 @@ impl Pipeline {
         let partial = begin(source.dir(), target)?;
         let mut journal = Journal::open(partial.path(), &run)?;
         journal.write(&Line::Groups(groups.clone()))?;
-        let job = Job { source, stats, tokens: None, shapes: &shapes, ids: &ids, output, observer };
         let plan = self.write_plan(source, output, groups.into_iter().collect())?;
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
@@ -176,7 +175,8 @@ impl Pipeline {
             observer.layer_finished(&report);
             reports.insert(id, report);
         }
-        self.conclude(&job, &plan, reports, (writer, journal), target)
+        let shown = (stats.tokens(), observer);
+        self.conclude(source, &plan, reports, (writer, journal), shown, target)
     }
 }
 

@@ -116,14 +116,24 @@ impl<'a, S: TensorSource> Pass<'a, S> {
 
     /// Reads the next layer; `None` when there is none.
     pub(super) fn next(&mut self) -> Result<Option<Block>> {
+        self.advance()?.map(|id| self.read(id)).transpose()
+    }
+
+    /// Goes on to the next layer, without reading it; `None` when there is none.
+    pub(super) fn advance(&mut self) -> Result<Option<LayerId>> {
         let Some(id) = self.steps.next() else { return Ok(None) };
         if id.stack != self.stack {
             self.enter(id.stack)?;
         }
-        Ok(Some(match &self.model {
+        Ok(Some(id))
+    }
+
+    /// Reads a layer.
+    pub(super) fn read(&self, id: LayerId) -> Result<Block> {
+        Ok(match &self.model {
             Model::Switch(model) => Block::Switch(Box::new(model.block(id.stack, id.index)?)),
             Model::Causal(model) => Block::Causal(Box::new(model.layer(id.index)?)),
-        }))
+        })
     }
 
     /// Hands every batch of windows to `f`, with the encoder's output for the same windows.

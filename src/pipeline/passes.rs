@@ -39,7 +39,7 @@ impl Pipeline {
     /// themselves; without them samples are what errors are measured on.
     pub(super) fn needs_along_text(&self) -> Needs {
         let Some(recoverer) = &self.recoverer else { return self.needs() | Needs::SAMPLES };
-        let merge = Plan { recoverer: None, compressor: None, ..self.plan(false) }.merge_needs();
+        let merge = self.along_text().merge_needs();
         // A size budget weighs the matrices of all layers before the first is recovered.
         let weighs = self.size_budget().is_some();
         let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
@@ -179,15 +179,8 @@ impl Pipeline {
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
         let measured = self.measure(source, &ids, observer)?;
         let narrow = self.router.is_some();
-        let groupings = decide(
-            &*self.grouper,
-            &measured,
-            &active,
-            target,
-            &self.constraints,
-            narrow,
-            &self.cx,
-        )?;
+        let budget = self.constraints.budget(target, &active, narrow);
+        let groupings = decide(&*self.grouper, &measured, &active, &budget, narrow, &self.cx)?;
         Ok(Decided { ids, measured, groupings, ranks: None })
     }
 
@@ -220,29 +213,30 @@ impl Pipeline {
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
     ) -> Result<Vec<LayerReport>> {
         let plan = Plan { ranks: decided.ranks.as_ref(), ..self.plan(samples) };
-        self.hand_on(decided, observer, sink, &mut |measured, grouping| {
+        self.hand_on(&decided.ids, observer, sink, &mut |at| {
+            engine::announce(observer, &decided.ids, at, Phase::Merge);
+            let (measured, grouping) = decided.at(at)?;
             engine::merge(source, measured, grouping, &plan, &self.cx)
         })
     }
 
-    /// Makes every merged layer by `one` and hands it to `sink`, as [`Pipeline::merge`] says.
+    /// Makes every merged layer by `one`, which is told its place among `ids`, and hands it to
+    /// `sink`, as [`Pipeline::merge`] says.
     pub(super) fn hand_on(
         &self,
-        decided: &Decided,
+        ids: &[LayerId],
         observer: &dyn Observer,
         sink: &mut (dyn FnMut(MergedLayer, &LayerReport) -> Result<()> + Send),
         one: &mut MakeLayer<'_>,
     ) -> Result<Vec<LayerReport>> {
-        let mut reports = Vec::with_capacity(decided.ids.len());
-        let layers = decided.measured.iter().zip(&decided.groupings).enumerate();
+        let mut reports = Vec::with_capacity(ids.len());
         // A rendezvous: the sender waits until the layer before has been written.
         let take = |(layer, report): (MergedLayer, LayerReport)| {
             sink(layer, &report).in_layer(report.layer)
         };
         par::beside(0, take, |send| {
-            for (at, (measured, grouping)) in layers {
-                let id = engine::announce(observer, &decided.ids, at, Phase::Merge);
-                let (layer, report) = one(measured, grouping).in_layer(id)?;
+            for (at, id) in ids.iter().enumerate() {
+                let (layer, report) = one(at).in_layer(id)?;
                 if send.send((layer, report.clone())).is_err() {
                     // The sink has failed, and its error is told.
                     break;
@@ -291,8 +285,8 @@ impl Pipeline {
     }
 }
 
-/// Makes the merged layer of what was measured and decided.
-type MakeLayer<'a> = dyn FnMut(&Measured, &Grouping) -> Result<(MergedLayer, LayerReport)> + 'a;
+/// Makes the merged layer at a place of those that are to be made.
+type MakeLayer<'a> = dyn FnMut(usize) -> Result<(MergedLayer, LayerReport)> + 'a;
 
 /// What the first pass decided.
 pub(super) struct Decided {
@@ -301,6 +295,14 @@ pub(super) struct Decided {
     pub(super) groupings: Vec<Grouping>,
     /// Under a size budget.
     pub(super) ranks: Option<Ranks>,
+}
+
+impl Decided {
+    /// What is known of the layer at a place.
+    pub(super) fn at(&self, at: usize) -> Result<(&Measured, &Grouping)> {
+        let found = self.measured.get(at).zip(self.groupings.get(at));
+        found.ok_or_else(|| Error::range("layer", "one that was decided", at))
+    }
 }
 
 struct InMemory<'a> {

@@ -9,6 +9,7 @@ use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
 use super::observe::{Observer, Silent};
+use super::once::Once;
 use super::policy::LayerShape;
 use super::recipe::{ExportChoice, Recipe};
 use super::report::Report;
@@ -185,6 +186,10 @@ impl Pipeline {
         let (stats, tokens) = match given {
             Given::Statistics(stats) => (stats, None),
             Given::Tokens(tokens) => {
+                if let Some(counted) = self.counted(shapes)? {
+                    let once = Once { source, tokens, output, observer };
+                    return self.run_once(&once, &counted, (partial, journal), target);
+                }
                 let scratch = (partial.path(), output.memory);
                 collected = self.collect(source, tokens, &mut journal, scratch, observer)?;
                 (&collected, Some(tokens))

@@ -17,7 +17,7 @@ use ndarray::ArrayView2;
 
 use crate::error::Result;
 use crate::model::{
-    Budget, Expert, Factored, Grouping, MergedLayer, Permutation, Router, SimilarityMatrix,
+    Budget, Expert, Factored, Grouping, LayerId, MergedLayer, Permutation, Router, SimilarityMatrix,
 };
 
 pub use context::Context;
@@ -62,6 +62,18 @@ pub trait Grouper: Stage {
         budget: &Budget,
         cx: &Context,
     ) -> Result<Vec<Grouping>>;
+
+    /// How many experts each layer, given with its number of experts, keeps under `budget`, where
+    /// that is known before anything is measured. A layer must then get the same groups by itself,
+    /// with its count as [`Target::PerLayer`](crate::model::Target::PerLayer), as among the others:
+    /// a run on text decides, merges and writes it before it reads the next. `None`, the default,
+    /// when layers have to be compared first.
+    ///
+    /// # Errors
+    /// Those of [`Grouper::group`] that do not depend on what is measured.
+    fn counts(&self, _layers: &[(LayerId, usize)], _budget: &Budget) -> Result<Option<Vec<usize>>> {
+        Ok(None)
+    }
 }
 
 /// In which order do a target's hidden units line up with a reference's?
@@ -155,7 +167,8 @@ forward!(Stage, name() -> &str; needs() -> Needs);
 forward!(Similarity,
     similarity(layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatrix>);
 forward!(Grouper,
-    group(layers: &[LayerSummary], budget: &Budget, cx: &Context) -> Result<Vec<Grouping>>);
+    group(layers: &[LayerSummary], budget: &Budget, cx: &Context) -> Result<Vec<Grouping>>;
+    counts(layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>>);
 forward!(Aligner, align(pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>);
 forward!(Merger, merge(members: &Members<'_>, cx: &Context) -> Result<Expert>);
 forward!(RouterMerger,

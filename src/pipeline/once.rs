@@ -1,0 +1,266 @@
+//! From text to a merged checkpoint in one pass: every layer is read once.
+//!
+//! Where it is known beforehand how many experts each layer keeps, layer `l` is observed, decided,
+//! merged, recovered and written before layer `l + 1` is read. Two streams of hidden states run
+//! side by side: the original model's, which the statistics come from, and, with a recoverer, that
+//! of the layers merged so far, which it is fitted on. Both are what the two passes of any other
+//! run see, so that the target has the same bytes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ndarray::Array2;
+
+use super::bookmark::{Bookmarks, Marked};
+use super::builder::Pipeline;
+use super::calibrate::observed;
+use super::decide::decide;
+use super::engine;
+use super::job::behind;
+use super::journal::{Journal, Line};
+use super::observe::{Observer, Phase};
+use super::pass::{Block, Pass};
+use super::policy::LayerShape;
+use super::recovery::{Observed, take_moe};
+use super::report::{LayerReport, Report};
+use super::run::Output;
+use super::seen::Seen;
+use super::tokens::{CalibrateOptions, Tokens};
+use crate::calibrate::Collector;
+use crate::checkpoint::{Checkpoint, Partial, Writer};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Budget, Grouping, LayerId, MergedLayer, RoutingStats, Target};
+use crate::stage::Needs;
+
+/// A run in one pass.
+#[derive(Clone, Copy)]
+pub(super) struct Once<'a> {
+    pub(super) source: &'a Checkpoint,
+    pub(super) tokens: &'a Tokens,
+    pub(super) output: &'a Output,
+    pub(super) observer: &'a dyn Observer,
+}
+
+/// The layers that take part, and how many experts each keeps.
+pub(super) struct Counted {
+    layers: Vec<(LayerShape, usize)>,
+    budget: Budget,
+}
+
+/// The text on its way through the original model and, with a recoverer, the merged one.
+struct Streams<'a> {
+    original: Pass<'a, Checkpoint>,
+    merged: Option<Pass<'a, Checkpoint>>,
+    /// Layers begun so far, and all.
+    progress: (usize, usize),
+}
+
+impl Pipeline {
+    /// How many experts every layer keeps, if that is known; else a run takes two passes.
+    pub(super) fn counted(&self, shapes: &[LayerShape]) -> Result<Option<Counted>> {
+        if self.size_budget().is_some() {
+            return Ok(None);
+        }
+        let (active, target) = self.checked(shapes)?;
+        let budget = self.constraints.budget(target, &active, self.router.is_some());
+        let sizes: Vec<_> = active.iter().map(|s| (s.id, s.experts)).collect();
+        let Some(counts) = self.grouper.counts(&sizes, &budget)? else { return Ok(None) };
+        if counts.len() != active.len() {
+            return Err(Error::shape("numbers of experts to keep", active.len(), counts.len()));
+        }
+        Ok(Some(Counted { layers: active.into_iter().zip(counts).collect(), budget }))
+    }
+
+    /// Merges in one pass what the journal does not know to be done.
+    pub(super) fn run_once(
+        &self,
+        once: &Once<'_>,
+        counted: &Counted,
+        (partial, mut journal): (Partial, Journal),
+        target: &Path,
+    ) -> Result<Report> {
+        let Once { source, tokens, output, observer } = *once;
+        let ids: Vec<LayerId> = counted.layers.iter().map(|(shape, _)| shape.id).collect();
+        let plan = self.write_plan(source, output, counted.stand_ins()?)?;
+        let mut writer = Writer::within(source, partial, &plan)?;
+        let mut finished = std::mem::take(&mut journal.layers);
+        let from = behind(&writer, &ids, &finished);
+        let done = from.and_then(|id| ids.iter().position(|&other| other == id));
+        let done = done.map_or(0, |at| at + 1);
+        let mut reports = BTreeMap::new();
+        let known: BTreeMap<LayerId, Grouping> =
+            journal.groups.take().into_iter().flatten().collect();
+        for id in &ids[..done] {
+            let Some(((report, digest), grouping)) = finished.remove(id).zip(known.get(id)) else {
+                return Err(Error::range("finished layer", "one with groups", "none")).in_layer(id);
+            };
+            writer.regroup(*id, grouping)?;
+            writer.adopt(*id, &digest)?;
+            reports.insert(*id, report);
+        }
+        let folder = writer.folder().to_owned();
+        let options = self.options(&folder, output.memory);
+        let todo = &counted.layers[done..];
+        let sink = &mut |layer: MergedLayer, report: &LayerReport| {
+            writer.regroup(layer.id, &layer.grouping)?;
+            journal.write(&Line::Groups(vec![(layer.id, layer.grouping.clone())]))?;
+            writer.layer(&layer)?;
+            writer.sync()?;
+            let digest = writer.digest(layer.id)?;
+            journal.write(&Line::Layer(Box::new(report.clone()), digest))
+        };
+        let spread = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
+        if !todo.is_empty() {
+            let follows = self.recoverer.as_ref().map(|_| &*spread);
+            let mut streams = Streams::open(once, follows, &ids, &options)?;
+            let mut bookmarks = Bookmarks::new(&folder);
+            if let Some(id) = from {
+                bookmarks.open(&mut streams, id)?;
+            }
+            streams.progress.1 = streams.original.remaining();
+            let new = self.hand_on(&ids[done..], observer, sink, &mut |at| {
+                let made = self.next(once, counted, &todo[at], &mut streams, &options)?;
+                bookmarks.set(&mut streams, todo[at].0.id)?;
+                Ok(made)
+            })?;
+            reports.extend(new.into_iter().map(|report| (report.layer, report)));
+        }
+        let stacks = ids.iter().map(|id| tokens.of(id.stack));
+        let shown = (stacks.max().unwrap_or(0), observer);
+        self.conclude(source, &plan, reports, (writer, journal), shown, target)
+    }
+
+    /// What is collected of a layer: what its stages need, and nothing for another pass.
+    fn needs_once(&self) -> Needs {
+        let merge = match &self.recoverer {
+            Some(recoverer) => self.along_text().merge_needs() | recoverer.needs(),
+            None => self.plan(true).merge_needs(),
+        };
+        self.grouper.needs() | self.similarity.needs() | merge
+    }
+
+    /// Runs up to the next layer that takes part, and makes it.
+    fn next(
+        &self,
+        once: &Once<'_>,
+        counted: &Counted,
+        (shape, keep): &(LayerShape, usize),
+        streams: &mut Streams<'_>,
+        options: &CalibrateOptions,
+    ) -> Result<(MergedLayer, LayerReport)> {
+        while let Some(mut block) = streams.next(once.observer)? {
+            if block.id() != shape.id {
+                streams.forward(&block, self)?;
+                continue;
+            }
+            let (stats, seen) = self.watch(once, streams, &block, options)?;
+            let layer = take_moe(&mut block)?;
+            let (similarity, alignment) = (&*self.similarity, self.alignment.as_ref());
+            let measured = engine::measure_layer(&layer, &stats, similarity, alignment, &self.cx)?;
+            let grouping = self.decide_one(&measured, shape, *keep, &counted.budget)?;
+            let (done, total) = streams.progress;
+            once.observer.layer_started(shape.id, Phase::Merge, done - 1, total);
+            let (Some(seen), Some(pass)) = (seen, &mut streams.merged) else {
+                let plan = self.plan(true);
+                return engine::merge_layer(layer, &stats, &measured, &grouping, &plan, &self.cx);
+            };
+            let (measured, grouping) = (&measured, &grouping);
+            let observed = Observed { layer, seen, stats: &stats, measured, grouping };
+            return self.recovered(pass, &mut block, observed, None);
+        }
+        Err(Error::range("layer", "one of the model's, in order", shape.id))
+    }
+
+    /// Statistics of the original model, and what the recoverer gets to see.
+    fn watch(
+        &self,
+        once: &Once<'_>,
+        streams: &mut Streams<'_>,
+        block: &Block,
+        options: &CalibrateOptions,
+    ) -> Result<(RoutingStats, Option<Seen>)> {
+        let id = block.id();
+        let collector = Collector::new(self.needs_once())?;
+        let mut collector = collector.sample(options.samples, once.tokens.of(id.stack));
+        streams.original.each(|hidden, encoded| {
+            observed(block, hidden, encoded, &mut collector, &self.cx).in_layer(id)
+        })?;
+        let merged = streams.merged.as_mut();
+        let seen = merged.map(|pass| self.look(pass, block)).transpose()?;
+        Ok((collector.finish().in_layer(id)?, seen))
+    }
+
+    fn decide_one(
+        &self,
+        measured: &engine::Measured,
+        shape: &LayerShape,
+        keep: usize,
+        budget: &Budget,
+    ) -> Result<Grouping> {
+        let budget = Budget { target: Target::PerLayer(keep), ..budget.clone() };
+        let (one, shapes) = (std::slice::from_ref(measured), std::slice::from_ref(shape));
+        let narrow = self.router.is_some();
+        let mut groupings = decide(&*self.grouper, one, shapes, &budget, narrow, &self.cx)?;
+        groupings.pop().ok_or_else(|| Error::shape("groupings", 1, 0))
+    }
+}
+
+impl Counted {
+    /// Groups of the right number, which say where tensors lie; the true ones come later.
+    fn stand_ins(&self) -> Result<BTreeMap<LayerId, Grouping>> {
+        let one = |(shape, keep): &(LayerShape, usize)| {
+            let labels = (0..shape.experts).map(|i| Some(i.min(keep.saturating_sub(1))));
+            let grouping = Grouping::new(labels.collect(), (0..*keep).collect());
+            Ok((shape.id, grouping.in_layer(shape.id)?))
+        };
+        self.layers.iter().map(one).collect()
+    }
+}
+
+impl<'a> Streams<'a> {
+    fn open(
+        once: &Once<'a>,
+        follows: Option<&'a Tokens>,
+        ids: &[LayerId],
+        options: &'a CalibrateOptions,
+    ) -> Result<Self> {
+        let open = |tokens| Pass::new(once.source, tokens, options, |id| ids.contains(&id));
+        let merged = follows.map(open).transpose()?;
+        Ok(Self { original: open(once.tokens)?, merged, progress: (0, 0) })
+    }
+
+    /// Reads the next layer, for both streams.
+    fn next(&mut self, observer: &dyn Observer) -> Result<Option<Block>> {
+        let Some(id) = self.original.advance()? else { return Ok(None) };
+        if let Some(merged) = &mut self.merged {
+            merged.advance()?;
+        }
+        let (done, total) = &mut self.progress;
+        observer.layer_started(id, Phase::Calibrate, *done, *total);
+        *done += 1;
+        self.original.read(id).map(Some)
+    }
+
+    /// Runs both through a layer that stays as it is.
+    fn forward(&mut self, block: &Block, pipeline: &Pipeline) -> Result<()> {
+        for pass in [Some(&mut self.original), self.merged.as_mut()].into_iter().flatten() {
+            pass.each(|hidden, encoded| {
+                block.attend(hidden, encoded, &pipeline.cx)?;
+                block.feed().forward(&mut hidden.states, &hidden.windows, None, &pipeline.cx)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Marked for Streams<'_> {
+    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
+        self.original.jump_behind(id)?;
+        self.merged.as_mut().map_or(Ok(()), |pass| pass.jump_behind(id))
+    }
+
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
+        self.original.batches(f)?;
+        self.merged.as_mut().map_or(Ok(()), |pass| pass.batches(f))
+    }
+}
