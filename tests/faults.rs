@@ -3,88 +3,42 @@
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 
 use mcsmoe::calibrate::{statistics_from_json, statistics_to_json};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::LayerId;
-use mcsmoe::pipeline::{
-    Calibration, ExportChoice, Keep, Observer, Output, Phase, Recipe, Silent, Tokens,
-    calibrate_to_file,
-};
+use mcsmoe::pipeline::{Observer, Phase, Silent, calibrate_to_file};
 use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
 
-/// A place with a source, its statistics, and room for targets.
-struct Place(tempfile::TempDir);
+#[path = "faults/changed.rs"]
+mod changed;
+#[path = "faults/place.rs"]
+mod place;
 
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/forward/mixtral");
-        fs::create_dir(dir.path().join("source")).unwrap();
-        for name in ["config.json", "model.safetensors"] {
-            fs::copy(fixtures.join(name), dir.path().join("source").join(name)).unwrap();
-        }
-        // Copied along, and larger than what the crate writes itself.
-        fs::write(dir.path().join("source/tokenizer.json"), vec![b' '; 90_000]).unwrap();
-        let source = Checkpoint::open(dir.path().join("source")).unwrap();
-        let stats = dir.path().join("stats.safetensors");
-        let options = Default::default();
-        calibrate_to_file(&source, &tokens(), Needs::OBSERVABLE, &options, &stats).unwrap();
-        Self(dir)
+use place::{KINDS, Place, contents, run, tokens, undisturbed};
+
+/// Kinds of a child from here on are runs on a disk of its own.
+const FULL: usize = 10;
+
+/// A run on a disk that may be too small; if it is, once more when it has grown.
+fn fill(place: &Path, kind: usize, target: &Path) -> Result<()> {
+    let first = run(place, kind, target, &Silent);
+    if first.is_err() {
+        assert!(!target.exists());
+        let mut grow = Command::new("mount");
+        grow.args(["-o", "remount,size=64m"]).arg(target.parent().unwrap());
+        assert!(grow.status().unwrap().success());
+        run(place, kind, target, &Silent).unwrap();
     }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-fn tokens() -> Tokens {
-    Tokens::Windows((0..8).map(|w| (0..32).map(|i| (i * 7 + w * 3) % 64).collect()).collect())
-}
-
-/// The number of kinds of [`run`].
-const KINDS: usize = 3;
-
-/// Statistics and a stock folder; text, hidden states in a file, and a native folder in several
-/// shards; text and layers that are fitted one behind the other.
-fn run(place: &Path, kind: usize, target: &Path, observer: &dyn Observer) -> Result<()> {
-    let source = Checkpoint::open(place.join("source"))?;
-    let (preset, export) = match kind {
-        1 => ("m-smoe", ExportChoice::Native),
-        _ => ("fast", ExportChoice::Stock),
-    };
-    let recipe = Recipe::preset(preset, Keep::Experts(2))?.export(export);
-    let calibration = match kind {
-        0 => Calibration::from(place.join("stats.safetensors")),
-        _ => tokens().into(),
-    };
-    let (shard_bytes, memory) = if kind == 1 { (20_000, 0) } else { (1 << 30, 1 << 30) };
-    let output = Output { shard_bytes, memory, ..Output::new(export).resuming() };
-    let pipeline = recipe.builder()?.build()?;
-    pipeline.run_calibrated(&source, &calibration, target, &output, observer).map(drop)
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
-}
-
-/// What an undisturbed run of a kind writes.
-fn undisturbed(place: &Place, kind: usize) -> BTreeMap<String, Vec<u8>> {
-    let target = place.path(&format!("whole-{kind}"));
-    run(place.0.path(), kind, &target, &Silent).unwrap();
-    contents(&target)
+    assert!(contents(target) == contents(&place.join(format!("whole-{kind}"))));
+    first
 }
 
 /// What a child does: a run of a kind, or, as kinds of their own, what writes statistics.
@@ -97,6 +51,7 @@ fn work(place: &Path, kind: usize, target: &Path) -> Result<()> {
         }
         4 => statistics_to_json(&place.join("stats.safetensors"), target),
         5 => statistics_from_json(&place.join("stats.json"), target),
+        FULL.. => fill(place, kind - FULL, target),
         _ => run(place, kind, target, &Silent),
     }
 }
@@ -167,6 +122,37 @@ fn a_write_that_fails_names_its_file_and_can_be_resumed() {
             assert!(contents(&target) == expected, "kind {kind} after {blocks} blocks: {error}");
             fs::remove_dir_all(&target).unwrap();
         }
+        assert!(files.len() >= 4, "kind {kind}: {files:?}");
+    }
+}
+
+/// This program in a namespace where `disk` has so many pages of 4096 bytes.
+fn on_a_small_disk(disk: &Path, pages: usize) -> Command {
+    let mut shell = Command::new("unshare");
+    let script = r#"mount -t tmpfs -o size="$1" none "$2" && shift 2 && exec "$@""#;
+    shell.args(["-rm", "sh", "-c", script, "sh", &(4096 * pages).to_string()]);
+    shell.arg(disk).arg(std::env::current_exe().unwrap());
+    shell
+}
+
+#[test]
+#[ignore = "mounts a file system in a namespace: needs root, or Linux that lets others do so"]
+fn a_run_on_a_full_disk_names_its_file_and_can_be_resumed() {
+    let place = Place::new();
+    let disk = place.path("disk");
+    fs::create_dir(&disk).unwrap();
+    for kind in 0..KINDS {
+        undisturbed(&place, kind);
+        let mut files = BTreeSet::new();
+        for pages in 1.. {
+            let command = on_a_small_disk(&disk, pages);
+            let outcome = spawn(command, &place, FULL + kind, &disk.join("target"));
+            let Some((file, error)) = outcome else { break };
+            assert!(error.contains("os error 28"), "{error}");
+            assert!(file.starts_with(disk.join("target.partial")), "{error}");
+            files.insert(file.file_name().unwrap().to_owned());
+        }
+        eprintln!("kind {kind}: {files:?}");
         assert!(files.len() >= 4, "kind {kind}: {files:?}");
     }
 }
@@ -287,74 +273,4 @@ fn folders_that_may_not_be_written_are_refused() {
     before.keys().for_each(|name| mode(&partial.join(name), 0o644));
     run(place.0.path(), 0, &target, &Silent).unwrap();
     assert!(contents(&target) == expected);
-}
-
-/// Does something to a file when layer `at` begins a phase.
-struct Meddler<'a>(Phase, usize, Mutex<Option<Box<dyn FnOnce() + Send + 'a>>>);
-
-impl<'a> Meddler<'a> {
-    fn new(phase: Phase, at: usize, deed: impl FnOnce() + Send + 'a) -> Self {
-        Self(phase, at, Mutex::new(Some(Box::new(deed))))
-    }
-}
-
-impl Observer for Meddler<'_> {
-    fn layer_started(&self, _: LayerId, phase: Phase, at: usize, _: usize) {
-        if (phase, at) == (self.0, self.1)
-            && let Some(deed) = self.2.lock().unwrap().take()
-        {
-            deed();
-        }
-    }
-}
-
-#[test]
-fn a_source_that_changes_between_two_layers_is_told() {
-    let place = Place::new();
-    let shard = place.path("source/model.safetensors");
-    let (bytes, time) = (fs::read(&shard).unwrap(), fs::metadata(&shard).unwrap().modified());
-    let open = || fs::File::options().write(true).open(&shard).unwrap();
-    let later = *time.as_ref().unwrap() + std::time::Duration::from_secs(5);
-    let cut = || open().set_len(bytes.len() as u64 / 2).unwrap();
-    let rewrite = || {
-        let file = open();
-        std::os::unix::fs::FileExt::write_all_at(&file, &[0; 999], 9999).unwrap();
-        file.set_modified(later).unwrap();
-    };
-    for kind in 0..KINDS {
-        let expected = undisturbed(&place, kind);
-        let deeds = [(Phase::Measure, true), (Phase::Measure, false), (Phase::Merge, false)];
-        for (phase, cuts) in deeds {
-            // Nothing else reads when a layer begins to be measured; another thread may copy when
-            // one begins to be merged, and a file that is cut then ends the process.
-            let target = place.path("target");
-            let deed = || if cuts { cut() } else { rewrite() };
-            let observer = Meddler::new(phase, 1, deed);
-            let error = run(place.0.path(), kind, &target, &observer).unwrap_err();
-            assert!(observer.2.lock().unwrap().is_none(), "nothing was done to the file");
-            let ErrorKind::Changed { expected: was, found } = error.kind() else {
-                panic!("{error}")
-            };
-            assert!(was.starts_with(&format!("{} bytes, written ", bytes.len())), "{error}");
-            assert!(cuts == found.starts_with(&format!("{} bytes", bytes.len() / 2)), "{error}");
-            assert_eq!(error.place().file.as_deref(), Some(&*shard), "{error}");
-            assert!(!target.exists());
-            // With the file as it was the run goes on.
-            fs::write(&shard, &bytes).unwrap();
-            open().set_modified(*time.as_ref().unwrap()).unwrap();
-            run(place.0.path(), kind, &target, &Silent).unwrap();
-            assert!(contents(&target) == expected, "kind {kind}, {phase}");
-            fs::remove_dir_all(&target).unwrap();
-        }
-        // A file that is replaced stays mapped as it was.
-        let target = place.path("target");
-        let other = place.path("other");
-        fs::write(&other, "another file").unwrap();
-        let observer = Meddler::new(Phase::Measure, 1, || fs::rename(&other, &shard).unwrap());
-        run(place.0.path(), kind, &target, &observer).unwrap();
-        assert!(contents(&target) == expected, "kind {kind}, replaced");
-        fs::remove_dir_all(&target).unwrap();
-        fs::write(&shard, &bytes).unwrap();
-        open().set_modified(*time.as_ref().unwrap()).unwrap();
-    }
 }

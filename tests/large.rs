@@ -1,6 +1,7 @@
 //! A model of ten thousand tensors in a thousand shards, in time and with few open files.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // A test fails by panicking.
+#![allow(clippy::print_stderr)] // What a step took is told with a failure.
 
 use std::collections::BTreeMap;
 use std::fs;

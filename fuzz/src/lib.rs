@@ -26,8 +26,11 @@ mod seeds;
 use checkpoints::Tiny;
 pub use seeds::seeds;
 
+/// Takes an input.
+pub type Target = fn(&Ground, &[u8]);
+
 /// The targets by name.
-pub const TARGETS: [(&str, fn(&Ground, &[u8])); 6] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("header", header),
     ("index", index),
     ("config", config),
