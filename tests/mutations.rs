@@ -98,6 +98,8 @@ fn attack(file: &Path, rounds: usize, head: usize, read: &dyn Fn() -> Result<()>
     for seed in 0..rounds {
         let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed as u64 + 1));
         let bytes = mutated(&original, head, &mut random);
+        // A new file: ext4 sends one that is cut and written again to the disk at once.
+        fs::remove_file(file).unwrap();
         fs::write(file, &bytes).unwrap();
         match catch_unwind(AssertUnwindSafe(read)) {
             Ok(result) => refused += usize::from(result.is_err()),
