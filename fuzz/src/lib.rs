@@ -77,6 +77,7 @@ const FORWARD: [(&str, &[u8]); 3] = [
 pub struct Ground {
     dir: PathBuf,
     families: Vec<Family>,
+    native: Family,
     source: Checkpoint,
 }
 
@@ -97,7 +98,7 @@ impl Ground {
         let native = seeds::native();
         native.write(&dir.join("native"));
         let source = Checkpoint::open(dir.join("0")).unwrap();
-        let this = Self { dir: dir.to_owned(), families, source };
+        let this = Self { dir: dir.to_owned(), families, native, source };
         // What is built opens: else no target would get further than the first refusal.
         let folders = (0..this.families.len()).map(|i| i.to_string());
         for name in folders.chain(["index".into(), "native".into()]) {
@@ -212,10 +213,10 @@ fn config(ground: &Ground, input: &[u8]) {
 /// The map in the config of a native folder, or its factors.
 fn native(ground: &Ground, input: &[u8]) {
     let Some((choice, rest)) = input.split_first() else { return };
-    let (dir, whole) = (ground.dir.join("native"), seeds::native());
+    let (dir, whole) = (ground.dir.join("native"), &ground.native);
     let (name, bytes, before) = match choice % 2 {
         0 => ("model.safetensors", file(rest), file(whole.header.as_bytes())),
-        _ => ("config.json", rest.to_owned(), whole.config.into_bytes()),
+        _ => ("config.json", rest.to_owned(), whole.config.clone().into_bytes()),
     };
     fs::write(dir.join(name), bytes).unwrap();
     read_all(&dir);

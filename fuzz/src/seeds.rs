@@ -20,7 +20,7 @@ pub fn seeds(ground: &Ground) -> Vec<(&'static str, String, Vec<u8>)> {
     }
     let index = ground.dir.join("index/model.safetensors.index.json");
     found.push(("index", "seed".into(), std::fs::read(index).unwrap()));
-    let native = native();
+    let native = &ground.native;
     found.push(("native", "seed-factors".into(), format!("0{}", native.header).into_bytes()));
     found.push(("native", "seed-map".into(), format!("1{}", native.config).into_bytes()));
     for (i, preset) in Recipe::PRESETS.iter().enumerate() {

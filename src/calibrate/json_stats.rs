@@ -59,6 +59,9 @@ fn malformed(reason: impl std::fmt::Display) -> Error {
 pub fn statistics_from_json(from: &Path, to: &Path) -> Result<()> {
     let text = fs::read_to_string(from).map_err(|e| Error::io("read", e)).in_file(from)?;
     let document: Document = serde_json::from_str(&text).map_err(malformed).in_file(from)?;
+    if document.layers.is_empty() {
+        return Err(malformed("no layers")).in_file(from);
+    }
     let mut layers = BTreeMap::new();
     for (id, layer) in document.layers {
         layers.insert(id, layer.read().in_layer(id).in_file(from)?);

@@ -62,8 +62,10 @@ pub(super) fn check_readable(stats: &RoutingStats) -> Result<()> {
     if n == 0 || n > MAX_EXPERTS {
         return misfit("experts", format!("1 to {MAX_EXPERTS}"), &n);
     }
-    if let Some(count) = stats.counts.iter().find(|&&count| count > stats.tokens) {
-        return misfit("count", format!("0..={}", stats.tokens), count);
+    // They are stored as i64.
+    let most = stats.tokens.min(i64::MAX as u64);
+    if let Some(count) = stats.counts.iter().find(|&&count| count > most) {
+        return misfit("count", format!("0..={most}"), count);
     }
     if stats.mean_output.as_ref().is_some_and(|mean| mean.ncols() == 0) {
         return misfit("width of the model", "1 or more".into(), &0);
