@@ -124,6 +124,14 @@ pub enum ErrorKind {
         /// What happened.
         fault: DeviceFault,
     },
+    /// A file was cut or written to while it was being read.
+    #[error("the file was changed while it was open: expected {expected}, found {found}")]
+    Changed {
+        /// Its size and time when it was opened.
+        expected: String,
+        /// Its size and time now.
+        found: String,
+    },
     /// The operating system refused.
     #[error("{operation}: {source}")]
     Io {

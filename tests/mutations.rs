@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use mcsmoe::Result;
 use mcsmoe::calibrate::{StatsFile, statistics_from_json, statistics_to_json, write_stats};
-use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::checkpoint::{Checkpoint, LayerInfo};
 use mcsmoe::forward::Model;
 use mcsmoe::model::{LayerId, RoutingStats};
 use mcsmoe::pipeline::{
@@ -19,6 +19,11 @@ use mcsmoe::pipeline::{
 };
 use mcsmoe::stage::Needs;
 use ndarray::Array2;
+
+#[path = "common/checkpoints.rs"]
+mod checkpoints;
+
+use checkpoints::{Tiny, layouts};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -93,6 +98,8 @@ fn attack(file: &Path, rounds: usize, head: usize, read: &dyn Fn() -> Result<()>
     for seed in 0..rounds {
         let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed as u64 + 1));
         let bytes = mutated(&original, head, &mut random);
+        // A new file: ext4 sends one that is cut and written again to the disk at once.
+        fs::remove_file(file).unwrap();
         fs::write(file, &bytes).unwrap();
         match catch_unwind(AssertUnwindSafe(read)) {
             Ok(result) => refused += usize::from(result.is_err()),
@@ -128,6 +135,34 @@ fn headers_and_configs_of_a_checkpoint() {
         let read = || read_all(dir.path());
         attack(&dir.path().join("model.safetensors"), 600, 6000, &read);
         attack(&dir.path().join("config.json"), 600, usize::MAX, &read);
+    }
+}
+
+#[test]
+fn layouts_whose_experts_share_a_tensor_and_quantised_ones() {
+    let mut blocks = checkpoints::deepseek();
+    blocks.in_fp8([4, 4]);
+    let folders: [(&str, Tiny); 8] = [
+        ("fused", checkpoints::fused()),
+        ("fused and transposed", layouts::qwen3_vl()),
+        ("in a wrapper", layouts::llama4()),
+        ("in turn, with biases", checkpoints::gpt_oss()),
+        ("flat", layouts::dbrx()),
+        ("other names", checkpoints::granite()),
+        ("mxfp4", checkpoints::gpt_oss_mxfp4()),
+        ("fp8", blocks),
+    ];
+    for (name, tiny) in folders {
+        let dir = tempfile::tempdir().unwrap();
+        tiny.write(dir.path());
+        let read = || {
+            let source = Checkpoint::open(dir.path())?;
+            let read = |layer: &LayerInfo| source.read_merged(layer.id).map(drop);
+            source.layers().iter().try_for_each(read)
+        };
+        eprintln!("{name}");
+        attack(&dir.path().join("model.safetensors"), 300, 6000, &read);
+        attack(&dir.path().join("config.json"), 300, usize::MAX, &read);
     }
 }
 

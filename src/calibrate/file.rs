@@ -14,7 +14,7 @@ use crate::model::{LayerId, RoutingStats};
 use crate::stage::Needs;
 
 /// More experts per layer than any model has; bounds the Gram matrix of a hostile file.
-const MAX_EXPERTS: usize = 8192;
+pub(super) const MAX_EXPERTS: usize = 8192;
 
 /// A statistics file whose header was read and checked. The data stays on disk until a layer is
 /// asked for; threads may read different layers at once.

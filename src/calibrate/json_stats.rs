@@ -2,7 +2,7 @@
 //!
 //! ```json
 //! { "model_type": "mixtral",
-//!   "layers": { "layers.0": { "tokens": 3, "counts": [4, 2], "router_mass": [2.2, 0.8],
+//!   "layers": { "layers.0": { "tokens": 3, "counts": [3, 3], "router_mass": [2.2, 0.8],
 //!                             "logit_gram": [[5.0, 1.0], [1.0, 2.0]] } } }
 //! ```
 
@@ -14,7 +14,7 @@ use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::file::StatsFile;
-use super::writer::write_stats;
+use super::writer::{Aside, check_readable, write_stats};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{LayerId, RoutingStats};
 use crate::stage::Needs;
@@ -59,6 +59,9 @@ fn malformed(reason: impl std::fmt::Display) -> Error {
 pub fn statistics_from_json(from: &Path, to: &Path) -> Result<()> {
     let text = fs::read_to_string(from).map_err(|e| Error::io("read", e)).in_file(from)?;
     let document: Document = serde_json::from_str(&text).map_err(malformed).in_file(from)?;
+    if document.layers.is_empty() {
+        return Err(malformed("no layers")).in_file(from);
+    }
     let mut layers = BTreeMap::new();
     for (id, layer) in document.layers {
         layers.insert(id, layer.read().in_layer(id).in_file(from)?);
@@ -67,7 +70,8 @@ pub fn statistics_from_json(from: &Path, to: &Path) -> Result<()> {
     write_stats(to, &layers, &metadata.into_iter().collect())
 }
 
-/// Writes a statistics file as JSON, without what is stored per token and per weight.
+/// Writes a statistics file as JSON, without what is stored per token and per weight. It is written
+/// aside and renamed.
 ///
 /// # Errors
 /// Those of reading; [`ErrorKind::Io`].
@@ -81,7 +85,9 @@ pub fn statistics_to_json(from: &Path, to: &Path) -> Result<()> {
     }
     let document = Document { model_type: file.model_type().map(str::to_owned), layers };
     let text = serde_json::to_string_pretty(&document).map_err(malformed)?;
-    fs::write(to, text).map_err(|e| Error::io("write", e)).in_file(to)
+    let aside = Aside::of(to);
+    let written = fs::write(&aside.whole, text).and_then(|()| fs::rename(&aside.whole, to));
+    written.map_err(|e| Error::io("write", e)).in_file(to)
 }
 
 impl Layer {
@@ -99,6 +105,7 @@ impl Layer {
         };
         let width = stats.mean_output.as_ref().map_or(1, |mean| mean.ncols());
         stats.validate(stats.experts(), width)?;
+        check_readable(&stats)?;
         Ok(stats)
     }
 
@@ -160,9 +167,14 @@ mod tests {
             assert!(error.to_string().contains(expected), "{error}");
             assert!(!dir.path().join("none").exists());
         };
-        fails(r#"{"tokens":3,"counts":[4,2],"router_mass":[1]}"#, "layers.3");
-        fails(r#"{"tokens":3,"counts":[4,2],"logit_gram":[[1,2],[3]]}"#, "rows of 2 and of 1");
-        fails(r#"{"tokens":3,"counts":[4,2],"usage":[1]}"#, "usage");
-        fails(r#"{"tokens":3,"counts":[4,-2]}"#, "stats.json");
+        fails(r#"{"tokens":3,"counts":[3,2],"router_mass":[1]}"#, "layers.3");
+        fails(r#"{"tokens":3,"counts":[3,2],"logit_gram":[[1,2],[3]]}"#, "rows of 2 and of 1");
+        fails(r#"{"tokens":3,"counts":[3,2],"usage":[1]}"#, "usage");
+        fails(r#"{"tokens":3,"counts":[3,-2]}"#, "stats.json");
+        // What would be written and could not be read.
+        fails(r#"{"tokens":3,"counts":[4,2]}"#, "count: expected 0..=3, found 4");
+        fails(r#"{"tokens":3,"counts":[]}"#, "1 to 8192, found 0");
+        fails(r#"{"tokens":3,"counts":[1],"expert_mean_output":[[]]}"#, "width of the model");
+        fails(r#"{"tokens":3,"counts":[1],"reap_saliency":[1e39]}"#, "REAP saliency: expected");
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 use serde_json::{Map, Value, json};
 
-use super::file::contradiction;
+use super::file::{MAX_EXPERTS, contradiction};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, LayerId, LinearView, Role, RoutingStats, Samples};
 
@@ -53,6 +53,34 @@ pub struct StatsWriter {
     sizes: Vec<usize>,
 }
 
+/// Refuses statistics whose file could not be read again.
+pub(super) fn check_readable(stats: &RoutingStats) -> Result<()> {
+    let misfit = |what: &str, expected: String, found: &dyn std::fmt::Display| {
+        Err(contradiction(format!("{what}: expected {expected}, found {found}")))
+    };
+    let n = stats.experts();
+    if n == 0 || n > MAX_EXPERTS {
+        return misfit("experts", format!("1 to {MAX_EXPERTS}"), &n);
+    }
+    // They are stored as i64.
+    let most = stats.tokens.min(i64::MAX as u64);
+    if let Some(count) = stats.counts.iter().find(|&&count| count > most) {
+        return misfit("count", format!("0..={most}"), count);
+    }
+    if stats.mean_output.as_ref().is_some_and(|mean| mean.ncols() == 0) {
+        return misfit("width of the model", "1 or more".into(), &0);
+    }
+    // They are stored as f32.
+    let most = f64::from(f32::MAX);
+    let rounded = [(&stats.output_norm, "expert output norm"), (&stats.reap, "REAP saliency")];
+    for (values, what) in rounded {
+        if let Some(x) = values.iter().flatten().find(|&&x| x > most) {
+            return misfit(what, format!("at most {most:e}"), x);
+        }
+    }
+    Ok(())
+}
+
 /// A tensor whose values were written.
 #[derive(Debug)]
 struct Placed {
@@ -91,13 +119,14 @@ impl StatsWriter {
     ///
     /// # Errors
     /// [`ErrorKind::Statistics`](crate::ErrorKind::Statistics) when its parts contradict each other
-    /// or it was written before, [`ErrorKind::Io`](crate::ErrorKind::Io).
+    /// (as an expert that is chosen more often than there are tokens does) or it was written before, [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn layer(&mut self, id: LayerId, stats: &RoutingStats) -> Result<()> {
         self.write_layer(id, stats).in_layer(id).in_file(&self.path)
     }
 
     fn write_layer(&mut self, id: LayerId, stats: &RoutingStats) -> Result<()> {
         stats.validate(stats.experts(), width(stats))?;
+        check_readable(stats)?;
         let note = note(id, stats);
         if self.notes.iter().any(|other| other["name"] == note["name"]) {
             return Err(contradiction("the layer was written before".into()));
@@ -157,13 +186,13 @@ impl StatsWriter {
 /// Hidden names in the target's folder, so that the rename stays within one file system; the files
 /// are removed in the end, whatever happened.
 #[derive(Debug)]
-struct Aside {
+pub(super) struct Aside {
     values: PathBuf,
-    whole: PathBuf,
+    pub(super) whole: PathBuf,
 }
 
 impl Aside {
-    fn of(path: &Path) -> Self {
+    pub(super) fn of(path: &Path) -> Self {
         let hidden = |kind: &str| {
             let mut name = OsString::from(".");
             name.push(path.file_name().unwrap_or_default());

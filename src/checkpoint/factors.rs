@@ -151,7 +151,9 @@ impl Factors {
         let matrix =
             |piece: Piece| read::matrix((piece.rows, piece.cols), read::values(store, piece)?);
         let four = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let index = store.bytes(self.index.tensor).chunks_exact(4).map(four).collect();
+        let index = store.unchanged(self.index.tensor, || {
+            Ok(store.bytes(self.index.tensor).chunks_exact(4).map(four).collect())
+        })?;
         let (left, right, lines) = (matrix(self.left)?, matrix(self.right)?, matrix(self.lines)?);
         let at = &store.entry(self.left.tensor).name;
         Factored::new(left, right, self.structure, index, lines)

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 
 /// A read-only map of a whole file.
 ///
-/// The file must not be truncated or rewritten in place while it is mapped; checkpoints never are.
+/// The file must not be truncated or rewritten in place while it is mapped; whether it was is
+/// looked at around every read, see [`super::stamp`].
 #[derive(Debug)]
 pub(super) struct Map(Mmap);
 

@@ -40,6 +40,7 @@ mod scan;
 mod scan_fused;
 mod scan_layer;
 mod source;
+mod stamp;
 mod store;
 mod write;
 mod write_check;

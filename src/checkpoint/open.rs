@@ -62,7 +62,10 @@ impl Checkpoint {
     /// `model.safetensors`, or one other safetensors file. Reads headers only.
     ///
     /// The layout is recognised from the tensors' names. Files must not be truncated or rewritten
-    /// while the checkpoint is open.
+    /// while the checkpoint is open: size and time of a tensor's file are compared with those at
+    /// the opening before and after it is read ([`Changed`](crate::ErrorKind::Changed)), but a
+    /// file that is cut in the middle of a read ends the process (SIGBUS). Files may be removed
+    /// or replaced by others.
     ///
     /// # Errors
     /// [`Io`](crate::ErrorKind::Io), [`Format`](crate::ErrorKind::Format) for a damaged or
@@ -195,10 +198,12 @@ impl Checkpoint {
     /// The bytes of a tensor, little-endian and row-major, at any alignment.
     ///
     /// # Errors
-    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when there is no such tensor.
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when there is no such tensor;
+    /// [`Changed`](crate::ErrorKind::Changed).
     pub fn tensor_bytes(&self, name: &str) -> Result<&[u8]> {
         let found = self.store.get(name);
         let found = found.ok_or_else(|| Error::range("tensor", "a tensor of the model", name))?;
+        self.store.check(found).in_tensor(name)?;
         Ok(self.store.bytes(found))
     }
 
@@ -221,7 +226,8 @@ impl Checkpoint {
     /// Expert `expert` of those on disk.
     ///
     /// # Errors
-    /// [`NotFinite`](crate::ErrorKind::NotFinite) with file, tensor, layer and expert.
+    /// [`NotFinite`](crate::ErrorKind::NotFinite) with file, tensor, layer and expert;
+    /// [`Changed`](crate::ErrorKind::Changed) for a file that was written to since it was opened.
     pub fn read_expert(&self, id: LayerId, expert: usize) -> Result<Expert> {
         let at = self.position(id)?;
         read::expert(&self.store, &self.tensors[at], expert, self.activation).in_layer(id)

@@ -72,7 +72,7 @@ impl Writer<'_> {
                 self.put_bytes(tensor, 0, bytes)?;
             }
             for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
-                self.put_bytes(tensor, i * CHUNK, chunk)?;
+                part.store.unchanged(found, || self.put_bytes(tensor, i * CHUNK, chunk))?;
             }
             part.store.release(found, 0..bytes.len());
         }

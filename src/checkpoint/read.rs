@@ -14,12 +14,14 @@ use crate::model::{
 /// The values of a part of a tensor, dequantised, all finite. The part is contiguous.
 ///
 /// # Errors
-/// [`ErrorKind::NotFinite`] with file, tensor and the index in the whole tensor.
+/// [`ErrorKind::NotFinite`] with file, tensor and the index in the whole tensor;
+/// [`ErrorKind::Changed`].
 pub(super) fn values(store: &Store, piece: Piece) -> Result<Vec<f32>> {
     let entry = store.entry(piece.tensor);
     let read = || {
         let count = piece.rows * piece.cols;
-        let values = quant::decode(store, piece.tensor, piece.start, count)?;
+        let decode = || quant::decode(store, piece.tensor, piece.start, count);
+        let values = store.unchanged(piece.tensor, decode)?;
         match non_finite(&values) {
             None => Ok(values),
             Some((index, value)) => {

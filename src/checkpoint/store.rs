@@ -11,12 +11,14 @@ use super::header::{self, Entry};
 use super::json::malformed;
 use super::mmap::Map;
 use super::quant::{Quantised, Scheme};
+use super::stamp::Stamp;
 use crate::error::{Error, Locate, Result};
 
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
     map: Map,
+    stamp: Stamp,
 }
 
 /// A tensor and the file that holds it.
@@ -149,7 +151,31 @@ impl Store {
         [Some(tensor), self.quantised.scheme(tensor).map(Scheme::scales)].into_iter().flatten()
     }
 
-    /// A tensor's bytes.
+    /// Runs `read`, which reads a tensor and its scales, between two looks at their files: what
+    /// comes back was read from files that are as they were.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Changed`](crate::ErrorKind::Changed) with the file, and those of `read`.
+    pub(super) fn unchanged<T>(
+        &self,
+        tensor: usize,
+        read: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        self.check(tensor)?;
+        let found = read();
+        self.check(tensor)?;
+        found
+    }
+
+    /// Checks that the files of a tensor and its scales were not changed.
+    pub(super) fn check(&self, tensor: usize) -> Result<()> {
+        self.with_scales(tensor).try_for_each(|tensor| {
+            let Shard { path, stamp, .. } = &self.shards[self.tensors[tensor].file];
+            stamp.check(path)
+        })
+    }
+
+    /// A tensor's bytes; see [`Store::unchanged`].
     pub(super) fn bytes(&self, tensor: usize) -> &[u8] {
         let Tensor { file, entry } = &self.tensors[tensor];
         &self.shards[*file].map.bytes()[entry.range.clone()]
@@ -178,7 +204,10 @@ fn map(path: &Path) -> Result<(Shard, Vec<Entry>)> {
         let reason = format!("{} bytes are too few for a header length", metadata.len());
         return Err(malformed("safetensors file", reason));
     }
-    let map = Map::of(&File::open(path).map_err(io)?)?;
+    let file = File::open(path).map_err(io)?;
+    let stamp = Stamp::of(&file.metadata().map_err(io)?);
+    // The map outlives the file's handle: a thousand shards need none.
+    let map = Map::of(&file)?;
     let entries = header::parse(map.bytes())?;
-    Ok((Shard { path: path.to_owned(), map }, entries))
+    Ok((Shard { path: path.to_owned(), map, stamp }, entries))
 }

@@ -201,7 +201,7 @@ impl<'a> Writer<'a> {
         }
         for (i, chunk) in bytes.chunks(CHUNK).enumerate() {
             let start = i * CHUNK;
-            self.put_bytes(tensor, start, chunk)?;
+            source.store.unchanged(original, || self.put_bytes(tensor, start, chunk))?;
             source.store.release(original, start..start + chunk.len());
         }
         Ok(())

@@ -13,6 +13,9 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId, MergedLayer, Router};
 use crate::par;
 
+/// Whole files that are on their way to the disk at a time: each is open and has a thread.
+const FLUSHING: usize = 16;
+
 /// What is known of a layer while it is written.
 #[derive(Default)]
 pub(super) struct Begun {
@@ -206,6 +209,9 @@ impl Writer<'_> {
         {
             let (digest, flush) = output.close();
             self.flushing.push(flush);
+            if self.flushing.len() > FLUSHING {
+                self.flushing.remove(0).wait()?;
+            }
             self.digests.insert(file.name.clone(), (file.size, digest));
         }
         Ok(())

@@ -58,6 +58,7 @@ fn of_kind(kind: &ErrorKind) -> (u8, &'static str) {
         ErrorKind::NotFinite { .. } => (3, "not-finite"),
         ErrorKind::Missing { .. } => (3, "missing"),
         ErrorKind::Format { .. } => (3, "format"),
+        ErrorKind::Changed { .. } => (3, "changed"),
         ErrorKind::Config { .. } => (3, "config"),
         ErrorKind::Unsupported { .. } => (3, "unsupported"),
         ErrorKind::Statistics { .. } => (3, "statistics"),
