@@ -36,9 +36,11 @@ fn curves(spectrum: &SpectrumReport) -> impl Iterator<Item = &[f32]> {
     first.chain(&spectrum.compressed).map(Vec::as_slice)
 }
 
-/// The same lower end for all panels of a layer: the lowest value, but no more than four decades.
+/// The same lower end for all panels of a layer: the lowest value that no compression has cut off,
+/// but no more than four decades.
 fn depth(drawn: &[&SpectrumReport]) -> f64 {
-    let values = drawn.iter().flat_map(|s| curves(s)).flatten().filter(|v| **v > 0.0);
+    let whole = drawn.iter().flat_map(|s| s.original.iter().chain(&s.merged));
+    let values = whole.filter(|v| **v > 0.0);
     let lowest = values.fold(1.0f64, |least, &v| least.min(f64::from(v)));
     (lowest.log10() - 0.05).clamp(DEEPEST, -0.1)
 }
@@ -76,9 +78,11 @@ fn one(panel: &Area<'_>, spectrum: &SpectrumReport, low: f64) -> Drawn {
     }))?;
     for (values, colour) in curves(spectrum).zip(SERIES) {
         let points = spectrum.index.iter().zip(values);
-        let above = points.map(|(&i, &v)| (f64::from(i).log10(), f64::from(v).max(1e-30).log10()));
-        let line: Vec<(f64, f64)> = above.take_while(|(_, y)| *y >= low).collect();
-        // The backend draws one pixel for any width: the style sheet widens these.
+        let all = points.map(|(&i, &v)| (f64::from(i).log10(), f64::from(v).max(1e-30).log10()));
+        // What falls out of the picture ends at its lower edge.
+        let mut inside = true;
+        let visible = all.take_while(|(_, y)| std::mem::replace(&mut inside, *y >= low));
+        let line: Vec<(f64, f64)> = visible.map(|(x, y)| (x, y.max(low))).collect();
         chart.draw_series([PathElement::new(line, colour.stroke_width(2))])?;
     }
     let (width, _) = panel.dim_in_pixel();
