@@ -129,6 +129,32 @@ fn exists(document: &str, command: &str) {
     }
 }
 
+/// Model, preset, export, share of experts kept, nats and those of the original, seconds, peak of
+/// memory in MB, calibration tokens; the last three may be unknown.
+#[test]
+fn figures_of_quality_are_rows_and_the_picture_shows_them() {
+    let read = |name: &str| fs::read_to_string(root().join("docs").join(name)).unwrap();
+    let (rows, picture) = (read("quality.csv"), read("quality.svg"));
+    let heading = "model,preset,export,kept,nats,reference_nats,seconds,peak_mb,tokens";
+    let mut lines = rows.lines();
+    assert_eq!(lines.next(), Some(heading));
+    for line in lines.filter(|line| *line != heading) {
+        let cells: Vec<&str> = line.split(',').collect();
+        let [model, preset, export, kept, nats, reference, known @ ..] = &cells[..] else {
+            panic!("{line}");
+        };
+        let number = |cell: &str| cell.parse::<f64>().unwrap_or_else(|_| panic!("{line}: {cell}"));
+        assert!(
+            known.len() == 3 && known.iter().all(|c| c.is_empty() || number(c) > 0.0),
+            "{line}"
+        );
+        assert!(["stock", "native"].contains(export) && (0.0..=1.0).contains(&number(kept)));
+        assert!(number(nats) > 0.0 && number(reference) > 0.0, "{line}");
+        let shown = |text: &str| picture.contains(&format!(">{text}</text>"));
+        assert!(*export != "stock" || shown(model) && shown(preset), "{line}: not in the picture");
+    }
+}
+
 #[test]
 fn a_newcomer_needs_three_commands() {
     let dir = place();
