@@ -80,7 +80,7 @@ pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
     if let Some(t) = &found.time {
         let (calibrate, merge) = (time(t.calibrate), time(t.merge));
         let (recover, write, verify) = (time(t.recover), time(t.write), time(t.verify));
-        writeln!(out, "time: {} to {}", time(t.range.0), time(t.range.1))?;
+        writeln!(out, "time: {} ({} to {})", time(t.total), time(t.range.0), time(t.range.1))?;
         writeln!(
             out,
             "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write}, \

@@ -12,8 +12,9 @@ use crate::pipeline::policy::AlignWhen;
 use crate::pipeline::recipe::{ExportChoice, Recipe};
 use crate::stage::Needs;
 
-/// Shares of the predicted time between which runs were found; `docs/CLI.md` has which.
-const FOUND: (f64, f64) = (0.7, 2.0);
+/// Shares of the predicted time between which runs were found, without a load; `docs/CLI.md` has
+/// which.
+const FOUND: (f64, f64) = (0.6, 2.0);
 /// How much longer an operation in `f64` takes.
 const WIDE: f64 = 2.0;
 /// Short sides up to this have all eigenvalues computed for a stable rank.
@@ -41,8 +42,9 @@ const EXACT: f64 = 512.0;
 ///
 /// A model, not a promise: caches decide what reading costs, and the disk's rate of writing is not
 /// measured, because a plan writes nothing. Conjugate gradients are counted with every iteration
-/// that the recipe allows; they often stop sooner. [`TimePlan::range`] is what was found beside
-/// runs.
+/// that the recipe allows; they often stop sooner. [`TimePlan::range`] is 0.6 to
+/// `2 + load` times the total, with the load of a core: a short measurement gets more of a busy
+/// processor than a long run does.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct TimePlan {
     /// While text runs through the model.
@@ -105,14 +107,11 @@ pub(super) fn plan(job: &Job<'_>, rates: &Rates) -> TimePlan {
         + job.layers(&|l| job.aligned(l) + job.errors(l) + job.factors(l)) / rates.flops;
     let recover = job.recovered(rates);
     let write = target / rates.check + target / rates.hash + target / rates.convert;
-    let verify = target / rates.hash
-        + 3.0 * target / rates.convert
-        + rates.read.map_or(0.0, |r| {
-            // Files that were just written are in the cache.
-            (source.min(target)) / r.max(rates.check)
-        });
+    // Both folders were read or written just now.
+    let verify =
+        target / rates.hash + 3.0 * target / rates.convert + source.min(target) / rates.check;
     let total = calibrate + merge + recover + write + verify;
-    let range = (FOUND.0 * total, FOUND.1 * total);
+    let range = (FOUND.0 * total, (FOUND.1 + rates.load.unwrap_or(0.0)) * total);
     TimePlan { calibrate, merge, recover, write, verify, total, range, rates: *rates }
 }
 

@@ -50,6 +50,8 @@ pub struct Rates {
     pub check: f64,
     /// Bytes that are read, at eight places in the model's files; `None` where they hold no data.
     pub read: Option<f64>,
+    /// Processes that want each core, over the last minute, by `/proc/loadavg`; `None` without it.
+    pub load: Option<f64>,
 }
 
 impl Rates {
@@ -81,7 +83,17 @@ impl Rates {
             black_box(hash.digest());
         });
         let (exp, update) = (exponentials(), if step == 0 { 1e9 } else { updates() });
-        Self { flops, step_flops, exp, update, convert, hash, check, read: read(folder) }
+        Self {
+            flops,
+            step_flops,
+            exp,
+            update,
+            convert,
+            hash,
+            check,
+            read: read(folder),
+            load: load(),
+        }
     }
 }
 
@@ -189,6 +201,13 @@ fn read(folder: &Path) -> Option<f64> {
         }
     }
     (done > 0).then(|| done as f64 / start.elapsed().as_secs_f64())
+}
+
+fn load() -> Option<f64> {
+    let text = fs::read_to_string("/proc/loadavg").ok()?;
+    let load: f64 = text.split_whitespace().next()?.parse().ok()?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Some(load / cores as f64)
 }
 
 /// Whether a file has no data behind most of its bytes.
