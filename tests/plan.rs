@@ -112,6 +112,8 @@ fn deepseek_v3_is_planned_from_headers() {
     assert_eq!(of(model.path(), &flat).unwrap().experts_per_layer, vec![100; 58]);
 }
 
+type Make = fn() -> tempfile::TempDir;
+
 /// A section of docs/RECIPES.md: the model, what is said of it, and the recipe.
 fn sections() -> Vec<(String, String, String)> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/RECIPES.md");
@@ -128,7 +130,7 @@ fn sections() -> Vec<(String, String, String)> {
 
 #[test]
 fn recipes_of_common_models_are_planned() {
-    let models: [(&str, fn() -> tempfile::TempDir); 7] = [
+    let models: [(&str, Make); 7] = [
         ("Mixtral-8x7B", mixtral_8x7b),
         ("Qwen3-30B-A3B", qwen3_30b_a3b),
         ("DeepSeek-V2-Lite", deepseek_v2_lite),

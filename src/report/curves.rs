@@ -63,7 +63,7 @@ fn one(panel: &Area<'_>, spectrum: &SpectrumReport, low: f64) -> Drawn {
     let labels = if labels.len() > 1 { labels } else { ticks(last).collect() };
     chart.draw_series(labels.iter().map(|t| {
         let number = format!("\u{a0}{t}\u{a0}");
-        text(number, (t.log10(), low), HPos::Center, VPos::Top)
+        text(number, (t.log10(), 1.03 * low), HPos::Center, VPos::Top)
     }))?;
     for tick in ticks(-low) {
         let y = -tick.log10();

@@ -128,12 +128,13 @@ pub(super) fn sections(report: &Report) -> Result<String> {
         key(GREY, "dropped", false),
     );
     if layers.iter().any(|l| !l.spectra.is_empty()) {
+        let compressed = layers.iter().flat_map(|l| &l.spectra).any(|s| s.compressed.is_some());
         out += &format!(
-            "<p class=\"soft\">Singular values over the largest of their matrix, means over experts: \
-             {}{}{}. A line that falls early is a matrix that a low rank holds.</p>\n",
+            "<p class=\"soft\">Singular values over the largest of their matrix, means over \
+             experts: {}{}{}. A line that falls early is a matrix that a low rank holds.</p>\n",
             key(SERIES[0], "original", true),
             key(SERIES[1], "merged", false),
-            key(SERIES[2], "compressed", false),
+            if compressed { key(SERIES[2], "compressed", false) } else { String::new() },
         );
     }
     for layer in layers {
