@@ -1,5 +1,5 @@
-//! Every command in README.md, CONTRIBUTING.md and docs/ either runs here, in the order of the page,
-//! on the bundled checkpoint, or is named in `not_run.rs` with the reason why not.
+//! Every command in README.md, CONTRIBUTING.md and docs/ either runs here, in the order of its page
+//! and on the bundled checkpoint, or is named in `not_run.rs` with the reason why not.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 mod blocks;
