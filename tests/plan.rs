@@ -1,8 +1,9 @@
 //! Plans of large models from their headers alone, which sparse files hold.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
-use std::fs::{self, File};
-use std::io::Write;
+mod sparse_models;
+
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use mcsmoe::ErrorKind;
@@ -11,211 +12,10 @@ use mcsmoe::pipeline::{
     Answer, CompressChoice, ExportChoice, Keep, Output, PlanOptions, Recipe, RoutingGroupPolicy,
     RunPlan, merge_then_compress, plan,
 };
-use serde_json::{Value, json};
-
-/// A checkpoint whose files have headers and no data.
-struct Sparse {
-    dir: tempfile::TempDir,
-    tensors: Vec<Tensor>,
-}
-
-/// Name, data type, shape.
-type Tensor = (String, &'static str, Vec<usize>);
-
-impl Sparse {
-    /// In a folder that goes away, or, to look at, in the one that `MCSMOE_KEEP` names.
-    fn new(config: &Value) -> Self {
-        let dir = match std::env::var_os("MCSMOE_KEEP") {
-            None => tempfile::tempdir().unwrap(),
-            Some(folder) => {
-                let prefix = format!("{}-", config["model_type"].as_str().unwrap());
-                let mut builder = tempfile::Builder::new();
-                builder.disable_cleanup(true).prefix(&prefix).tempdir_in(folder).unwrap()
-            }
-        };
-        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        Self { dir, tensors: Vec::new() }
-    }
-
-    fn add(&mut self, name: &str, shape: &[usize]) {
-        self.tensors.push((format!("{name}.weight"), "BF16", shape.to_vec()));
-    }
-
-    /// With a scale for every block of 128 × 128.
-    fn add_fp8(&mut self, name: &str, shape: &[usize]) {
-        self.tensors.push((format!("{name}.weight"), "F8_E4M3", shape.to_vec()));
-        let scales = shape.iter().map(|n| n.div_ceil(128)).collect();
-        self.tensors.push((format!("{name}.weight_scale_inv"), "F32", scales));
-    }
-
-    /// Writes files of about 5 GB each, which take no room on the disk.
-    fn finish(self) -> tempfile::TempDir {
-        let mut map = serde_json::Map::new();
-        for (n, shard) in self.shards().into_iter().enumerate() {
-            let name = format!("model-{n:05}.safetensors");
-            let (mut header, mut end) = (serde_json::Map::new(), 0u64);
-            for (tensor, dtype, shape) in shard {
-                let start = end;
-                end += size(dtype, shape);
-                let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] });
-                header.insert(tensor.clone(), entry);
-                map.insert(tensor.clone(), json!(name));
-            }
-            let text = Value::Object(header).to_string();
-            let mut file = File::create(self.dir.path().join(&name)).unwrap();
-            file.write_all(&(text.len() as u64).to_le_bytes()).unwrap();
-            file.write_all(text.as_bytes()).unwrap();
-            file.set_len(8 + text.len() as u64 + end).unwrap();
-        }
-        let index = json!({ "metadata": {}, "weight_map": map });
-        let path = self.dir.path().join("model.safetensors.index.json");
-        fs::write(path, index.to_string()).unwrap();
-        self.dir
-    }
-
-    fn shards(&self) -> Vec<Vec<&Tensor>> {
-        let (mut shards, mut filled) = (vec![Vec::new()], 0);
-        for tensor in &self.tensors {
-            filled += size(tensor.1, &tensor.2);
-            if filled > 5_000_000_000 {
-                shards.push(Vec::new());
-                filled = 0;
-            }
-            shards.last_mut().unwrap().push(tensor);
-        }
-        shards
-    }
-}
-
-fn size(dtype: &str, shape: &[usize]) -> u64 {
-    let width = match dtype {
-        "F8_E4M3" => 1,
-        "BF16" => 2,
-        _ => 4,
-    };
-    width * shape.iter().map(|&n| n as u64).product::<u64>()
-}
-
-fn attention(model: &mut Sparse, at: &str, d: usize, heads: usize, kv: usize, width: usize) {
-    for (name, rows) in [("q_proj", heads * width), ("k_proj", kv * width), ("v_proj", kv * width)]
-    {
-        model.add(&format!("{at}.self_attn.{name}"), &[rows, d]);
-    }
-    model.add(&format!("{at}.self_attn.o_proj"), &[d, heads * width]);
-    model.add(&format!("{at}.input_layernorm"), &[d]);
-    model.add(&format!("{at}.post_attention_layernorm"), &[d]);
-}
-
-fn ends(model: &mut Sparse, vocab: usize, d: usize) {
-    model.add("model.embed_tokens", &[vocab, d]);
-    model.add("model.norm", &[d]);
-    model.add("lm_head", &[vocab, d]);
-}
-
-fn mixtral_8x7b() -> tempfile::TempDir {
-    let (d, f, layers) = (4096, 14336, 32);
-    let mut model = Sparse::new(&json!({
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
-        "hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "vocab_size": 32000, "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6, "tie_word_embeddings": false, "max_position_embeddings": 32768,
-    }));
-    ends(&mut model, 32000, d);
-    for l in 0..layers {
-        let at = format!("model.layers.{l}");
-        attention(&mut model, &at, d, 32, 8, 128);
-        model.add(&format!("{at}.block_sparse_moe.gate"), &[8, d]);
-        for e in 0..8 {
-            let at = format!("{at}.block_sparse_moe.experts.{e}");
-            model.add(&format!("{at}.w1"), &[f, d]);
-            model.add(&format!("{at}.w2"), &[d, f]);
-            model.add(&format!("{at}.w3"), &[f, d]);
-        }
-    }
-    model.finish()
-}
-
-fn qwen3_235b_a22b() -> tempfile::TempDir {
-    let (d, f, layers) = (4096, 1536, 94);
-    let mut model = Sparse::new(&json!({
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu",
-        "hidden_size": d, "intermediate_size": 12288, "moe_intermediate_size": f,
-        "num_hidden_layers": layers, "num_attention_heads": 64, "num_key_value_heads": 4,
-        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true,
-        "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "mlp_only_layers": [],
-        "decoder_sparse_step": 1, "tie_word_embeddings": false,
-        "max_position_embeddings": 40960,
-    }));
-    ends(&mut model, 151_936, d);
-    for l in 0..layers {
-        let at = format!("model.layers.{l}");
-        attention(&mut model, &at, d, 64, 4, 128);
-        model.add(&format!("{at}.self_attn.q_norm"), &[128]);
-        model.add(&format!("{at}.self_attn.k_norm"), &[128]);
-        model.add(&format!("{at}.mlp.gate"), &[128, d]);
-        gated(&mut model, &at, 128, f, d, false);
-    }
-    model.finish()
-}
-
-fn gated(model: &mut Sparse, at: &str, experts: usize, f: usize, d: usize, fp8: bool) {
-    for e in 0..experts {
-        for (name, shape) in [("gate_proj", [f, d]), ("up_proj", [f, d]), ("down_proj", [d, f])] {
-            let name = format!("{at}.mlp.experts.{e}.{name}");
-            if fp8 { model.add_fp8(&name, &shape) } else { model.add(&name, &shape) }
-        }
-    }
-}
-
-/// FP8 in blocks, three dense layers, a layer of multi-token prediction.
-fn deepseek_v3() -> tempfile::TempDir {
-    let (d, f, layers) = (7168, 2048, 61);
-    let mut model = Sparse::new(&json!({
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-        "hidden_act": "silu", "hidden_size": d, "intermediate_size": 18432,
-        "moe_intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": 128,
-        "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1,
-        "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
-        "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": true,
-        "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 129280,
-        "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-6, "rope_theta": 10000,
-        "max_position_embeddings": 163840, "tie_word_embeddings": false,
-        "quantization_config": { "quant_method": "fp8", "fmt": "e4m3",
-                                 "weight_block_size": [128, 128] },
-    }));
-    ends(&mut model, 129_280, d);
-    for l in 0..=layers {
-        let at = format!("model.layers.{l}");
-        for (name, shape) in [
-            ("q_a_proj", [1536, d]),
-            ("q_b_proj", [128 * 192, 1536]),
-            ("kv_a_proj_with_mqa", [576, d]),
-            ("kv_b_proj", [128 * 256, 512]),
-            ("o_proj", [d, 128 * 128]),
-        ] {
-            model.add_fp8(&format!("{at}.self_attn.{name}"), &shape);
-        }
-        if l < 3 {
-            model.add_fp8(&format!("{at}.mlp.gate_proj"), &[18432, d]);
-            model.add_fp8(&format!("{at}.mlp.up_proj"), &[18432, d]);
-            model.add_fp8(&format!("{at}.mlp.down_proj"), &[d, 18432]);
-            continue;
-        }
-        model.add(&format!("{at}.mlp.gate"), &[256, d]);
-        let bias = format!("{at}.mlp.gate.e_score_correction_bias");
-        model.tensors.push((bias, "F32", vec![256]));
-        gated(&mut model, &at, 256, f, d, true);
-        model.add_fp8(&format!("{at}.mlp.shared_experts.gate_proj"), &[f, d]);
-        model.add_fp8(&format!("{at}.mlp.shared_experts.up_proj"), &[f, d]);
-        model.add_fp8(&format!("{at}.mlp.shared_experts.down_proj"), &[d, f]);
-        if l == layers {
-            model.add(&format!("{at}.eh_proj"), &[d, 2 * d]);
-        }
-    }
-    model.finish()
-}
+use sparse_models::{
+    deepseek_v2_lite, deepseek_v3, gpt_oss_20b, mixtral_8x7b, olmoe_1b_7b, qwen3_30b_a3b,
+    qwen3_235b_a22b, switch_base_8,
+};
 
 fn of(model: &Path, recipe: &Recipe) -> mcsmoe::Result<RunPlan> {
     let source = Checkpoint::open(model)?;
@@ -310,6 +110,65 @@ fn deepseek_v3_is_planned_from_headers() {
     assert!(error.to_string().contains("do not divide into 8 routing groups"), "{error}");
     let flat = Recipe { routing_groups: RoutingGroupPolicy::Flatten, ..odd };
     assert_eq!(of(model.path(), &flat).unwrap().experts_per_layer, vec![100; 58]);
+}
+
+type Make = fn() -> tempfile::TempDir;
+
+/// A section of docs/RECIPES.md: the model, what is said of it, and the recipe.
+fn sections() -> Vec<(String, String, String)> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/RECIPES.md");
+    let text = fs::read_to_string(file).unwrap();
+    let of_one = |section: &str| {
+        let (name, rest) = section.split_once('\n').unwrap();
+        let (said, rest) = rest.split_once("```toml\n").unwrap();
+        let (recipe, after) = rest.split_once("```\n").unwrap();
+        assert!(!after.contains("```"), "{name}: one recipe");
+        (name.to_owned(), format!("{said}{after}"), recipe.to_owned())
+    };
+    text.split("\n## ").skip(1).map(of_one).collect()
+}
+
+#[test]
+fn recipes_of_common_models_are_planned() {
+    let models: [(&str, Make); 7] = [
+        ("Mixtral-8x7B", mixtral_8x7b),
+        ("Qwen3-30B-A3B", qwen3_30b_a3b),
+        ("DeepSeek-V2-Lite", deepseek_v2_lite),
+        ("DeepSeek-V3", deepseek_v3),
+        ("gpt-oss-20b", gpt_oss_20b),
+        ("OLMoE-1B-7B", olmoe_1b_7b),
+        ("Switch-base-8", switch_base_8),
+    ];
+    let sections = sections();
+    let names: Vec<&str> = sections.iter().map(|(name, ..)| &**name).collect();
+    assert_eq!(names, models.map(|(name, _)| name));
+    for ((name, said, recipe), (_, model)) in sections.iter().zip(models) {
+        let recipe = Recipe::from_toml(recipe).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let model = model();
+        let source = Checkpoint::open(model.path()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let options = PlanOptions { measure: false, threads: 16, ..PlanOptions::default() };
+        let found = plan(&source, &recipe, &Output::new(recipe.export), &options);
+        let found = found.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let gigabytes = |n: u64| format!("{:.1}", n as f64 / 1e9);
+        let (bytes, experts) = (found.tensor_bytes, found.experts);
+        let row = format!(
+            "{} → {} experts, {} → {} GB, peak memory {} GB",
+            experts.before,
+            experts.after,
+            gigabytes(bytes.before),
+            gigabytes(bytes.after),
+            gigabytes(found.memory.peak)
+        );
+        let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(said.contains(&row), "{name}: the document should say: {row}");
+        let [transformers, vllm, llama] = answers(&found)[..] else { panic!() };
+        let stock = recipe.export == ExportChoice::Stock;
+        assert_eq!(transformers, Answer::Accepts, "{name}");
+        let served = stock && name != "Switch-base-8";
+        for answer in [vllm, llama] {
+            assert_eq!(answer == Answer::Accepts, served, "{name}: {:?}", found.runtimes);
+        }
+    }
 }
 
 #[test]

@@ -104,14 +104,19 @@ fn the_page_is_whole_well_formed_and_loads_nothing() {
     let page = html(report, details).unwrap();
     let found = elements(&page);
     loads_nothing(&page);
-    // Experts, two errors, stable rank, the scale, and two for each of four layers.
-    assert_eq!(found.iter().filter(|name| *name == "svg").count(), 4 + 1 + 2 * 4);
+    // Experts, two errors, stable rank, the scale, and three for each of four layers.
+    assert_eq!(found.iter().filter(|name| *name == "svg").count(), 4 + 1 + 3 * 4);
     for layer in &report.layers {
         let start =
             page.find(&format!("<section class=\"layer\" id=\"{}\">", layer.layer)).unwrap();
         let section = &page[start..start + page[start..].find("</section>").unwrap()];
         let frames = section.matches("stroke=\"#F02050\"").count();
         assert_eq!(frames, 2 * layer.groups.len());
+        // Gate, up and down: original, merged, compressed, which has fewer directions.
+        for colour in ["#4C78A8", "#F58518", "#54A24B"] {
+            let curve = format!("<polyline fill=\"none\" opacity=\"1\" stroke=\"{colour}\"");
+            assert_eq!(section.matches(&curve).count(), 3, "{colour}");
+        }
         for (g, group) in layer.groups.iter().enumerate() {
             let member = |&i: &usize| match i == group.dominant {
                 true => format!("<b>{i}</b>"),
@@ -130,6 +135,28 @@ fn the_page_is_whole_well_formed_and_loads_nothing() {
 }
 
 #[test]
+fn spectra_tell_what_merging_and_compression_did() {
+    let (report, _) = run();
+    for layer in &report.layers {
+        let roles: Vec<String> = layer.spectra.iter().map(|s| s.role.to_string()).collect();
+        assert_eq!(roles, ["gate", "up", "down"]);
+        for found in &layer.spectra {
+            let compressed = found.compressed.as_ref().unwrap();
+            for values in [&found.original, &found.merged, compressed] {
+                assert_eq!((found.index[0], values[0], values.len()), (1, 1.0, found.index.len()));
+                assert!(values.windows(2).all(|w| w[0] >= w[1] && w[1] >= 0.0), "{values:?}");
+            }
+            // Rank 32 and a tenth of the rows of 128 × 256 leave nothing beyond 32 + 26.
+            let beyond = found.index.iter().position(|&i| i > 58).unwrap();
+            assert!(compressed[beyond] < 1e-4 && found.merged[beyond] > 1e-2, "{found:?}");
+        }
+    }
+    // At 32 points a spectrum, small beside a layer's similarities.
+    let json = serde_json::to_string(&report.layers[0].spectra).unwrap();
+    assert!(json.len() < 4096, "{}", json.len());
+}
+
+#[test]
 fn what_is_not_known_is_left_out() {
     let (report, _) = run();
     let mut report = report.clone();
@@ -138,6 +165,7 @@ fn what_is_not_known_is_left_out() {
         (layer.compression, layer.output_error) = (None, None);
         layer.similarity.clear();
         layer.groups.clear();
+        layer.spectra.clear();
     }
     let page = html(&report, &Details::default()).unwrap();
     assert!(!page.contains("Stable rank") && !page.contains("Quality"));

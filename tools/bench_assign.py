@@ -28,7 +28,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "target/release/examples/assign_bench"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+EXAMPLE = TARGET / "release/examples/assign_bench"
 
 
 def matrix(kind, n):

@@ -80,7 +80,8 @@ def crate_seconds(name, threads):
                f"recover/distill/{name}$", "--warm-up-time", "1", "--measurement-time", "3"]
     env = os.environ | {"RAYON_NUM_THREADS": str(threads)}
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
-    path = os.path.join(ROOT, "target", "criterion", "recover_distill", name, "new", "sample.json")
+    target = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
+    path = os.path.join(target, "criterion", "recover_distill", name, "new", "sample.json")
     sample = json.load(open(path))
     return min(t / i for t, i in zip(sample["times"], sample["iters"])) * 1e-9
 

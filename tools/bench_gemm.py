@@ -11,9 +11,13 @@ round, as this crate's example does, so that both take their number of threads f
 import argparse
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+EXAMPLE = TARGET / "release/examples/gemm_bench"
 SHAPES = [(768, 2048, 768), (1408, 2048, 1408), (2048, 2048, 2048), (4096, 4096, 4096)]
 NUMPY = """
 import numpy as np, sys, time
@@ -39,7 +43,6 @@ def main():
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    example = "target/release/examples/gemm_bench"
     print("threads  m x k x n            crate  numpy  ratio   (GFLOP/s)")
     for threads in map(int, args.threads.split(",")):
         for shape in SHAPES:
@@ -48,7 +51,7 @@ def main():
             ours = theirs = float("inf")
             for _ in range(args.rounds):
                 theirs = min(theirs, float(run([sys.executable, "-c", NUMPY, *size], threads)))
-                ours = min(ours, json.loads(run([example, *size], threads))["seconds"])
+                ours = min(ours, json.loads(run([EXAMPLE, *size], threads))["seconds"])
             flops = 2e-9 * m * k * n
             rates = f"{flops / ours:6.1f} {flops / theirs:6.1f} {theirs / ours:6.2f}"
             print(f"{threads:7}  {m:5} x {k:5} x {n:5}  {rates}")

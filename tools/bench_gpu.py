@@ -12,11 +12,15 @@ renderer unless --small, which shows that the script runs and measures nothing.
 
 import argparse
 import json
+import os
+import pathlib
 import subprocess
 import sys
 import time
 
-EXAMPLE = "target/release/examples/gpu_bench"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+EXAMPLE = TARGET / "release/examples/gpu_bench"
 
 
 def ours(operation, sizes, device):

@@ -15,6 +15,7 @@ the optimum, the root of the squared singular values beyond the rank, by torch.
 
 import argparse
 import json
+import os
 import pathlib
 import resource
 import subprocess
@@ -23,7 +24,9 @@ import time
 
 import torch
 
-EXAMPLE = pathlib.Path(__file__).parent.parent / "target/release/examples/svd_bench"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+EXAMPLE = TARGET / "release/examples/svd_bench"
 
 
 def matrix(kind, m, n):

@@ -30,16 +30,32 @@ pub fn stable_rank(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<f64> {
     }
     let short = weight.nrows().min(weight.ncols());
     let largest = if short <= EXACT {
-        let tall = if weight.nrows() < weight.ncols() { weight.reversed_axes() } else { weight };
-        let mut gram = Array2::zeros((short, short));
-        cx.compute().add_gram(tall, &mut gram)?;
-        cx.factorise().eigenvalues(gram.view())?.first().copied().unwrap_or(total)
+        squares(weight, cx)?.first().copied().unwrap_or(total)
     } else {
         let how = Randomized { oversampling: 31, tolerance: 5e-7, products: 60 };
         let svd = rsvd(weight, 1, &how, cx.seed(), cx.compute(), cx.factorise())?.svd;
         svd.s.first().map_or(total, |&s| f64::from(s).powi(2))
     };
     Ok(total / largest)
+}
+
+/// All singular values of a matrix, descending, as roots of the eigenvalues of its Gram matrix in
+/// `f64`: below about 1e-8 of the largest they are rounding.
+///
+/// # Errors
+/// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a NaN or infinity.
+pub fn spectrum(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
+    weight.check_finite("matrix of a spectrum")?;
+    Ok(squares(weight, cx)?.into_iter().map(|square| square.max(0.0).sqrt()).collect())
+}
+
+/// The eigenvalues of the smaller Gram matrix, descending.
+fn squares(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
+    let short = weight.nrows().min(weight.ncols());
+    let tall = if weight.nrows() < weight.ncols() { weight.reversed_axes() } else { weight };
+    let mut gram = Array2::zeros((short, short));
+    cx.compute().add_gram(tall, &mut gram)?;
+    cx.factorise().eigenvalues(gram.view())
 }
 
 /// Mean of `(after − before)/before` over matrices: what the paper plots per layer. Negative where

@@ -33,6 +33,7 @@ pub struct Pipeline {
     pub(super) routing_groups: RoutingGroupPolicy,
     pub(super) top_k: Option<usize>,
     pub(super) measure_error: bool,
+    pub(super) measure_spectra: Option<bool>,
     pub(super) cx: Context,
     pub(super) recipe: Option<serde_json::Value>,
 }
@@ -54,6 +55,7 @@ pub struct PipelineBuilder {
     routing_groups: RoutingGroupPolicy,
     top_k: Option<usize>,
     skip_error: bool,
+    measure_spectra: Option<bool>,
     compute: Option<Arc<dyn Compute>>,
     factorise: Option<Arc<dyn Factorise>>,
     seed: u64,
@@ -177,6 +179,13 @@ impl PipelineBuilder {
         self
     }
 
+    /// Whether the singular values of each layer's matrices are measured, before and after; unless
+    /// given, where they have a side of at most 256 and the layer is held as a whole.
+    pub fn measure_spectra(mut self, measure: Option<bool>) -> Self {
+        self.measure_spectra = measure;
+        self
+    }
+
     /// The device; the CPU unless given.
     pub fn compute(mut self, compute: Arc<dyn Compute>) -> Self {
         self.compute = Some(compute);
@@ -227,6 +236,7 @@ impl PipelineBuilder {
             routing_groups: self.routing_groups,
             top_k: self.top_k,
             measure_error: !self.skip_error,
+            measure_spectra: self.measure_spectra,
             cx,
             recipe: self.recipe,
         })

@@ -9,6 +9,7 @@ use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
 use super::report::{self, Change, Kind, LayerReport, OutputError};
 use super::seen::Seen;
+use super::singular;
 use crate::align;
 use crate::error::{Error, Locate, Result};
 use crate::model::{
@@ -162,6 +163,7 @@ pub(super) fn merge_layer(
     stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
     let before = Before::of(&layer, stats, plan, cx)?;
     let ranks = plan.compressor.map(|c| c.original(&layer, grouping, cx)).transpose()?;
+    let mut spectra = singular::original(layer.experts(), plan.measure_spectra, cx)?;
     let view = LayerView::of(&layer, stats);
     let (groups, permutations) = merge_groups(&view, measured, grouping, plan, cx)?;
     let gradients = match plan.compressor {
@@ -183,6 +185,7 @@ pub(super) fn merge_layer(
         let task = Recovery { inputs, targets, narrowed: plan.router.is_some(), held_out };
         merged = recoverer.recover(&task, merged, cx)?;
     }
+    singular::merged(&mut spectra, &merged.experts, cx)?;
     let mut compression = None;
     if let (Some(compressor), Some(ranks)) = (plan.compressor, ranks) {
         let inputs = stats.samples.as_ref().map(|s| s.inputs.view());
@@ -190,11 +193,12 @@ pub(super) fn merge_layer(
         let given = Given { inputs, gradients, narrowed, ranks: plan.ranks };
         let (layer, found) = compressor.compress(merged, &ranks, given, cx)?;
         (merged, compression) = (layer, Some(found));
+        singular::compressed(&mut spectra, &merged.experts, cx)?;
     }
     let error = before.error_of(&merged, cx)?;
     let router = merged.narrowed.as_ref().unwrap_or(&merged.router);
     let report = describe(&before, grouping, router, &measured.summary, error);
-    Ok((merged, LayerReport { compression, ..report }))
+    Ok((merged, LayerReport { compression, spectra, ..report }))
 }
 
 /// `Σ_i P_i(∇W_i)` over the members of every group: the gradient of the loss by the weights of an
@@ -387,6 +391,7 @@ pub(super) fn describe(
         dropped,
         output_error,
         compression: None,
+        spectra: Vec::new(),
     }
 }
 

@@ -187,6 +187,7 @@ impl Pipeline {
         let in_groups = self.alignment.as_ref().filter(|a| a.when == AlignWhen::InGroups);
         let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
         !plan.measure_error
+            && plan.measure_spectra != Some(true)
             && plan.recoverer.is_none()
             && plan.compressor.is_none()
             && !plan.merge_needs().contains(Needs::EXPERTS)

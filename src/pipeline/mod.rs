@@ -41,6 +41,7 @@ mod report;
 mod run;
 mod seen;
 mod shared_deltas;
+mod singular;
 mod size;
 mod spectra;
 mod states;
@@ -74,6 +75,7 @@ pub use report::{
 };
 pub use run::{Output, merge_then_compress};
 pub use shared_deltas::SharedDeltas;
+pub use singular::SpectrumReport;
 pub use size::{Portion, Size, SizeBudget};
 pub use tokens::{CalibrateOptions, Tokens};
 pub use verify::{Check, TensorFate, Verdict, Verification, verify};

@@ -129,6 +129,7 @@ impl Pipeline {
             routing_groups: self.routing_groups,
             top_k: self.top_k,
             measure_error: samples && self.measure_error,
+            measure_spectra: self.measure_spectra,
         }
     }
 

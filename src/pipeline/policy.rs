@@ -89,6 +89,8 @@ pub(super) struct Plan<'a> {
     pub(super) moments: bool,
     /// Whether output errors are measured; needs samples.
     pub(super) measure_error: bool,
+    /// Whether singular values are; `None` where it is cheap.
+    pub(super) measure_spectra: Option<bool>,
 }
 
 impl Plan<'_> {

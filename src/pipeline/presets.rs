@@ -116,6 +116,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         routing_groups: RoutingGroupPolicy::Keep,
         top_k: None,
         measure_error: true,
+        measure_spectra: None,
         factorise: FactoriseChoice::default(),
         seed: 0,
         shard_bytes: 5_000_000_000,

@@ -18,6 +18,7 @@ use super::passes::Decided;
 use super::policy::Plan;
 use super::report::{LayerReport, OutputError};
 use super::seen::Seen;
+use super::singular;
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Locate, Result};
@@ -102,12 +103,14 @@ impl Pipeline {
             let task = Recovery { inputs, targets, narrowed, held_out };
             if let Some(recoverer) = &self.recoverer {
                 merged = recoverer.recover(&task, merged, &self.cx)?;
+                singular::merged(&mut report.spectra, &merged.experts, &self.cx)?;
             }
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
                 let given = Given { inputs: seen, narrowed, ranks: kept, ..Given::default() };
                 let done = compressor.compress(merged, &ranks, given, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
+                singular::compressed(&mut report.spectra, &merged.experts, &self.cx)?;
             }
             let error = task.error(&merged, &self.cx)?;
             report.output_error = Some(match narrowed {

@@ -5,6 +5,7 @@ use std::path::Path;
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
+use super::singular::SpectrumReport;
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::Result;
 use crate::model::{Expert, Grouping, LayerId, RoutingRule};
@@ -125,6 +126,9 @@ pub struct LayerReport {
     /// What compression did, if there was a compressor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<CompressionReport>,
+    /// Singular values of gate, up and down, where they were measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spectra: Vec<SpectrumReport>,
 }
 
 /// The written folder.

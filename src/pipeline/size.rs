@@ -200,8 +200,13 @@ impl Pipeline {
         samples: bool,
         observer: &dyn Observer,
     ) -> Result<Ranks> {
-        let plan =
-            Plan { recoverer: None, compressor: None, measure_error: false, ..self.plan(samples) };
+        let plan = Plan {
+            recoverer: None,
+            compressor: None,
+            measure_error: false,
+            measure_spectra: Some(false),
+            ..self.plan(samples)
+        };
         let (mut owners, mut all) = (Vec::new(), Vec::new());
         for (at, (measured, grouping)) in
             decided.measured.iter().zip(&decided.groupings).enumerate()

@@ -101,8 +101,12 @@ pub(super) fn limits(report: &Report, details: &Details) -> Vec<String> {
             "Nothing here tells how well the model predicts text: no evaluation was given.".into()
         }
     });
-    if report.compression.is_some() {
-        limits.push("Of the spectra of the matrices only stable ranks are recorded.".into());
+    if report.compression.is_some() && report.layers.iter().all(|l| l.spectra.is_empty()) {
+        limits.push(
+            "Of the spectra of the matrices only stable ranks are recorded; `measure_spectra = \
+             true` in a recipe records singular values."
+                .into(),
+        );
     }
     limits
 }

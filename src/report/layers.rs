@@ -3,6 +3,7 @@
 use plotters::style::RGBColor;
 
 use super::chart::{Bars, GREY, SERIES};
+use super::curves;
 use super::details::Details;
 use super::heat;
 use super::text::{escape, percent};
@@ -126,6 +127,16 @@ pub(super) fn sections(report: &Report) -> Result<String> {
         key(SERIES[1], "merged into it", false),
         key(GREY, "dropped", false),
     );
+    if layers.iter().any(|l| !l.spectra.is_empty()) {
+        let compressed = layers.iter().flat_map(|l| &l.spectra).any(|s| s.compressed.is_some());
+        out += &format!(
+            "<p class=\"soft\">Singular values over the largest of their matrix, means over \
+             experts: {}{}{}. A line that falls early is a matrix that a low rank holds.</p>\n",
+            key(SERIES[0], "original", true),
+            key(SERIES[1], "merged", false),
+            if compressed { key(SERIES[2], "compressed", false) } else { String::new() },
+        );
+    }
     for layer in layers {
         out += &section(layer, heat::side(layer, layers.len()), range)?;
     }
@@ -140,10 +151,11 @@ fn section(layer: &LayerReport, cells: usize, range: (f64, f64)) -> Result<Strin
         false => "",
     };
     let (id, usage, groups) = (layer.layer, usage(layer)?, groups(layer));
+    let curves = curves::of_layer(layer)?;
     Ok(format!(
         "<section class=\"layer\" id=\"{id}\"><h3>{id}: {before} → {after} experts</h3>\
          <div class=\"pictures\"><figure>{heat}{fine}</figure><figure>{usage}</figure></div>\
-         {groups}</section>\n"
+         {curves}{groups}</section>\n"
     ))
 }
 

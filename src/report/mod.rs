@@ -16,6 +16,7 @@
 
 mod card;
 mod chart;
+mod curves;
 mod details;
 mod facts;
 mod front;

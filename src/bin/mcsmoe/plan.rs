@@ -79,13 +79,14 @@ pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
     }
     if let Some(t) = &found.time {
         let (calibrate, merge) = (time(t.calibrate), time(t.merge));
-        let (recover, write) = (time(t.recover), time(t.write));
-        writeln!(out, "time: about {}", time(t.total))?;
+        let (recover, write, verify) = (time(t.recover), time(t.write), time(t.verify));
+        writeln!(out, "time: {} ({} to {})", time(t.total), time(t.range.0), time(t.range.1))?;
         writeln!(
             out,
-            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write} \
-             ({:.0} GFLOP/s)",
-            t.rates.flops / 1e9
+            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write}, \
+             verify {verify} ({:.0} GFLOP/s{})",
+            t.rates.flops / 1e9,
+            t.rates.read.map_or(String::new(), |r| format!(", reading {}/s", bytes(r as u64)))
         )?;
     }
     for runtime in &found.runtimes {

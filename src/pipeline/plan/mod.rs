@@ -2,6 +2,7 @@
 
 mod cost;
 mod memory;
+mod rates;
 mod runtimes;
 mod shape;
 
@@ -9,8 +10,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::cost::{Rates, TimePlan};
+pub use self::cost::TimePlan;
 pub use self::memory::MemoryPlan;
+pub use self::rates::Rates;
 pub use self::runtimes::{Answer, RuntimePlan};
 
 use self::shape::Shape;
@@ -145,7 +147,9 @@ pub fn plan(
     let memory = memory::plan(&shape, recipe, needs, options, output.memory);
     let time = options.measure.then(|| {
         let bytes = (source.total_bytes(), outline.bytes);
-        cost::plan(&shape, recipe, options, bytes, &Rates::measure(&pipeline.cx))
+        let job = cost::Job { shape: &shape, recipe, options, needs, bytes };
+        let step = cost::step(recipe);
+        cost::plan(&job, &Rates::measure(source.dir(), &shape, step, &pipeline.cx))
     });
     let spread = matches!(checked.target, Target::Total(_));
     Ok(RunPlan {

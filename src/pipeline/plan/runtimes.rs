@@ -1,9 +1,7 @@
 //! Which runtimes will load a target, which will not, and why.
 //!
-//! None of the runtimes was tried. That vLLM splits experts unevenly over ranks, and llama.cpp's
-//! limit of experts, were read in their code (512; a later llama.cpp has 1024); the lists of
-//! families, the even split that vLLM's load balancing needs and the rows of K-quants are general
-//! knowledge of these programs, and age.
+//! None of the runtimes was tried; what is said was read in their code and discussions, which
+//! docs/CLI.md names, and ages.
 
 use std::collections::BTreeMap;
 
@@ -48,9 +46,10 @@ struct Planned<'a> {
     mtp: bool,
 }
 
-/// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`).
+/// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`); 1024 since its Kimi-K3.
 const LLAMA_MAX_EXPERTS: usize = 512;
-/// Families with experts that vLLM has a class for and that llama.cpp converts.
+/// Families with experts that vLLM has a class for (its `registry.py`) and that llama.cpp converts
+/// (its `conversion/__init__.py`), by the class that `config.json` names.
 const SERVED: &[&str] = &[
     "mixtral",
     "qwen2_moe",
@@ -66,6 +65,9 @@ const SERVED: &[&str] = &[
     "glm4_moe",
     "phimoe",
     "granitemoe",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "afmoe",
     "dbrx",
     "jamba",
     "minimax_m2",
@@ -157,8 +159,8 @@ impl Planned<'_> {
         if self.export != Export::Native {
             let even = divisors(m, 64);
             notes.push(format!(
-                "expert parallel: even over {even} ranks; other sizes up to {m} load, uneven, but \
-                 not with --enable-eplb"
+                "expert parallel: even over {even} ranks; other sizes up to {m} load, uneven, and \
+                 --enable-eplb needs redundant experts that make them even"
             ));
             let widths = divisors(self.d_ff, 16);
             notes.push(format!("tensor parallel: {} units divide by {widths}", self.d_ff));
@@ -171,7 +173,8 @@ impl Planned<'_> {
         let mut notes = Vec::new();
         let most = self.experts.1;
         if most > LLAMA_MAX_EXPERTS && self.export != Export::Native {
-            reasons.push(format!("{most} experts, at most {LLAMA_MAX_EXPERTS} of a layer"));
+            let limit = format!("{LLAMA_MAX_EXPERTS} of a layer (1024 since July 2026)");
+            reasons.push(format!("{most} experts, at most {limit}"));
         }
         if self.export != Export::Native && !self.d_ff.is_multiple_of(256) {
             notes.push(format!(

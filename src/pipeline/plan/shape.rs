@@ -34,6 +34,9 @@ pub(super) struct Shape {
     /// experts, dense layers.
     pub(super) blocks: Vec<u64>,
     pub(super) d_model: u64,
+    /// Heads of attention, and their columns together.
+    pub(super) heads: u64,
+    pub(super) attention: u64,
 }
 
 impl Shape {
@@ -59,7 +62,12 @@ impl Shape {
         // Experts are the bulk of sparse blocks; what is left is spread as if blocks were alike.
         let rest = all.saturating_sub(routed) / blocks.len().max(1) as u64;
         let d_model = layers.iter().map(|l| l.d_model).max().unwrap_or(0);
-        Self { layers, blocks: vec![rest; blocks.len()], d_model }
+        let known = |key: &str| source.config().integer(key).ok().flatten().map(|n| n as u64);
+        let heads = known("num_attention_heads").unwrap_or(d_model.div_ceil(128)).max(1);
+        let latent = known("qk_nope_head_dim").zip(known("v_head_dim"));
+        let width = latent.map(|(key, value)| key.max(value)).or_else(|| known("head_dim"));
+        let attention = heads * width.unwrap_or(d_model / heads);
+        Self { layers, blocks: vec![rest; blocks.len()], d_model, heads, attention }
     }
 }
 
