@@ -12,7 +12,7 @@ use crate::group::{
     Representative, Spread, TaskSpecific,
 };
 use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
-use crate::merge::{DominantOnly, Fisher, FixDominant, Weighted, ZipIt};
+use crate::merge::{DominantOnly, Fisher, FixDominant, MergeMoe, RegMean, Weighted, ZipIt};
 use crate::model::Importance;
 use crate::recover::{Chain, Distill, LeastSquares, Scale};
 use crate::similarity::{
@@ -64,7 +64,7 @@ choice! {
 choice! {
     /// How a group becomes one expert: `method = "weighted"` and so on.
     MergeChoice, "method", merger:
-    Weighted, DominantOnly, Fisher, ZipIt, FixDominant
+    Weighted, DominantOnly, Fisher, ZipIt, FixDominant, RegMean, MergeMoe
 }
 
 choice! {
