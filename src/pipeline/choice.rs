@@ -14,7 +14,7 @@ use crate::group::{
 use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
 use crate::merge::{DominantOnly, Fisher, FixDominant, MergeMoe, RegMean, Weighted, ZipIt};
 use crate::model::Importance;
-use crate::recover::{Chain, Distill, LeastSquares, Scale};
+use crate::recover::{Chain, Distill, LeastSquares, Paper, Scale, UnitScale};
 use crate::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
     MergedOutputError, Random, RouterLogits, RouterWeightFeature, RouterWeights, TokenOutputs,
@@ -79,10 +79,14 @@ choice! {
 pub enum RecoverChoice {
     /// [`Scale`] and its options.
     Scale(Scale),
+    /// [`UnitScale`] and its options.
+    UnitScale(UnitScale),
     /// [`LeastSquares`] and its options.
     LeastSquares(LeastSquares),
     /// [`Distill`] and its options.
     Distill(Distill),
+    /// [`Paper`] and its options.
+    Paper(Paper),
 }
 
 impl RecoverChoice {
@@ -91,8 +95,10 @@ impl RecoverChoice {
         let boxed = |choice: &Self| -> Box<dyn Recoverer> {
             match choice.clone() {
                 Self::Scale(stage) => Box::new(stage),
+                Self::UnitScale(stage) => Box::new(stage),
                 Self::LeastSquares(stage) => Box::new(stage),
                 Self::Distill(stage) => Box::new(stage),
+                Self::Paper(stage) => Box::new(stage),
             }
         };
         Chain(choices.iter().map(boxed).collect())

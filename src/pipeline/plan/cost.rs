@@ -137,6 +137,8 @@ fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64) -> f64 {
                 false => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
             }
         }
+        RecoverChoice::UnitScale(fit) => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
+        RecoverChoice::Paper(fit) => 14.0 * pass * fit.epochs as f64,
         RecoverChoice::Distill(fit) => 14.0 * pass * fit.epochs as f64,
         _ => 2.0 * pass,
     }

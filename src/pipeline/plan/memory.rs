@@ -116,7 +116,8 @@ fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
                 false => 3 * hidden,
             }
         }
-        RecoverChoice::Distill(_) => 28 * kept,
+        RecoverChoice::UnitScale(_) => 4 * t * layer.top_k * layer.d_ff + 4 * kept,
+        RecoverChoice::Distill(_) | RecoverChoice::Paper(_) => 28 * kept,
         _ => 0,
     });
     let recovered = recovered.max().unwrap_or(0);
