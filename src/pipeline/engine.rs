@@ -79,7 +79,8 @@ pub(super) fn measure(
         return Err(Error::shape("similarity matrix", stats.experts(), table.experts()));
     }
     let stats = RoutingStats { samples: None, gradients: None, fisher: None, ..stats };
-    Ok(Measured { summary: LayerSummary { id, similarity: table, stats }, permutations })
+    let summary = LayerSummary { id, similarity: table, stats, candidates: None };
+    Ok(Measured { summary, permutations })
 }
 
 fn permuted(layer: &MoeLayer, permutations: &[Permutation], cx: &Context) -> Result<MoeLayer> {

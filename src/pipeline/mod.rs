@@ -44,6 +44,7 @@ mod spectra;
 mod states;
 mod stream;
 mod subject;
+mod survey;
 mod tokens;
 mod verify;
 

@@ -10,7 +10,8 @@ use sha2::{Digest, Sha256};
 use super::PlanOptions;
 use super::memory::when;
 use super::shape::{Layer, Shape};
-use crate::pipeline::choice::RecoverChoice;
+use crate::group::Removal;
+use crate::pipeline::choice::{GroupChoice, RecoverChoice};
 use crate::pipeline::recipe::Recipe;
 use crate::stage::Context;
 
@@ -66,7 +67,8 @@ fn rate(units: f64, mut work: impl FnMut()) -> f64 {
 ///
 /// - calibrate: `Σ_l B_l / convert + t F_l / flops`;
 /// - merge: reading likewise; `6 d_ff² d_model` operations for each expert that is lined up, and as
-///   many again for its assignment;
+///   many again for its assignment; where removals are measured, reading once more, all experts
+///   on those tokens, and `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit;
 /// - recovery: what it sees of the text once more, least squares `t k² d_ff² + (m d_ff)³` or 48
 ///   conjugate-gradient steps of `4 t k d_ff d_model`, `14 t k d_ff d_model` for an epoch of
 ///   distillation;
@@ -115,7 +117,9 @@ pub(super) fn plan(
             if when(&recipe.align).is_some() { l.experts - l.kept.min(l.experts) } else { 0 };
         12.0 * f(moved) * f(l.d_ff * l.d_ff) * f(l.d_model)
     };
-    let merge = load + layers(&aligned) / rates.flops;
+    let surveys = |l: &Layer| survey(l, recipe, f(options.samples()));
+    let again = if matches!(recipe.group, GroupChoice::Removal { .. }) { load } else { 0.0 };
+    let merge = load + again + (layers(&aligned) + layers(&surveys)) / rates.flops;
     let t = options.recovered_tokens(recipe);
     let stages = recipe.recover.iter().map(|choice| layers(&|l| recovery(choice, l, f(t))));
     let stages = stages.sum::<f64>() / rates.flops;
@@ -123,6 +127,19 @@ pub(super) fn plan(
     let write = f(written) / rates.hash + f(read.max(written)) / rates.convert;
     let total = calibrate + merge + recover + write;
     TimePlan { calibrate, merge, recover, write, total, rates: *rates }
+}
+
+/// Operations of measuring removals: all experts on all tokens, and a refit of every move that is
+/// listed.
+fn survey(layer: &Layer, recipe: &Recipe, samples: f64) -> f64 {
+    let GroupChoice::Removal { refit, tokens, shortlist, .. } = recipe.group else { return 0.0 };
+    let base = Removal::default();
+    let t = samples.min(tokens.unwrap_or(base.tokens) as f64);
+    let (n, d_ff, d) = (layer.experts as f64, layer.d_ff as f64, layer.d_model as f64);
+    let fits = if refit { 2.0 * n * shortlist.unwrap_or(base.shortlist) as f64 } else { 0.0 };
+    let width = d.min(base.width as f64);
+    let fit = t.powi(3) / 6.0 + 2.0 * t * t * (layer.top_k as f64 * d_ff / n + width);
+    6.0 * n * t * d * d_ff + fits * fit
 }
 
 /// Operations of one stage of recovery on one layer.
