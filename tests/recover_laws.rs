@@ -180,6 +180,7 @@ fn recoverers() -> Vec<Box<dyn Recoverer>> {
     vec![
         Box::new(Scale::default()),
         Box::new(UnitScale::default()),
+        Box::new(UnitScale { dense_limit: 0, ..UnitScale::default() }),
         Box::new(UnitScale { per: Per::Output, ..UnitScale::default() }),
         Box::new(LeastSquares::default()),
         Box::new(iterative),
@@ -365,7 +366,13 @@ fn scale_finds_planted_factors() {
 #[test]
 fn unit_scale_finds_planted_factors() {
     let x = Numbers(5).matrix(900, D);
-    for (per, narrowed) in [(Per::Hidden, true), (Per::Hidden, false), (Per::Output, true)] {
+    let cases = [
+        (Per::Hidden, true, 4096),
+        (Per::Hidden, false, 4096),
+        (Per::Hidden, true, 0),
+        (Per::Output, true, 4096),
+    ];
+    for (per, narrowed, dense_limit) in cases {
         let truth = layer(1, RoutingRule::softmax(2, true));
         let targets = output(&truth, &x, narrowed);
         let task = with(&x, &targets, narrowed, 90);
@@ -379,7 +386,8 @@ fn unit_scale_finds_planted_factors() {
             }
             *expert = Expert::new(gate, up, down, activation).unwrap();
         }
-        let fit = UnitScale { per, ridges: vec![1e-7], iterations: 300, tolerance: 1e-7 };
+        let ridges = vec![1e-7];
+        let fit = UnitScale { per, ridges, dense_limit, iterations: 300, tolerance: 1e-7 };
         let cx = Context::cpu(0);
         let before = task.error(&start, &cx).unwrap();
         let found = fit.recover(&task, start, &cx).unwrap();

@@ -1,11 +1,11 @@
 //! One factor per hidden unit, or per output of an expert.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use super::features::Features;
 use super::least_squares::check_ridges;
-use crate::error::{Locate, Result};
+use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
 use crate::par;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
@@ -27,11 +27,15 @@ pub enum Per {
 ///
 /// `m d_ff` (or `m d_model`) numbers: what averaging takes from a hidden unit's amplitude, no more,
 /// for samples too small for [`LeastSquares`](super::LeastSquares), which contains it. Solved for
-/// `s − 1` by conjugate gradients on the normal equations, whose matrix is `(Φᵀ Φ) ⊙ (Wᵀ W)` and
-/// never formed; `λ` is a ridge times its mean diagonal, from the largest ridge down, each warm from
-/// the one before, until the error on the rows that judge rises. Biases stay. Experts that no token
-/// visits keep every bit. An iteration costs `4 t k d_ff d_model` operations; memory
-/// `4 t k d_ff + 8 t d_model` bytes and two copies of the down projections.
+/// `s − 1`; the matrix of the normal equations is `A = (Φᵀ Φ) ⊙ (Wᵀ W)` for hidden units, `λ` a
+/// ridge times its mean diagonal, from the largest ridge down until the error on the rows that judge
+/// rises. Biases stay. Experts that no token visits keep every bit.
+///
+/// Up to `dense_limit` hidden units by a Cholesky factorisation per ridge: `t k² d_ff²` and
+/// `(m d_ff)³/3` operations, memory `24 (m d_ff)²` bytes. Beyond, and for outputs, by conjugate
+/// gradients that form no matrix, each ridge warm from the one before: `4 t k d_ff d_model`
+/// operations an iteration, memory `8 t d_model` bytes and two copies of the down projections. Both
+/// keep the hidden activations, `4 t k d_ff` bytes.
 ///
 /// Source: REPAIR (Jordan et al., arXiv 2211.08403) restores each unit's variance after averaging;
 /// fitting the factors to the layer's output, jointly and with a ridge, is our own.
@@ -42,6 +46,8 @@ pub struct UnitScale {
     pub per: Per,
     /// Pulls towards 1 to choose from, relative to the mean diagonal; each above 0.
     pub ridges: Vec<f64>,
+    /// The most hidden units, `m · d_ff`, for which a matrix is formed.
+    pub dense_limit: usize,
     /// The most iterations per ridge.
     pub iterations: usize,
     /// The relative residual of the normal equations at which they stop.
@@ -51,7 +57,7 @@ pub struct UnitScale {
 impl Default for UnitScale {
     fn default() -> Self {
         let ridges = vec![1e-2, 1e-1, 1.0, 10.0];
-        Self { per: Per::Hidden, ridges, iterations: 48, tolerance: 1e-4 }
+        Self { per: Per::Hidden, ridges, dense_limit: 4096, iterations: 48, tolerance: 1e-4 }
     }
 }
 
@@ -91,8 +97,13 @@ impl UnitScale {
         ridges.sort_by(|a, b| b.total_cmp(a));
         let (mut least, mut best) = (task.error(&merged, cx)?, None);
         let mut steps = Array2::zeros(rhs.dim());
+        let dense = self.per == Per::Hidden && features.width() <= self.dense_limit;
+        let gram = dense.then(|| system.matrix(cx)).transpose()?;
         for ridge in ridges {
-            self.solve(&system, ridge * mean, &rhs, &mut steps, cx)?;
+            match &gram {
+                Some(gram) => steps = factorised(gram, ridge * mean, &rhs, cx)?,
+                None => self.solve(&system, ridge * mean, &rhs, &mut steps, cx)?,
+            }
             let layer = system.scaled_layer(&merged, &steps)?;
             let error = task.error(&layer, cx)?;
             if error >= least {
@@ -135,6 +146,23 @@ impl UnitScale {
         }
         Ok(())
     }
+}
+
+/// `(A + λ I)⁻¹ rhs`, of the lower triangle of `A`.
+fn factorised(
+    gram: &Array2<f64>,
+    lambda: f64,
+    rhs: &Array2<f64>,
+    cx: &Context,
+) -> Result<Array2<f64>> {
+    let mut ridged = gram.clone();
+    ridged.diag_mut().mapv_inplace(|x| x + lambda);
+    let column = Array2::from_shape_fn((rhs.len(), 1), |(i, _)| {
+        rhs[[i / rhs.ncols().max(1), i % rhs.ncols().max(1)]]
+    });
+    let solved = cx.factorise().solve_spd(ridged.view(), column.view())?;
+    let at = |(e, a): (usize, usize)| solved[[e * rhs.ncols() + a, 0]];
+    Ok(Array2::from_shape_fn(rhs.dim(), at))
 }
 
 fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
@@ -186,6 +214,15 @@ impl System<'_> {
         self.features.subtract(&views, &mut pass, cx)?;
         let moments = self.features.moments(&pass, cx)?;
         Ok(lambda * p - self.contract(&moments))
+    }
+
+    /// The lower triangle of `A = (Φᵀ Φ) ⊙ (Wᵀ W): (m d_ff, m d_ff)`, for hidden units.
+    fn matrix(&self, cx: &Context) -> Result<Array2<f64>> {
+        let wide = concatenate(Axis(1), &self.down)
+            .map_err(|e| Error::shape("down projections of one kind", "equal shapes", e))?;
+        let mut products = Array2::zeros((wide.ncols(), wide.ncols()));
+        cx.compute().add_gram(wide.view(), &mut products)?;
+        Ok(self.features.gram()? * &products)
     }
 
     /// The mean of the diagonal of `A`.

@@ -129,10 +129,10 @@ impl Grouper for Removal {
         let probe = Probe::new(self, layer, cx)?;
         let least = budget.min_per_layer.max(budget.protected_in(layer.id)).max(1);
         let given = (layer.id, budget);
-        if self.rest == Rest::Drop && !self.refit {
-            if let Some(found) = exhaustive::subsets(self, &probe, given, least)? {
-                return Ok(found);
-            }
+        let all = self.rest == Rest::Drop && !self.refit;
+        let found = if all { exhaustive::subsets(self, &probe, given, least)? } else { None };
+        if let Some(found) = found {
+            return Ok(found);
         }
         Path::new(self, &probe, similarity, given).candidates(least, cx)
     }

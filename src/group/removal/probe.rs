@@ -49,9 +49,9 @@ impl<'a> Probe<'a> {
             through(&experts[i], x.view(), narrow.as_ref(), method.refit, single.compute())
                 .in_expert(i)
         })?;
-        let width = made.first().map_or(0, |(output, ..)| output.ncols());
+        let width = made.first().map_or(0, |seen| seen.output.ncols());
         let (mut outputs, mut peaks, mut hidden) = (Vec::new(), Vec::new(), Vec::new());
-        for (output, peak, activations) in made {
+        for Seen { output, peak, activations } in made {
             outputs.push(output);
             peaks.push(peak);
             hidden.extend(activations);
@@ -136,14 +136,21 @@ impl<'a> Probe<'a> {
     }
 }
 
-/// Output (projected, if asked for), peaks, and hidden activations (if asked for) of one expert.
+/// What one expert makes of the tokens.
+struct Seen {
+    output: Array2<f32>,
+    peak: Vec<f32>,
+    activations: Option<Array2<f32>>,
+}
+
+/// Runs an expert; its output is projected, and its hidden activations kept, if asked for.
 fn through(
     expert: &Expert,
     x: ArrayView2<'_, f32>,
     narrow: Option<&Array2<f32>>,
     keep: bool,
     compute: &dyn Compute,
-) -> Result<(Array2<f32>, Vec<f32>, Option<Array2<f32>>)> {
+) -> Result<Seen> {
     let view = expert.view();
     let hidden = view.hidden(x, compute)?;
     let mut output = Array2::zeros((x.nrows(), view.d_model()));
@@ -152,13 +159,13 @@ fn through(
         output += &bias;
     }
     let largest = |y: ArrayView1<'_, f32>| y.iter().fold(0.0f32, |m, y| m.max(y.abs()));
-    let peaks = output.rows().into_iter().map(largest).collect();
+    let peak = output.rows().into_iter().map(largest).collect();
     if let Some(narrow) = narrow {
         let mut few = Array2::zeros((x.nrows(), narrow.ncols()));
         compute.gemm(1.0, output.view(), narrow.view(), 0.0, few.view_mut())?;
         output = few;
     }
-    Ok((output, peaks, keep.then_some(hidden)))
+    Ok(Seen { output, peak, activations: keep.then_some(hidden) })
 }
 
 /// `(d_model, width)` entries `±1/√width` by the seed, where outputs are wider than that.

@@ -13,6 +13,7 @@ use super::shape::{Layer, Shape};
 use crate::group::Removal;
 use crate::pipeline::choice::{GroupChoice, RecoverChoice};
 use crate::pipeline::recipe::Recipe;
+use crate::recover::Per;
 use crate::stage::Context;
 
 /// What this machine does in a second.
@@ -154,7 +155,13 @@ fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64) -> f64 {
                 false => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
             }
         }
-        RecoverChoice::UnitScale(fit) => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
+        RecoverChoice::UnitScale(fit) => {
+            let features = layer.kept as f64 * d_ff;
+            match fit.per == Per::Hidden && features <= fit.dense_limit as f64 {
+                true => 6.0 * pass + t * k * k * d_ff * d_ff + features.powi(3),
+                false => 6.0 * pass + 4.0 * pass * fit.iterations as f64,
+            }
+        }
         RecoverChoice::Paper(fit) => 14.0 * pass * fit.epochs as f64,
         RecoverChoice::Distill(fit) => 14.0 * pass * fit.epochs as f64,
         _ => 2.0 * pass,

@@ -133,7 +133,10 @@ fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
                 false => 3 * hidden,
             }
         }
-        RecoverChoice::UnitScale(_) => 4 * t * layer.top_k * layer.d_ff + 4 * kept,
+        RecoverChoice::UnitScale(fit) => {
+            let units = (layer.kept * layer.d_ff).min(fit.dense_limit as u64);
+            4 * t * layer.top_k * layer.d_ff + 8 * kept + 24 * units * units
+        }
         RecoverChoice::Distill(_) | RecoverChoice::Paper(_) => 28 * kept,
         _ => 0,
     });
