@@ -19,6 +19,7 @@ fn layer(golden: &Golden, names: (&str, &str), id: LayerId, routed: u64) -> Laye
         id,
         similarity: SimilarityMatrix::from_similarities(table).unwrap(),
         stats: RoutingStats::from_counts(counts, routed),
+        candidates: None,
     }
 }
 

@@ -52,6 +52,7 @@ fn layer(index: usize, n: usize) -> impl Strategy<Value = LayerSummary> {
             id: LayerId::causal(2 * index + 1),
             similarity: SimilarityMatrix::from_similarities(table).unwrap(),
             stats: RoutingStats { reap: Some(reap), ..RoutingStats::from_counts(counts, tokens) },
+            candidates: None,
         }
     })
 }
@@ -232,6 +233,7 @@ fn a_global_budget_favours_balanced_layers() {
         id: LayerId::causal(index),
         similarity: SimilarityMatrix::from_similarities(Array2::eye(4)).unwrap(),
         stats: RoutingStats::from_counts(counts.to_vec(), counts.iter().sum()),
+        candidates: None,
     };
     let layers = [of(0, [97, 1, 1, 1]), of(1, [25, 25, 25, 25])];
     let budget = Budget::new(Target::Total(5));
@@ -250,6 +252,7 @@ fn the_scale_decides_how_layers_compare() {
         id: LayerId::causal(index),
         similarity: SimilarityMatrix::from_similarities(Array2::eye(counts.len())).unwrap(),
         stats: RoutingStats::from_counts(counts.to_vec(), counts.iter().sum()),
+        candidates: None,
     };
     // Usage 0.5, 0.3, 0.2 and 0.25 each: the second expert of layer 0 is used more, but less of
     // its layer's best.
@@ -273,6 +276,7 @@ fn globally_cheapest_merges_are_relative_to_the_layer() {
             id: LayerId::causal(index),
             similarity: SimilarityMatrix::from_distances(distance).unwrap(),
             stats: RoutingStats::from_counts(vec![1, 2, 3], 6),
+            candidates: None,
         }
     };
     // The pair of layer 0 is closer, but that of layer 1 is much closer for its layer.
@@ -303,6 +307,7 @@ fn stages_ask_for_the_statistics_of_their_score() {
         id: LayerId::causal(0),
         similarity: SimilarityMatrix::from_similarities(Array2::eye(2)).unwrap(),
         stats: RoutingStats::from_counts(vec![1, 1], 2),
+        candidates: None,
     };
     let budget = Budget::new(Target::PerLayer(1));
     let failure = Prune::default().group(&[bare], &budget, &Context::cpu(0)).unwrap_err();
@@ -325,6 +330,7 @@ fn seeds_choose_random_groups() {
         id: LayerId::causal(0),
         similarity: SimilarityMatrix::from_similarities(Array2::eye(n)).unwrap(),
         stats: RoutingStats::from_counts(vec![1; n], 16),
+        candidates: None,
     }];
     let budget = Budget::new(Target::PerLayer(4));
     let of = |seed| RandomGroups::default().group(&layers, &budget, &Context::cpu(seed)).unwrap();

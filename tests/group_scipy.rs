@@ -31,6 +31,7 @@ fn layer(points: &[Vec<f64>]) -> LayerSummary {
         id: LayerId::causal(0),
         similarity: SimilarityMatrix::from_distances(distance).unwrap(),
         stats: RoutingStats::from_counts(vec![1; n], n as u64),
+        candidates: None,
     }
 }
 

@@ -236,7 +236,8 @@ proptest! {
         let expected = layer.routed_output(x.view(), &Cpu::new()).unwrap();
         for grouper in clusterings() {
             let similarity = outputs.similarity(&view, &cx).unwrap();
-            let summary = LayerSummary { id: layer.id(), similarity, stats: stats.clone() };
+            let (id, seen) = (layer.id(), stats.clone());
+            let summary = LayerSummary { id, similarity, stats: seen, candidates: None };
             let budget = Budget::new(Target::PerLayer(copies.groups()));
             let found = grouper.group(&[summary], &budget, &cx).unwrap().remove(0);
             let partition = |g: &Grouping| g.renumbered(Numbering::ByFirstMember).labels().to_vec();

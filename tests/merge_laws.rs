@@ -8,12 +8,12 @@ use approx::assert_abs_diff_eq;
 use mcsmoe::ErrorKind;
 use mcsmoe::merge::router::{DominantRow, LogSumExpFit, MeanRow, Prior, SigmoidMass};
 use mcsmoe::merge::{
-    Coefficients, DominantOnly, Fisher, FixDominant, Ingredient, ReferenceCompat, Weighted,
-    Weighting, ZipIt,
+    Coefficients, DominantOnly, Fisher, FixDominant, Ingredient, MergeMoe, ReferenceCompat,
+    RegMean, Wanted, Weighted, Weighting, ZipIt,
 };
 use mcsmoe::model::{
     Activation, Expert, GroupScore, Grouping, Importance, LayerId, Linear, MoeLayer, Permutation,
-    Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
+    Role, Router, RoutingGroups, RoutingRule, RoutingStats, Samples, Score,
 };
 use mcsmoe::stage::{Context, LayerView, Members, Merger, Needs, RouterMerger};
 use ndarray::{Array1, Array2, array};
@@ -86,6 +86,9 @@ fn mergers() -> Vec<Box<dyn Merger>> {
         Box::new(FixDominant::default()),
         Box::new(FixDominant { ingredient: weights, ..FixDominant::default() }),
         Box::new(FixDominant { coefficients: reference, ..FixDominant::default() }),
+        Box::new(RegMean::default()),
+        Box::new(MergeMoe::default()),
+        Box::new(MergeMoe { wanted: Wanted::Routed, ..MergeMoe::default() }),
         Box::new(ZipIt::default()),
         Box::new(ZipIt { ingredient: weights, ..ZipIt::default() }),
         Box::new(ZipIt { coefficients: reference, dominant_alone: true, ..ZipIt::default() }),
@@ -284,6 +287,118 @@ proptest! {
                 least = after;
             }
         }
+    }
+}
+
+/// `Σ_i Σ_{x ∈ X_i} ‖W x − W_i x‖²` over all matrices, with each member's own hidden activations.
+fn responses(merged: &Expert, layer: &MoeLayer, stats: &RoutingStats) -> f64 {
+    let (samples, cx) = (stats.samples.as_ref().unwrap(), Context::cpu(0));
+    let mut sum = 0.0;
+    for (i, expert) in layer.experts().iter().enumerate() {
+        let x = samples.inputs_of(&[i]);
+        let hidden = expert.view().hidden(x.view(), cx.compute()).unwrap();
+        for ((role, own), (_, new)) in expert.view().linears().zip(merged.view().linears()) {
+            let x = if role == Role::Down { &hidden } else { &x };
+            let gap = x.dot(&(&new.weight - &own.weight).t());
+            sum += gap.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
+        }
+    }
+    sum
+}
+
+/// `Σ_x ‖s E'(x) − Σ_i c_i E_i(x)‖²` over the tokens of the group, without biases of the output.
+fn combined(merged: &Expert, layer: &MoeLayer, stats: &RoutingStats, wanted: Wanted) -> f64 {
+    let (samples, cx) = (stats.samples.as_ref().unwrap(), Context::cpu(0));
+    let n = layer.experts().len();
+    let usage = stats.usage();
+    let give = |e: &Expert| {
+        let hidden = e.view().hidden(samples.inputs.view(), cx.compute()).unwrap();
+        hidden.dot(&e.view().down.weight.t())
+    };
+    let (new, own) = (give(merged), layer.experts().iter().map(give).collect::<Vec<_>>());
+    let mut sum = 0.0;
+    for t in 0..samples.tokens() {
+        let mut counts: Vec<f32> = usage.iter().map(|&u| u as f32).collect();
+        if wanted == Wanted::Routed {
+            counts = vec![0.0; n];
+            let slots = samples.routing.experts.row(t);
+            let pairs = slots.iter().zip(samples.routing.weights.row(t));
+            pairs.for_each(|(&e, w)| counts[e as usize] += w);
+        }
+        let mut miss = &new.row(t) * counts.iter().sum::<f32>();
+        counts.iter().zip(&own).for_each(|(c, y)| miss.scaled_add(-c, &y.row(t)));
+        sum += miss.iter().map(|&m| f64::from(m) * f64::from(m)).sum::<f64>();
+    }
+    sum
+}
+
+#[test]
+fn regressions_reach_the_least_of_what_they_minimise() {
+    for seed in 0..4 {
+        let mut numbers = Numbers(seed);
+        let experts: Vec<Expert> = (0..3).map(|_| numbers.expert()).collect();
+        let (layer, stats) = observe(experts, router(3, seed), seed);
+        let of = |m: &dyn Merger| merge(m, &layer, &stats, &identities(3), &Context::cpu(0));
+        let average = of(&Weighted::default());
+        let loss = |e: &Expert| responses(e, &layer, &stats);
+        let found = of(&RegMean { alpha: 1.0, ridge: 1e-9 });
+        let least = loss(&found);
+        assert!(least < 0.9 * loss(&average), "{least} of {}", loss(&average));
+        // A minimum: any step away from it costs.
+        for by in [1e-2, -1e-2] {
+            let step = |w: f32| w + by * (w * 1e4).sin();
+            assert!(loss(&with_weights(&found, step)) > least);
+        }
+        // All weight on the diagonal: what is left is the mean by energy, feature by feature.
+        assert_ne!(of(&RegMean { alpha: 0.0, ridge: 1e-9 }), found);
+        for wanted in [Wanted::Average, Wanted::Routed] {
+            let loss = |e: &Expert| combined(e, &layer, &stats, wanted);
+            let found = of(&MergeMoe { wanted, ridge: 1e-9, ..MergeMoe::default() });
+            let (least, before) = (loss(&found), loss(&average));
+            assert!(least < 0.7 * before, "{wanted:?}: {least} of {before}");
+            let moved = |by: f32| {
+                let (gate, up, mut down) = found.clone().into_parts();
+                down.weight.mapv_inplace(|w| w + by * (w * 1e4).sin());
+                Expert::new(gate, up, down, Activation::Silu).unwrap()
+            };
+            assert!([1e-2, -1e-2].iter().all(|&by| loss(&moved(by)) > least));
+            let more = of(&MergeMoe { wanted, ridge: 1e6, ..MergeMoe::default() });
+            assert!(distance(&more, &average) < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn regressions_refuse_what_they_cannot_solve() {
+    let mut numbers = Numbers(1);
+    let experts: Vec<Expert> = (0..2).map(|_| numbers.expert()).collect();
+    let (layer, stats) = observe(experts, router(2, 1), 1);
+    let (permutations, bare) = (identities(2), RoutingStats { samples: None, ..stats.clone() });
+    let merged = |merger: &dyn Merger, stats: &RoutingStats| {
+        let experts: Vec<_> = layer.experts().iter().map(Expert::view).collect();
+        let members = Members {
+            layer: LayerView::of(&layer, stats),
+            indices: &[0, 1],
+            dominant: 0,
+            experts: &experts,
+            permutations: &permutations,
+        };
+        merger.merge(&members, &Context::cpu(0))
+    };
+    let bad: [&dyn Merger; 4] = [
+        &RegMean { ridge: 0.0, ..RegMean::default() },
+        &RegMean { alpha: 1.5, ..RegMean::default() },
+        &RegMean { alpha: f64::NAN, ..RegMean::default() },
+        &MergeMoe { ridge: -1.0, ..MergeMoe::default() },
+    ];
+    for merger in bad {
+        let error = merged(merger, &stats).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");
+    }
+    for merger in [&RegMean::default() as &dyn Merger, &MergeMoe::default()] {
+        assert!(merger.needs().contains(Needs::SAMPLES));
+        let error = merged(merger, &bare).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Missing { .. }), "{error}");
     }
 }
 

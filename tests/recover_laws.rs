@@ -9,7 +9,7 @@ use mcsmoe::model::{
     Activation, Expert, GroupScore, Grouping, LayerId, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score,
 };
-use mcsmoe::recover::{Chain, Distill, LeastSquares, Scale};
+use mcsmoe::recover::{Chain, Distill, HiddenLoss, LeastSquares, Paper, Per, Scale, UnitScale};
 use mcsmoe::stage::{Context, Recoverer, Recovery};
 use ndarray::{Array1, Array2, s};
 use numbers::Numbers;
@@ -179,10 +179,14 @@ fn recoverers() -> Vec<Box<dyn Recoverer>> {
     let chain = Chain(vec![Box::new(LeastSquares::default()), Box::new(distill.clone())]);
     vec![
         Box::new(Scale::default()),
+        Box::new(UnitScale::default()),
+        Box::new(UnitScale { dense_limit: 0, ..UnitScale::default() }),
+        Box::new(UnitScale { per: Per::Output, ..UnitScale::default() }),
         Box::new(LeastSquares::default()),
         Box::new(iterative),
         Box::new(distill),
         Box::new(wild),
+        Box::new(Paper { epochs: 3, batch: 64, ..Paper::default() }),
         Box::new(chain),
     ]
 }
@@ -292,6 +296,34 @@ fn distillation_brings_everything_back_towards_the_original() {
 }
 
 #[test]
+fn the_papers_losses_bring_the_experts_back_and_leave_the_router() {
+    let x = Numbers(11).matrix(1200, D);
+    let truth = layer(1, RoutingRule::softmax(2, true));
+    let targets = output(&truth, &x, false);
+    let task = with(&x, &targets, false, 120);
+    let start = perturbed(&truth, 2, 0.3, false);
+    let cx = Context::cpu(0);
+    let before = task.error(&start, &cx).unwrap();
+    for hidden_loss in [HiddenLoss::LogMse, HiddenLoss::Cosine] {
+        // The logarithm's slope grows as the error falls; the cosine's does not.
+        let hidden = if hidden_loss == HiddenLoss::Cosine { 20.0 } else { 1.0 };
+        let paper = Paper { batch: 64, hidden, hidden_loss, ..Paper::default() };
+        let found = paper.recover(&task, start.clone(), &cx).unwrap();
+        let after = task.error(&found, &cx).unwrap();
+        assert!(after < 0.8 * before, "{hidden_loss:?}: {before} to {after}");
+        assert_eq!((&found.router, &found.narrowed), (&start.router, &start.narrowed));
+    }
+    for bad in [
+        Paper { alpha: -1.0, ..Paper::default() },
+        Paper { hidden: f64::NAN, ..Paper::default() },
+        Paper { temperature: 0.0, ..Paper::default() },
+    ] {
+        let error = bad.recover(&task, start.clone(), &cx).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");
+    }
+}
+
+#[test]
 fn only_the_router_that_is_used_is_trained() {
     let x = Numbers(11).matrix(500, D);
     let start = layer(1, RoutingRule::softmax(2, true));
@@ -327,6 +359,44 @@ fn scale_finds_planted_factors() {
             let (a, b) = (a.view().down, b.view().down);
             approx::assert_abs_diff_eq!(a.weight, b.weight, epsilon = 1e-4);
             approx::assert_abs_diff_eq!(a.bias.unwrap(), b.bias.unwrap(), epsilon = 1e-4);
+        }
+    }
+}
+
+#[test]
+fn unit_scale_finds_planted_factors() {
+    let x = Numbers(5).matrix(900, D);
+    let cases = [
+        (Per::Hidden, true, 4096),
+        (Per::Hidden, false, 4096),
+        (Per::Hidden, true, 0),
+        (Per::Output, true, 4096),
+    ];
+    for (per, narrowed, dense_limit) in cases {
+        let truth = layer(1, RoutingRule::softmax(2, true));
+        let targets = output(&truth, &x, narrowed);
+        let task = with(&x, &targets, narrowed, 90);
+        let (mut start, mut numbers) = (truth.clone(), Numbers(77));
+        for expert in &mut start.experts {
+            let activation = expert.view().activation;
+            let (gate, up, mut down) = expert.clone().into_parts();
+            let axis = ndarray::Axis(if per == Per::Hidden { 1 } else { 0 });
+            for mut line in down.weight.axis_iter_mut(axis) {
+                line *= 1.0 + 0.3 * numbers.next();
+            }
+            *expert = Expert::new(gate, up, down, activation).unwrap();
+        }
+        let ridges = vec![1e-7];
+        let fit = UnitScale { per, ridges, dense_limit, iterations: 300, tolerance: 1e-7 };
+        let cx = Context::cpu(0);
+        let before = task.error(&start, &cx).unwrap();
+        let found = fit.recover(&task, start, &cx).unwrap();
+        let after = task.error(&found, &cx).unwrap();
+        assert!(before > 1e-3 && after < 1e-4 * before, "{per:?}: {before} to {after}");
+        for (a, b) in found.experts.iter().zip(&truth.experts) {
+            let (a, b) = (a.view().down, b.view().down);
+            approx::assert_abs_diff_eq!(a.weight, b.weight, epsilon = 1e-2);
+            assert_eq!(a.bias, b.bias);
         }
     }
 }

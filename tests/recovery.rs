@@ -10,7 +10,7 @@ use mcsmoe::pipeline::{
     Calibration, EvaluateOptions, ExportChoice, Keep, Output, Recipe, RecoverChoice, Report,
     Silent, Tokens, evaluate, merge_then_compress,
 };
-use mcsmoe::recover::Distill;
+use mcsmoe::recover::{Distill, LeastSquares, Paper, UnitScale};
 use mcsmoe::{ErrorKind, Result};
 
 fn fixture(name: &str) -> PathBuf {
@@ -70,6 +70,53 @@ fn few_tokens_do_no_harm() {
     merge("fast", ExportChoice::Stock, text(256), &of("fast")).unwrap();
     let (pruned, fitted) = (loss(&of("reap")), loss(&of("fast")));
     assert!(fitted < 1.02 * pruned, "{fitted}, pruned {pruned}");
+}
+
+#[test]
+fn no_recoverer_harms_on_few_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, recover: Vec<RecoverChoice>| {
+        let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+        let recipe = Recipe { recover, ..recipe };
+        let target = dir.path().join(name);
+        merge_then_compress(&fixture("mixtral-8e"), text(256), &recipe, &target).unwrap();
+        loss(&target)
+    };
+    let bare = run("none", Vec::new());
+    let lesson = Distill { epochs: 3, ..Distill::default() };
+    let paper = Paper { epochs: 3, ..Paper::default() };
+    let each: [(&str, RecoverChoice); 4] = [
+        ("unit-scale", RecoverChoice::UnitScale(UnitScale::default())),
+        ("least-squares", RecoverChoice::LeastSquares(LeastSquares::default())),
+        ("distill", RecoverChoice::Distill(lesson)),
+        ("paper", RecoverChoice::Paper(paper)),
+    ];
+    for (name, recoverer) in each {
+        let found = run(name, vec![recoverer]);
+        assert!(found < 1.02 * bare, "{name}: {found}, unrecovered {bare}");
+    }
+}
+
+#[test]
+fn measured_removals_spread_a_budget_over_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let toml = "preset = \"fast\"\nkeep = { total = 16 }\nrecover = []\n\
+        [group]\nmethod = \"removal\"\nspread = \"global\"\ntokens = 256\n";
+    let recipe = Recipe::from_toml(toml).unwrap();
+    let again = Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap();
+    assert_eq!(again.group, recipe.group);
+    let source = fixture("mixtral-8e");
+    let target = dir.path().join("global");
+    let report = merge_then_compress(&source, text(2048), &recipe, &target).unwrap();
+    let kept: Vec<u64> = report.layers.iter().map(|l| l.experts.after).collect();
+    assert_eq!(kept.iter().sum::<u64>(), 16);
+    assert!(report.stages.contains(&"group removal".to_owned()));
+    // As many experts by saliency, the same in every layer, leave more to recover.
+    let plain = Recipe { recover: Vec::new(), ..Recipe::preset("fast", Keep::Experts(4)).unwrap() };
+    let target = dir.path().join("plain");
+    let before = merge_then_compress(&source, text(2048), &plain, &target).unwrap();
+    let error = |r: &Report| r.layers.iter().map(|l| l.output_error.unwrap().mapped).sum::<f64>();
+    assert!(error(&report) < error(&before), "{} {}", error(&report), error(&before));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! | [`Agglomerative`] | merge the closest groups until few enough remain | HC-SMoE |
 //! | [`KMeans`] | the partition with the least spread inside its groups | HC-SMoE |
 //! | [`Prune`] | the best experts stay, the others are dropped or redirected | REAP, EAN |
+//! | [`Removal`] | the experts go whose removal is measured to cost least | NAEE |
 //! | [`TaskSpecific`] | experts that a task does not use are dropped | M-SMoE, baseline |
 //! | [`RandomGroups`] | chance | M-SMoE, baseline |
 //!
@@ -26,6 +27,7 @@ mod prune;
 mod quota;
 mod random;
 mod ranking;
+mod removal;
 mod task_specific;
 
 pub use agglomerative::Agglomerative;
@@ -37,6 +39,7 @@ pub use prune::{Absorb, Prune};
 pub use quota::Spread;
 pub use random::RandomGroups;
 pub use ranking::{LayerScale, needs_of};
+pub use removal::{Removal, Rest};
 pub use task_specific::{TaskSpecific, UsageTracker};
 
 use rand::SeedableRng;

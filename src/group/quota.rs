@@ -182,6 +182,7 @@ mod tests {
             id: LayerId::causal(index),
             similarity: SimilarityMatrix::from_similarities(Array2::eye(n)).unwrap(),
             stats: RoutingStats::from_counts(vec![1; n], n as u64),
+            candidates: None,
         };
         sizes.iter().enumerate().map(layer).collect()
     }

@@ -8,13 +8,13 @@ use super::policy::AlignWhen;
 use crate::align::{ActivationMatching, Reference, WeightMatching};
 use crate::error::Result;
 use crate::group::{
-    Absorb, Agglomerative, Dominant, KMeans, LayerScale, Linkage, Prune, RandomGroups,
-    Representative, Spread, TaskSpecific,
+    Absorb, Agglomerative, Dominant, KMeans, LayerScale, Linkage, Prune, RandomGroups, Removal,
+    Representative, Rest, Spread, TaskSpecific,
 };
 use crate::merge::router::{DominantRow, LogSumExpFit, MeanRow};
-use crate::merge::{DominantOnly, Fisher, FixDominant, Weighted, ZipIt};
+use crate::merge::{DominantOnly, Fisher, FixDominant, MergeMoe, RegMean, Weighted, ZipIt};
 use crate::model::Importance;
-use crate::recover::{Chain, Distill, LeastSquares, Scale};
+use crate::recover::{Chain, Distill, LeastSquares, Paper, Scale, UnitScale};
 use crate::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
     MergedOutputError, Random, RouterLogits, RouterWeightFeature, RouterWeights, TokenOutputs,
@@ -64,7 +64,7 @@ choice! {
 choice! {
     /// How a group becomes one expert: `method = "weighted"` and so on.
     MergeChoice, "method", merger:
-    Weighted, DominantOnly, Fisher, ZipIt, FixDominant
+    Weighted, DominantOnly, Fisher, ZipIt, FixDominant, RegMean, MergeMoe
 }
 
 choice! {
@@ -79,10 +79,14 @@ choice! {
 pub enum RecoverChoice {
     /// [`Scale`] and its options.
     Scale(Scale),
+    /// [`UnitScale`] and its options.
+    UnitScale(UnitScale),
     /// [`LeastSquares`] and its options.
     LeastSquares(LeastSquares),
     /// [`Distill`] and its options.
     Distill(Distill),
+    /// [`Paper`] and its options.
+    Paper(Paper),
 }
 
 impl RecoverChoice {
@@ -91,8 +95,10 @@ impl RecoverChoice {
         let boxed = |choice: &Self| -> Box<dyn Recoverer> {
             match choice.clone() {
                 Self::Scale(stage) => Box::new(stage),
+                Self::UnitScale(stage) => Box::new(stage),
                 Self::LeastSquares(stage) => Box::new(stage),
                 Self::Distill(stage) => Box::new(stage),
+                Self::Paper(stage) => Box::new(stage),
             }
         };
         Chain(choices.iter().map(boxed).collect())
@@ -224,6 +230,30 @@ pub enum GroupChoice {
         #[serde(default)]
         scale: LayerScale,
     },
+    /// Removal by measured error; see [`Removal`] for the options.
+    Removal {
+        /// What becomes of the experts that do not stay.
+        #[serde(default)]
+        rest: Rest,
+        /// Whether errors are those after a refit.
+        #[serde(default = "yes")]
+        refit: bool,
+        /// How the budget is spread: uniformly, unless given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        spread: Option<Spread>,
+        /// The most sampled tokens that are used.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tokens: Option<usize>,
+        /// How many moves of either kind are measured after a refit.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        shortlist: Option<usize>,
+        /// The most subsets of a layer that are all tried.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        exhaustive: Option<usize>,
+        /// The multiple of the layer's median peak output above which an expert stays, alone.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        protect_super: Option<f64>,
+    },
     /// Task-specific expert pruning.
     TaskSpecific {
         /// Experts used less than this share of an equal split are pruned.
@@ -243,6 +273,10 @@ fn tenth() -> f64 {
     0.1
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl GroupChoice {
     pub(super) fn add_to(self, b: PipelineBuilder, default: Spread) -> PipelineBuilder {
         let or = |spread: Option<Spread>| spread.unwrap_or(default);
@@ -257,6 +291,19 @@ impl GroupChoice {
             Self::Random(method) => b.grouper(method),
             Self::Prune { importance, absorb, spread, scale } => {
                 b.grouper(Prune { importance, absorb, spread: or(spread), scale })
+            }
+            Self::Removal { rest, refit, spread, tokens, shortlist, exhaustive, protect_super } => {
+                let base = Removal::default();
+                b.grouper(Removal {
+                    rest,
+                    refit,
+                    spread: spread.unwrap_or(base.spread),
+                    tokens: tokens.unwrap_or(base.tokens),
+                    shortlist: shortlist.unwrap_or(base.shortlist),
+                    exhaustive: exhaustive.unwrap_or(base.exhaustive),
+                    protect_super,
+                    ..base
+                })
             }
             Self::TaskSpecific { beta, spread } => {
                 b.grouper(TaskSpecific { beta, spread: or(spread) })

@@ -62,6 +62,7 @@ fn in_routing_groups(
             id: layer.id,
             similarity: layer.similarity.select(&experts)?,
             stats: part_of(&layer.stats, &experts),
+            candidates: None,
         };
         let grouping = grouper.group(&[summary], &part, cx)?;
         check(&grouping, &[size], &part, true, grouper.name())?;

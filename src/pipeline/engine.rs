@@ -118,7 +118,7 @@ impl Measured {
             gradients: None,
             fisher: None,
         };
-        Ok(Self { summary: LayerSummary { id, similarity, stats }, permutations })
+        Ok(Self { summary: LayerSummary { id, similarity, stats, candidates: None }, permutations })
     }
 }
 

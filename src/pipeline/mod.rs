@@ -47,6 +47,7 @@ mod spectra;
 mod states;
 mod stream;
 mod subject;
+mod survey;
 mod tokens;
 mod verify;
 

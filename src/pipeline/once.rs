@@ -58,7 +58,7 @@ struct Streams<'a> {
 impl Pipeline {
     /// How many experts every layer keeps, if that is known; else a run takes two passes.
     pub(super) fn counted(&self, shapes: &[LayerShape]) -> Result<Option<Counted>> {
-        if self.size_budget().is_some() {
+        if self.size_budget().is_some() || self.grouper.surveys() {
             return Ok(None);
         }
         let (active, target) = self.checked(shapes)?;

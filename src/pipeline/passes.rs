@@ -178,8 +178,9 @@ impl Pipeline {
     ) -> Result<Decided> {
         let (active, target) = self.checked(shapes)?;
         let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        let measured = self.measure(source, &ids, observer)?;
+        let mut measured = self.measure(source, &ids, observer)?;
         let narrow = self.router.is_some();
+        self.survey(source, &mut measured, (&active, target), narrow)?;
         let budget = self.constraints.budget(target, &active, narrow);
         let groupings = decide(&*self.grouper, &measured, &active, &budget, narrow, &self.cx)?;
         Ok(Decided { ids, measured, groupings, ranks: None })

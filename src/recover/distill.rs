@@ -1,12 +1,10 @@
 //! Block distillation: gradient descent towards the original layer's output.
 
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
+use ndarray::{ArrayView2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
-use super::student::{Lesson, Student};
-use crate::error::{Error, ErrorKind, Locate, Result};
+use super::course::Course;
+use crate::error::{Locate, Result};
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
 
@@ -73,61 +71,29 @@ impl Recoverer for Distill {
 }
 
 impl Distill {
-    fn check(&self) -> Result<()> {
-        if self.batch == 0 {
-            return Err(Error::range("tokens per distillation step", "at least 1", 0));
-        }
-        if !self.learning_rate.is_finite() || self.learning_rate <= 0.0 {
-            return Err(Error::range("learning rate", "above 0", self.learning_rate));
-        }
-        Ok(())
-    }
-
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        self.check()?;
-        task.check(&merged)?;
-        let fitted = task.fitted();
-        if fitted == 0 || !(self.experts || self.router) {
-            return Ok(merged);
-        }
-        let mut student = Student::new(&merged, task.narrowed, self.batch);
-        let mut order: Vec<usize> = (0..fitted).collect();
+        let course = Course {
+            epochs: self.epochs,
+            batch: self.batch,
+            learning_rate: self.learning_rate,
+            experts: self.experts,
+            router: self.router,
+        };
         let energy = mean_energy(task);
-        let mut rng = ChaCha8Rng::seed_from_u64(cx.seed());
-        rng.set_stream(merged.id.index as u64 * 3 + merged.id.stack as u64);
-        let mut least = student.loss(task, task.judging(), cx)?;
-        let mut best = None;
-        let steps = self.epochs * fitted.div_ceil(self.batch);
-        let mut step = 0;
-        'training: for _ in 0..self.epochs {
-            order.shuffle(&mut rng);
-            for rows in order.chunks(self.batch) {
-                let angle = std::f64::consts::PI * step as f64 / steps as f64;
-                let rate = self.learning_rate * 0.5 * (1.0 + angle.cos());
-                let lesson = Lesson { experts: self.experts, router: self.router, rate };
-                let scale = 2.0 / (energy * rows.len() as f64);
-                let passed = student.forward(task, rows, cx)?;
-                match student.backward(&passed, scale as f32, lesson, cx) {
-                    // Diverged: what was best before stands.
-                    Err(e) if matches!(e.kind(), ErrorKind::NotFinite { .. }) => break 'training,
-                    done => done?,
-                }
-                step += 1;
-            }
-            let loss = student.loss(task, task.judging(), cx)?;
-            if loss < least {
-                least = loss;
-                best = Some(student.layer(&merged)?);
-            }
-        }
-        let Some(best) = best else { return Ok(merged) };
-        let better = task.error(&best, cx)? < task.error(&merged, cx)?;
-        Ok(if better { best } else { merged })
+        let cosine = |step: usize, steps: usize| {
+            let angle = std::f64::consts::PI * step as f64 / steps as f64;
+            0.5 * (1.0 + angle.cos())
+        };
+        let squares = |mut missed: ArrayViewMut2<'_, f32>, _: ArrayView2<'_, f32>| {
+            let scale = (2.0 / (energy * missed.nrows() as f64)) as f32;
+            missed.mapv_inplace(|miss| miss * scale);
+        };
+        course.run(task, merged, cosine, squares, cx)
     }
 }
 
 /// Mean `‖t‖²` of the fitted targets; 1 when they are all 0.
-fn mean_energy(task: &Recovery<'_>) -> f64 {
+pub(super) fn mean_energy(task: &Recovery<'_>) -> f64 {
     let targets = task.targets.slice(ndarray::s![..task.fitted(), ..]);
     let sum: f64 = targets.iter().map(|&t| f64::from(t) * f64::from(t)).sum();
     if sum > 0.0 { sum / task.fitted() as f64 } else { 1.0 }

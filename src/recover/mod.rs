@@ -3,8 +3,10 @@
 //! | recoverer | what it fits | how |
 //! |---|---|---|
 //! | [`Scale`] | one factor per expert | in closed form |
+//! | [`UnitScale`] | one factor per hidden unit, or per output of an expert | in closed form |
 //! | [`LeastSquares`] | all down projections of the layer together | in closed form |
 //! | [`Distill`] | gate, up and down projections, router rows | by gradient descent |
+//! | [`Paper`] | gate, up and down projections, on the paper's losses | by gradient descent |
 //! | [`Chain`] | several of them in a row | – |
 //!
 //! No recoverer makes a layer worse on the rows that judge it
@@ -13,6 +15,7 @@
 
 mod adam;
 mod chain;
+mod course;
 mod distill;
 mod features;
 #[cfg(test)]
@@ -20,12 +23,16 @@ mod gradients;
 mod kernels;
 mod least_squares;
 mod normal;
+mod paper;
 mod pupil;
 mod routing;
 mod scale;
 mod student;
+mod unit_scale;
 
 pub use chain::Chain;
 pub use distill::Distill;
 pub use least_squares::LeastSquares;
+pub use paper::{HiddenLoss, Paper};
 pub use scale::Scale;
+pub use unit_scale::{Per, UnitScale};

@@ -99,8 +99,13 @@ impl Student {
         self.miss.slice(s![..passed.rows, ..])
     }
 
-    /// The gradients of `scale / 2 · Σ ‖y − t‖²` over the last batch, and, when there is a lesson
-    /// to learn, a step along them. Experts without a token in the batch are left alone.
+    /// The same, to be turned into the gradient of a loss by the output.
+    pub(super) fn missed_mut(&mut self, passed: &Passed) -> ArrayViewMut2<'_, f32> {
+        self.miss.slice_mut(s![..passed.rows, ..])
+    }
+
+    /// The gradients of `scale / 2 · Σ ‖y − t‖²` over the last batch.
+    #[cfg(test)]
     pub(super) fn backward(
         &mut self,
         passed: &Passed,
@@ -108,8 +113,20 @@ impl Student {
         lesson: Lesson,
         cx: &Context,
     ) -> Result<()> {
+        self.missed_mut(passed).mapv_inplace(|miss| miss * scale);
+        self.backward_along(passed, lesson, cx)
+    }
+
+    /// The gradients of a loss whose gradient by the output is what [`Student::missed_mut`] now
+    /// holds, and, when there is a lesson to learn, a step along them. Experts without a token in
+    /// the batch are left alone.
+    pub(super) fn backward_along(
+        &mut self,
+        passed: &Passed,
+        lesson: Lesson,
+        cx: &Context,
+    ) -> Result<()> {
         let single = cx.per_task();
-        self.miss.slice_mut(s![..passed.rows, ..]).mapv_inplace(|miss| miss * scale);
         let upstream = self.miss.slice(s![..passed.rows, ..]);
         let gradients = par::map_mut(&mut self.pupils, |e, pupil| {
             let compute: &dyn Compute = single.compute();

@@ -24,7 +24,7 @@ pub use context::Context;
 pub use decompose::{Kept, Moments, RankBudget};
 pub use needs::Needs;
 pub use recovery::Recovery;
-pub use view::{AlignPair, LayerSummary, LayerView, Members};
+pub use view::{AlignPair, Candidate, LayerSummary, LayerView, Members};
 
 /// What all stages have.
 pub trait Stage: Debug + Send + Sync {
@@ -73,6 +73,28 @@ pub trait Grouper: Stage {
     /// Those of [`Grouper::group`] that do not depend on what is measured.
     fn counts(&self, _layers: &[(LayerId, usize)], _budget: &Budget) -> Result<Option<Vec<usize>>> {
         Ok(None)
+    }
+
+    /// Whether it measures layers by [`Grouper::survey`], which costs a reading of each.
+    fn surveys(&self) -> bool {
+        false
+    }
+
+    /// Groupings of one layer with the errors that were measured for them, while its experts and
+    /// the statistics of [`Stage::needs`] are in memory; [`Grouper::group`] finds them in the
+    /// layer's summary. Called only if it [`surveys`](Grouper::surveys).
+    ///
+    /// # Errors
+    /// Those of the method.
+    fn survey(
+        &self,
+        layer: &LayerView<'_>,
+        similarity: &SimilarityMatrix,
+        budget: &Budget,
+        cx: &Context,
+    ) -> Result<Vec<Candidate>> {
+        let _ = (layer, similarity, budget, cx);
+        Ok(Vec::new())
     }
 }
 
@@ -168,6 +190,9 @@ forward!(Similarity,
     similarity(layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatrix>);
 forward!(Grouper,
     group(layers: &[LayerSummary], budget: &Budget, cx: &Context) -> Result<Vec<Grouping>>;
+    surveys() -> bool;
+    survey(layer: &LayerView<'_>, similarity: &SimilarityMatrix, budget: &Budget, cx: &Context)
+        -> Result<Vec<Candidate>>;
     counts(layers: &[(LayerId, usize)], budget: &Budget) -> Result<Option<Vec<usize>>>);
 forward!(Aligner, align(pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>);
 forward!(Merger, merge(members: &Members<'_>, cx: &Context) -> Result<Expert>);

@@ -5,7 +5,8 @@ use ndarray::ArrayView2;
 use super::context::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{
-    Expert, ExpertView, LayerId, MoeLayer, Permutation, Router, RoutingStats, SimilarityMatrix,
+    Expert, ExpertView, Grouping, LayerId, MoeLayer, Permutation, Router, RoutingStats,
+    SimilarityMatrix,
 };
 
 /// A layer as a stage sees it: router, statistics, and, when it asked for
@@ -70,6 +71,18 @@ pub struct LayerSummary {
     pub similarity: SimilarityMatrix,
     /// Its statistics, without per-token parts.
     pub stats: RoutingStats,
+    /// What the grouper's [`survey`](super::Grouper::survey) found, if it made one: at most one
+    /// for each number of groups, ascending.
+    pub candidates: Option<Vec<Candidate>>,
+}
+
+/// A grouping of a layer and the error that was measured for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// The grouping.
+    pub grouping: Grouping,
+    /// `Σ ‖y − t‖² / Σ ‖t‖²` of the layer's output; 0 for the layer as it is.
+    pub error: f64,
 }
 
 impl LayerSummary {

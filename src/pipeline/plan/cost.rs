@@ -6,10 +6,12 @@ use super::PlanOptions;
 use super::memory::when;
 use super::rates::Rates;
 use super::shape::{Layer, Shape};
-use crate::pipeline::choice::{AlignChoice, RecoverChoice};
+use crate::group::Removal;
+use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
 use crate::pipeline::compress_choice::CompressChoice;
 use crate::pipeline::policy::AlignWhen;
 use crate::pipeline::recipe::{ExportChoice, Recipe};
+use crate::recover::Per;
 use crate::stage::Needs;
 
 /// Shares of the predicted time between which runs were found, without a load; `docs/CLI.md` has
@@ -31,7 +33,8 @@ const EXACT: f64 = 512.0;
 ///   gradients are collected;
 /// - merge: reading again; `6 d_ff² d_model + 256 d_ff²` operations for each expert that is lined
 ///   up (all but one, or in groups all but the dominant); output errors on the samples, `4 k e` or
-///   `6 k e` a sample; decompositions, at the products that the randomised one may take;
+///   `6 k e` a sample; where removals are measured, all experts on those tokens, and
+///   `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit; decompositions, at the products that the randomised one may take;
 /// - recover: what it sees of the text once more, through the original's and the merged experts;
 ///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
 ///   `(m d_ff)³/3` and two solutions per ridge in `f64`, or 48 conjugate-gradient steps of
@@ -104,7 +107,8 @@ pub(super) fn plan(job: &Job<'_>, rates: &Rates) -> TimePlan {
     let reads = if job.reads_experts_twice() { 2.0 } else { 1.0 };
     let merge = again
         + reads * convert(routed)
-        + job.layers(&|l| job.aligned(l) + job.errors(l) + job.factors(l)) / rates.flops;
+        + job.layers(&|l| job.aligned(l) + job.removals(l) + job.errors(l) + job.factors(l))
+            / rates.flops;
     let recover = job.recovered(rates);
     let write = target / rates.check + target / rates.hash + target / rates.convert;
     // Both folders were read or written just now.
@@ -135,6 +139,7 @@ impl Job<'_> {
 
     fn reads_experts_twice(&self) -> bool {
         self.needs.contains(Needs::EXPERTS)
+            || matches!(self.recipe.group, GroupChoice::Removal { .. })
             || when(&self.recipe.align) == Some(AlignWhen::BeforeGrouping)
     }
 
@@ -146,6 +151,21 @@ impl Job<'_> {
             (_, Some(AlignWhen::InGroups)) => l.experts.saturating_sub(l.kept),
         };
         (moved * l.d_ff * l.d_ff) as f64 * (6.0 * l.d_model as f64 + 256.0)
+    }
+
+    /// Operations of measuring removals: all experts on all tokens, and a refit of every move that
+    /// is listed.
+    fn removals(&self, l: &Layer) -> f64 {
+        let GroupChoice::Removal { refit, tokens, shortlist, .. } = self.recipe.group else {
+            return 0.0;
+        };
+        let base = Removal::default();
+        let t = (self.options.samples() as f64).min(tokens.unwrap_or(base.tokens) as f64);
+        let (n, d_ff, d) = (l.experts as f64, l.d_ff as f64, l.d_model as f64);
+        let fits = if refit { 2.0 * n * shortlist.unwrap_or(base.shortlist) as f64 } else { 0.0 };
+        let width = d.min(base.width as f64);
+        let fit = t.powi(3) / 6.0 + 2.0 * t * t * (l.top_k as f64 * d_ff / n + width);
+        6.0 * n * t * d * d_ff + fits * fit
     }
 
     /// Operations of comparing outputs on the samples, where nothing else looks at outputs.
@@ -214,6 +234,17 @@ fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64, rates: &Rates) -> f64
                 false => 4.0 * pass * fit.iterations as f64,
             };
             (judged + solved) / rates.flops + exp
+        }
+        RecoverChoice::UnitScale(fit) => {
+            let features = layer.kept as f64 * d_ff;
+            let solved = match fit.per == Per::Hidden && features <= fit.dense_limit as f64 {
+                true => WIDE * (t * k * k * d_ff * d_ff + features.powi(3)),
+                false => 4.0 * pass * fit.iterations as f64,
+            };
+            (6.0 * pass + solved) / rates.flops + exp
+        }
+        RecoverChoice::Paper(fit) => {
+            fit.epochs as f64 * (14.0 * pass / rates.step_flops + 3.0 * exp)
         }
         RecoverChoice::Distill(fit) => {
             let epochs = fit.epochs as f64;

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::PlanOptions;
 use super::shape::{Layer, Shape};
-use crate::pipeline::choice::{AlignChoice, RecoverChoice};
+use crate::group::Removal;
+use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
 use crate::pipeline::policy::AlignWhen;
 use crate::pipeline::recipe::Recipe;
 use crate::stage::Needs;
@@ -24,7 +25,8 @@ const BATCH: u64 = 4 * (32 << 20);
 /// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up
 ///   to the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
 /// - measure: `4 P + B` where similarity reads experts or alignment comes first, twice `4 P` with
-///   that; gain matrices `8 T d_ff²`; else the routers;
+///   that; gain matrices `8 T d_ff²`; else the routers; where removals are measured, on `t'` of
+///   the samples, `4 P + B`, those and `4 n t' (d_model + d_ff) + 24 T t'²`;
 /// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs, targets
 ///   `16 t d_model` and the layer behind them when it follows text, hidden activations
 ///   `4 t k d_ff`, the least-squares systems `40 (m d_ff)²` where `m d_ff` is at most the dense
@@ -65,7 +67,11 @@ pub(super) fn plan(
     };
     let calibrate =
         BASE + block + held + BATCH + most(&|l| 4 * l.parameters + l.bytes + samples(l));
-    let measure = BASE + most(&|l| measure(l, recipe, needs, options));
+    let surveyed = most(&|l| match survey(l, recipe, options) {
+        0 => 0,
+        held => held + samples(l),
+    });
+    let measure = BASE + surveyed.max(most(&|l| measure(l, recipe, needs, options)));
     let follows = options.follows(recipe);
     let stream = if follows { block + held + BATCH } else { 0 };
     let merge = BASE + stream + most(&|l| merge(l, recipe, options) + samples(l));
@@ -88,6 +94,17 @@ fn measure(layer: &Layer, recipe: &Recipe, needs: Needs, options: &PlanOptions) 
         true => 4 * layer.parameters + layer.bytes,
         false => 4 * layer.experts * layer.d_model,
     }
+}
+
+/// What a grouper that measures removals holds: the layer, and every expert's outputs (and hidden
+/// activations, for a refit) on its tokens.
+fn survey(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
+    let GroupChoice::Removal { refit, tokens, .. } = recipe.group else { return 0 };
+    let base = Removal::default();
+    let t = options.samples().min(tokens.unwrap_or(base.tokens) as u64);
+    let seen = layer.d_model.min(base.width as u64) + if refit { layer.d_ff } else { 0 };
+    let systems = if refit { 24 * options.threads as u64 * t * t } else { 0 };
+    4 * layer.parameters + layer.bytes + 4 * layer.experts * t * seen + systems
 }
 
 /// When a recipe lines experts up; `None` for never.
@@ -116,7 +133,11 @@ fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
                 false => 3 * hidden,
             }
         }
-        RecoverChoice::Distill(_) => 28 * kept,
+        RecoverChoice::UnitScale(fit) => {
+            let units = (layer.kept * layer.d_ff).min(fit.dense_limit as u64);
+            4 * t * layer.top_k * layer.d_ff + 8 * kept + 24 * units * units
+        }
+        RecoverChoice::Distill(_) | RecoverChoice::Paper(_) => 28 * kept,
         _ => 0,
     });
     let recovered = recovered.max().unwrap_or(0);

@@ -1,0 +1,161 @@
+//! The error that a layer keeps after all its down projections have been refitted together.
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+
+use super::probe::{Probe, Visits};
+use crate::error::Result;
+use crate::linalg::add_cross;
+use crate::stage::Context;
+
+/// Relative error on the judging tokens after a ridge fit of the down projections to the others.
+///
+/// `R = T − Y: (t, width)` is what the layer misses, `Φ: (t, m d_ff)` its weighted hidden
+/// activations. Of the two forms of the fit the one with the smaller system is solved:
+/// `R_J − Φ_J (Φ_Fᵀ Φ_F + λ I)⁻¹ Φ_Fᵀ R_F` or `R_J − K_JF (K_FF + λ I)⁻¹ R_F`, `K = Φ Φᵀ`. Cost:
+/// `n³/3` for `n = min(t, m d_ff)`, and `t k² d_ff²` or `2 t² k d_ff` operations for the system;
+/// memory `16 n²` or `16 t²` bytes.
+pub(super) fn refit_error(
+    probe: &Probe<'_>,
+    visits: &[Visits],
+    kept: usize,
+    ridge: f64,
+    cx: &Context,
+) -> Result<f64> {
+    let Some(hidden) = &probe.hidden else { return Ok(0.0) };
+    let missed = missed(probe, visits);
+    let (fitted, judges) = probe.split();
+    let energy = probe.energy(judges.iter().copied());
+    let fit = Fit { parts: parts(hidden, visits), tokens: visits.len(), fitted, judges, missed };
+    let features = kept * hidden.first().map_or(0, Array2::ncols);
+    let left = match features < fit.fitted.len() {
+        true => fit.by_features(features, ridge, cx)?,
+        false => fit.by_tokens(features, ridge, cx)?,
+    };
+    Ok(left.iter().map(|m| m * m).sum::<f64>() / energy)
+}
+
+/// `T − Y: (t, width)`.
+fn missed(probe: &Probe<'_>, visits: &[Visits]) -> Array2<f32> {
+    let mut missed = probe.target.clone();
+    for (t, visits) in visits.iter().enumerate() {
+        for &(e, w) in visits {
+            missed.row_mut(t).scaled_add(-w, &probe.outputs[e].row(t));
+        }
+    }
+    missed
+}
+
+/// The tokens of one expert, ascending, and their weighted hidden activations, a row each.
+struct Part {
+    tokens: Vec<usize>,
+    hidden: Array2<f32>,
+}
+
+/// The parts of the experts that any token visits.
+fn parts(hidden: &[Array2<f32>], visits: &[Visits]) -> Vec<Part> {
+    let mut own: Vec<Vec<(usize, f32)>> = vec![Vec::new(); hidden.len()];
+    for (t, visits) in visits.iter().enumerate() {
+        visits.iter().for_each(|&(e, w)| own[e].push((t, w)));
+    }
+    let of = |(own, hidden): (&Vec<(usize, f32)>, &Array2<f32>)| {
+        let tokens: Vec<usize> = own.iter().map(|(t, _)| *t).collect();
+        let mut hidden = hidden.select(Axis(0), &tokens);
+        hidden.rows_mut().into_iter().zip(own).for_each(|(mut row, (_, w))| row *= *w);
+        Part { tokens, hidden }
+    };
+    own.iter().zip(hidden).map(of).filter(|part| !part.tokens.is_empty()).collect()
+}
+
+/// A layer and the tokens on which it is refitted and judged.
+struct Fit {
+    parts: Vec<Part>,
+    tokens: usize,
+    fitted: Vec<usize>,
+    judges: Vec<usize>,
+    missed: Array2<f32>,
+}
+
+impl Fit {
+    fn rows(&self, of: &[usize]) -> Array2<f64> {
+        self.missed.select(Axis(0), of).mapv(f64::from)
+    }
+
+    /// What the judges miss after a fit of `m d_ff` features.
+    fn by_features(&self, features: usize, ridge: f64, cx: &Context) -> Result<Array2<f64>> {
+        let (fit, judge) = (self.restricted(&self.fitted), self.restricted(&self.judges));
+        let f = self.parts.first().map_or(0, |p| p.hidden.ncols());
+        let (width, n) = (self.missed.ncols(), f * self.parts.len());
+        let (mut gram, mut rhs) = (Array2::zeros((n, n)), Array2::zeros((n, width)));
+        for (i, a) in fit.iter().enumerate() {
+            let block = i * f..(i + 1) * f;
+            let missed = self.missed.select(Axis(0), &a.tokens);
+            add_cross(a.hidden.view(), missed.view(), rhs.slice_mut(s![block.clone(), ..]))?;
+            for (j, b) in fit[..=i].iter().enumerate() {
+                let (rows, others) = common(&a.tokens, &b.tokens);
+                let (x, y) = (a.hidden.select(Axis(0), &rows), b.hidden.select(Axis(0), &others));
+                let out = gram.slice_mut(s![block.clone(), j * f..(j + 1) * f]);
+                add_cross(x.view(), y.view(), out)?;
+            }
+        }
+        let mut left = self.rows(&self.judges);
+        let mean = gram.diag().sum() / features.max(1) as f64;
+        if mean <= 0.0 {
+            return Ok(left);
+        }
+        gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
+        let solved = cx.factorise().solve_spd(gram.view(), rhs.view())?;
+        for (i, part) in judge.iter().enumerate() {
+            let given = part.hidden.mapv(f64::from).dot(&solved.slice(s![i * f..(i + 1) * f, ..]));
+            for (given, t) in given.rows().into_iter().zip(&part.tokens) {
+                if let Ok(at) = self.judges.binary_search(t) {
+                    left.row_mut(at).scaled_add(-1.0, &given);
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    /// The parts on some ascending tokens only.
+    fn restricted(&self, tokens: &[usize]) -> Vec<Part> {
+        let of = |part: &Part| {
+            let (rows, _) = common(&part.tokens, tokens);
+            let own = rows.iter().map(|&r| part.tokens[r]).collect();
+            Part { tokens: own, hidden: part.hidden.select(Axis(0), &rows) }
+        };
+        self.parts.iter().map(of).collect()
+    }
+
+    /// The same in dual form, of the size of the tokens.
+    fn by_tokens(&self, features: usize, ridge: f64, cx: &Context) -> Result<Array2<f64>> {
+        let mut kernel = Array2::zeros((self.tokens, self.tokens));
+        for part in &self.parts {
+            add_block(&mut kernel, &part.tokens, part.hidden.view())?;
+        }
+        let mut left = self.rows(&self.judges);
+        let mut gram = kernel.select(Axis(0), &self.fitted).select(Axis(1), &self.fitted);
+        let mean = gram.diag().sum() / features.min(self.fitted.len()).max(1) as f64;
+        if mean > 0.0 {
+            gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
+            let solved = cx.factorise().solve_spd(gram.view(), self.rows(&self.fitted).view())?;
+            let cross = kernel.select(Axis(0), &self.judges).select(Axis(1), &self.fitted);
+            left -= &cross.dot(&solved);
+        }
+        Ok(left)
+    }
+}
+
+/// Positions in two ascending lists of what they have in common.
+fn common(a: &[usize], b: &[usize]) -> (Vec<usize>, Vec<usize>) {
+    let found = |(i, t): (usize, &usize)| Some((i, b.binary_search(t).ok()?));
+    a.iter().enumerate().filter_map(found).unzip()
+}
+
+/// Adds `Φ Φᵀ` at the rows and columns of some tokens.
+fn add_block(kernel: &mut Array2<f64>, tokens: &[usize], phi: ArrayView2<'_, f32>) -> Result<()> {
+    let mut block = Array2::zeros((tokens.len(), tokens.len()));
+    add_cross(phi.t(), phi.t(), block.view_mut())?;
+    for (row, &a) in block.rows().into_iter().zip(tokens) {
+        row.iter().zip(tokens).for_each(|(&x, &b)| kernel[[a, b]] += x);
+    }
+    Ok(())
+}
