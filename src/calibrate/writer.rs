@@ -119,7 +119,8 @@ impl StatsWriter {
     ///
     /// # Errors
     /// [`ErrorKind::Statistics`](crate::ErrorKind::Statistics) when its parts contradict each other
-    /// (as an expert that is chosen more often than there are tokens does) or it was written before, [`ErrorKind::Io`](crate::ErrorKind::Io).
+    /// (an expert that was chosen more often than there are tokens) or it was written before,
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn layer(&mut self, id: LayerId, stats: &RoutingStats) -> Result<()> {
         self.write_layer(id, stats).in_layer(id).in_file(&self.path)
     }

@@ -155,10 +155,11 @@ impl Pipeline {
             }
             let (stats, seen) = self.watch(once, streams, &block, options)?;
             let layer = take_moe(&mut block)?;
+            let (done, total) = streams.progress;
+            once.observer.layer_started(shape.id, Phase::Measure, done - 1, total);
             let (similarity, alignment) = (&*self.similarity, self.alignment.as_ref());
             let measured = engine::measure_layer(&layer, &stats, similarity, alignment, &self.cx)?;
             let grouping = self.decide_one(&measured, shape, *keep, &counted.budget)?;
-            let (done, total) = streams.progress;
             once.observer.layer_started(shape.id, Phase::Merge, done - 1, total);
             let (Some(seen), Some(pass)) = (seen, &mut streams.merged) else {
                 let plan = self.plan(true);

@@ -28,8 +28,8 @@ pub enum Per {
 /// `m d_ff` (or `m d_model`) numbers: what averaging takes from a hidden unit's amplitude, no more,
 /// for samples too small for [`LeastSquares`](super::LeastSquares), which contains it. Solved for
 /// `s − 1`; the matrix of the normal equations is `A = (Φᵀ Φ) ⊙ (Wᵀ W)` for hidden units, `λ` a
-/// ridge times its mean diagonal, from the largest ridge down until the error on the rows that judge
-/// rises. Biases stay. Experts that no token visits keep every bit.
+/// ridge times its mean diagonal, from the largest ridge down until the error on the rows that
+/// judge rises. Biases stay. Experts that no token visits keep every bit.
 ///
 /// Up to `dense_limit` hidden units by a Cholesky factorisation per ridge: `t k² d_ff²` and
 /// `(m d_ff)³/3` operations, memory `24 (m d_ff)²` bytes. Beyond, and for outputs, by conjugate

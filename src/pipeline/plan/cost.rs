@@ -34,7 +34,8 @@ const EXACT: f64 = 512.0;
 /// - merge: reading again; `6 d_ff² d_model + 256 d_ff²` operations for each expert that is lined
 ///   up (all but one, or in groups all but the dominant); output errors on the samples, `4 k e` or
 ///   `6 k e` a sample; where removals are measured, all experts on those tokens, and
-///   `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit; decompositions, at the products that the randomised one may take;
+///   `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit; decompositions, at the products that the
+///   randomised one may take;
 /// - recover: what it sees of the text once more, through the original's and the merged experts;
 ///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
 ///   `(m d_ff)³/3` and two solutions per ridge in `f64`, or 48 conjugate-gradient steps of
