@@ -35,7 +35,7 @@ measured() {
     start=$(date +%s) peak=
     "$@" &
     while kill -0 $! 2>/dev/null; do
-        found=$(sed -n 's/^VmHWM: *\([0-9]*\) kB/\1/p' "/proc/$!/status" 2>/dev/null || true)
+        found=$(sed -n 's/^VmHWM:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$!/status" 2>/dev/null || true)
         peak=${found:-$peak}
         sleep 0.2
     done

@@ -78,9 +78,9 @@ pub struct Output {
     /// Goes on from the last layer that an interrupted run has written, if there was one, and
     /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target
     /// has the bytes of an undisturbed run. Refused when source, statistics or text, recipe or
-    /// export are not those of that run. A run with a recoverer and text keeps the hidden states
-    /// behind its last layers in the partial folder for that, `12 t d_model` bytes (twice that in
-    /// an encoder-decoder model).
+    /// export are not those of that run. A run that follows a text layer by layer keeps the hidden
+    /// states behind its last three layers in the partial folder for that: `12 t d_model` bytes,
+    /// as much again for what a recoverer follows, and twice that in an encoder-decoder model.
     pub resume: bool,
 }
 
@@ -115,9 +115,11 @@ impl Pipeline {
         self.run_given(source, Given::Statistics(stats), target, output, observer)
     }
 
-    /// [`Pipeline::run_checkpoint`] with any source of statistics. Text runs through the model
-    /// once, before anything is merged; its statistics lie in the partial folder until the run is
-    /// over, so that a resumed run need not repeat that.
+    /// [`Pipeline::run_checkpoint`] with any source of statistics. Where the grouper tells how many
+    /// experts each layer keeps ([`Grouper::counts`](crate::stage::Grouper::counts)), text and
+    /// merge go through the model together and every layer is read once. Else text runs through
+    /// the model before anything is merged; its statistics lie in the partial folder until the run
+    /// is over, so that a resumed run need not repeat that. The bytes are the same either way.
     ///
     /// # Errors
     /// As [`Pipeline::run_checkpoint`]; with text also those of [`calibrate`](super::calibrate()).

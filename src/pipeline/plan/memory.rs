@@ -23,7 +23,8 @@ const BATCH: u64 = 4 * (32 << 20);
 /// threads. The largest layer decides:
 ///
 /// - calibrate: `4 P + B`, the other tensors of the block in `f32`, hidden states `4 t d_model` up
-///   to the bound, a batch, the samples `4 s (2 d_model + n + 2 k)`;
+///   to the bound, as much again for what recovery follows where one pass does all, a batch, the
+///   samples `4 s (2 d_model + n + 2 k)`;
 /// - measure: `4 P + B` where similarity reads experts or alignment comes first, twice `4 P` with
 ///   that; gain matrices `8 T d_ff²`; else the routers; where removals are measured, on `t'` of
 ///   the samples, `4 P + B`, those and `4 n t' (d_model + d_ff) + 24 T t'²`;
@@ -55,10 +56,15 @@ pub(super) fn plan(
     recipe: &Recipe,
     needs: Needs,
     options: &PlanOptions,
-    most_states: u64,
+    (most_states, once): (u64, bool),
 ) -> MemoryPlan {
-    let states = 4 * options.tokens * shape.d_model;
-    let held = if states <= most_states { states } else { 0 };
+    let follows = options.follows(recipe);
+    let original = 4 * options.tokens * shape.d_model;
+    let followed = if follows { 4 * options.recovered_tokens(recipe) * shape.d_model } else { 0 };
+    // In one pass both streams are on their way at a time.
+    let streams = if once { [original, followed] } else { [original.max(followed), 0] };
+    let states: u64 = streams.iter().sum();
+    let held: u64 = streams.iter().filter(|&&bytes| bytes <= most_states).sum();
     let block = 4 * shape.blocks.iter().copied().max().unwrap_or(0);
     let most = |of: &dyn Fn(&Layer) -> u64| shape.layers.iter().map(of).max().unwrap_or(0);
     let samples = |l: &Layer| match needs.contains(Needs::SAMPLES) {
@@ -72,8 +78,7 @@ pub(super) fn plan(
         held => held + samples(l),
     });
     let measure = BASE + surveyed.max(most(&|l| measure(l, recipe, needs, options)));
-    let follows = options.follows(recipe);
-    let stream = if follows { block + held + BATCH } else { 0 };
+    let stream = if follows || once { block + held + BATCH } else { 0 };
     let merge = BASE + stream + most(&|l| merge(l, recipe, options) + samples(l));
     let calibrate = if options.text { calibrate } else { 0 };
     let peak = calibrate.max(measure).max(merge);

@@ -144,7 +144,8 @@ pub fn plan(
     let outline = source.outline(&write)?;
     let shape = Shape::of(source, &counts);
     let needs = if options.text { pipeline.needs_along_text() } else { pipeline.needs() };
-    let memory = memory::plan(&shape, recipe, needs, options, output.memory);
+    let once = options.text && pipeline.counted(&checked.shapes)?.is_some();
+    let memory = memory::plan(&shape, recipe, needs, options, (output.memory, once));
     let time = options.measure.then(|| {
         let bytes = (source.total_bytes(), outline.bytes);
         let job = cost::Job { shape: &shape, recipe, options, needs, bytes };
