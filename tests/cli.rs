@@ -1,13 +1,17 @@
 //! The command-line tool: exit codes, JSON, resuming, dry runs, parts.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
-use std::collections::BTreeMap;
+#[path = "common/files.rs"]
+mod files;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+
+use files::contents;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -34,14 +38,6 @@ fn json(args: &[&dyn AsRef<std::ffi::OsStr>]) -> Value {
     let (code, out, err) = run(&with);
     assert_eq!((code, &*err), (0, ""), "{out}");
     serde_json::from_str(&out).unwrap()
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 /// The same files with the same bytes; tells the names of those that differ.

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
+#[path = "common/files.rs"]
+mod files;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +20,8 @@ use mcsmoe::pipeline::{
 };
 use mcsmoe::{ErrorKind, Result};
 use ndarray::Array2;
+
+use files::contents;
 
 const MAGNITUDE: LineScore = LineScore::Magnitude;
 
@@ -35,14 +40,6 @@ fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
 
 fn svd(rank: usize) -> Option<CompressChoice> {
     Some(CompressChoice::Svd { rank })
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 /// All matrices of all experts of a stock folder.

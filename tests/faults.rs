@@ -19,10 +19,13 @@ use mcsmoe::{ErrorKind, Result};
 
 #[path = "faults/changed.rs"]
 mod changed;
+#[path = "common/files.rs"]
+mod files;
 #[path = "faults/place.rs"]
 mod place;
 
-use place::{KINDS, Place, contents, run, tokens, undisturbed};
+use files::contents;
+use place::{KINDS, Place, run, tokens, undisturbed};
 
 /// Kinds of a child from here on are runs on a disk of its own.
 const FULL: usize = 10;
@@ -235,7 +238,9 @@ fn unprivileged(place: &Place) -> Command {
     // Where that user can reach it.
     let copy = place.path("program");
     if !copy.exists() {
-        fs::copy(program, &copy).unwrap();
+        // By another process: a file that this one holds open for writing while another test
+        // starts a child is "busy" for as long as the child has not become another program.
+        assert!(Command::new("cp").arg(program).arg(&copy).status().unwrap().success());
     }
     let mut command = Command::new(copy);
     command.uid(65_534).gid(65_534);

@@ -1,7 +1,9 @@
 //! A run on text reads every layer once where it can, and has the bytes of one that cannot.
 
 #![allow(clippy::unwrap_used)]
-use std::collections::BTreeMap;
+#[path = "common/files.rs"]
+mod files;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -19,6 +21,8 @@ use mcsmoe::recover::LeastSquares;
 use mcsmoe::similarity::RouterLogits;
 use mcsmoe::stage::{Context, Grouper, LayerSummary, Needs, Stage};
 use mcsmoe::{Result, align};
+
+use files::{Files, contents};
 
 /// A grouper that has to see all layers: it does not tell how many experts each keeps.
 #[derive(Debug)]
@@ -64,17 +68,6 @@ impl Observer for Phases {
     }
 
     fn layer_finished(&self, _: &LayerReport) {}
-}
-
-/// The files of a folder.
-type Files = BTreeMap<String, Vec<u8>>;
-
-fn contents(folder: &Path) -> Files {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 fn run(pipeline: &Pipeline, export: ExportChoice) -> (Report, Files, Vec<(LayerId, Phase)>) {

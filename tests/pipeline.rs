@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
 
+#[path = "common/files.rs"]
+mod files;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +18,8 @@ use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
 use ndarray::Array2;
 
+use files::contents;
+
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
@@ -23,15 +28,6 @@ fn merge(preset: &str, keep: Keep, export: ExportChoice, target: &Path) -> Resul
     let recipe = Recipe::preset(preset, keep)?.export(export);
     let stats = fixture("mixtral-8e.stats.safetensors");
     merge_then_compress(&fixture("mixtral-8e"), &stats, &recipe, target)
-}
-
-/// All files of a folder but the manifest, which names the version of the crate.
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 /// Every tensor of a folder by name, as bytes.

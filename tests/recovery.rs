@@ -1,8 +1,9 @@
 //! Recovery through the whole pipeline, on the bundled checkpoint and text.
 
 #![allow(clippy::unwrap_used)]
-use std::collections::BTreeMap;
-use std::fs;
+#[path = "common/files.rs"]
+mod files;
+
 use std::path::{Path, PathBuf};
 
 use mcsmoe::checkpoint::Checkpoint;
@@ -12,6 +13,8 @@ use mcsmoe::pipeline::{
 };
 use mcsmoe::recover::{Distill, LeastSquares, Paper, UnitScale};
 use mcsmoe::{ErrorKind, Result};
+
+use files::contents;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -31,14 +34,6 @@ fn merge(preset: &str, export: ExportChoice, given: Calibration, target: &Path) 
 fn loss(model: &Path) -> f64 {
     let options = EvaluateOptions { max_windows: 6, ..EvaluateOptions::default() };
     evaluate(model, &fixture("text"), &options).unwrap().score.nll
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! One call with text, and runs that are interrupted and resumed.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
-use std::collections::BTreeMap;
+#[path = "common/files.rs"]
+mod files;
+
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -19,16 +21,10 @@ use mcsmoe::pipeline::{
 use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
 
+use files::contents;
+
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
 }
 
 fn tokens() -> Tokens {

@@ -63,6 +63,20 @@ pub trait Factorise: Debug + Send + Sync {
     fn solve_spd(&self, gram: ArrayView2<'_, f64>, rhs: ArrayView2<'_, f64>)
     -> Result<Array2<f64>>;
 
+    /// Solves `(G + λ I) X = B`, of which `G` is not needed any more.
+    ///
+    /// # Errors
+    /// As [`solve_spd`].
+    fn solve_ridged(
+        &self,
+        mut gram: Array2<f64>,
+        lambda: f64,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>> {
+        gram.diag_mut().mapv_inplace(|x| x + lambda);
+        self.solve_spd(gram.view(), rhs)
+    }
+
     /// Solves `L X = B`; see [`solve_lower`].
     ///
     /// # Errors

@@ -29,13 +29,12 @@ impl Normal {
     }
 
     /// `Δ: (out, in)`, with `λ = ridge · tr(G) / in`; `None` without any input but zeros.
-    pub(super) fn solve(mut self, ridge: f64, cx: &Context) -> Result<Option<Array2<f32>>> {
+    pub(super) fn solve(self, ridge: f64, cx: &Context) -> Result<Option<Array2<f32>>> {
         let mean = self.gram.diag().sum() / self.gram.nrows().max(1) as f64;
         if mean <= 0.0 {
             return Ok(None);
         }
-        self.gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
-        let solution = cx.factorise().solve_spd(self.gram.view(), self.rhs.view())?;
+        let solution = cx.factorise().solve_ridged(self.gram, ridge * mean, self.rhs.view())?;
         Ok(Some(solution.t().mapv(|x| x as f32)))
     }
 

@@ -30,6 +30,7 @@ pub use router::{GroupScore, Router, Routing, RoutingGroups, RoutingRule, Score}
 pub use similarity::{Measure, SimilarityMatrix};
 pub use stats::{ExpertTensors, RoutingStats, Samples};
 pub use tensors::TensorSource;
+pub(crate) use visits::common;
 pub use visits::{OutputSums, close_dropped};
 
 pub use crate::linalg::{Activation, LinearView};

@@ -125,6 +125,22 @@ impl OutputSums {
     }
 }
 
+/// Positions in two ascending lists of what they have in common.
+pub(crate) fn common(a: &[usize], b: &[usize]) -> Vec<(usize, usize)> {
+    let (mut i, mut j, mut found) = (0, 0, Vec::new());
+    while i < a.len() && j < b.len() {
+        match a[i].cmp(&b[j]) {
+            std::cmp::Ordering::Less => i += 1,
+            std::cmp::Ordering::Greater => j += 1,
+            std::cmp::Ordering::Equal => {
+                found.push((i, j));
+                (i, j) = (i + 1, j + 1);
+            }
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,5 +155,11 @@ mod tests {
         let visits = routing.visits(&[Some(1), Some(0), Some(1), None], 2);
         assert_eq!(visits[0], [(1, 0.5)]);
         assert_eq!(visits[1], [(0, 0.75), (1, 0.125), (2, 2.0)]);
+    }
+
+    #[test]
+    fn common_entries_of_ascending_lists() {
+        assert_eq!(common(&[1, 3, 4, 9], &[0, 3, 9]), [(1, 1), (3, 2)]);
+        assert!(common(&[1], &[]).is_empty());
     }
 }

@@ -30,7 +30,6 @@ use crate::calibrate::Collector;
 use crate::checkpoint::{Checkpoint, Partial, Writer};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Budget, Grouping, LayerId, MergedLayer, RoutingStats, Target};
-use crate::stage::Needs;
 
 /// A run in one pass.
 #[derive(Clone, Copy)]
@@ -130,15 +129,6 @@ impl Pipeline {
         self.conclude(source, &plan, reports, (writer, journal), shown, target)
     }
 
-    /// What is collected of a layer: what its stages need, and nothing for another pass.
-    fn needs_once(&self) -> Needs {
-        let merge = match &self.recoverer {
-            Some(recoverer) => self.along_text().merge_needs() | recoverer.needs(),
-            None => self.plan(true).merge_needs(),
-        };
-        self.grouper.needs() | self.similarity.needs() | merge
-    }
-
     /// Runs up to the next layer that takes part, and makes it.
     fn next(
         &self,
@@ -181,7 +171,7 @@ impl Pipeline {
         options: &CalibrateOptions,
     ) -> Result<(RoutingStats, Option<Seen>)> {
         let id = block.id();
-        let collector = Collector::new(self.needs_once())?;
+        let collector = Collector::new(self.needs_along_text())?;
         let mut collector = collector.sample(options.samples, once.tokens.of(id.stack));
         streams.original.each(|hidden, encoded| {
             observed(block, hidden, encoded, &mut collector, &self.cx).in_layer(id)

@@ -35,15 +35,17 @@ impl Pipeline {
         self.measure_needs() | self.similarity.needs() | self.plan(false).merge_needs()
     }
 
-    /// What a run on text collects before it merges. Recovery and compression follow the text
-    /// themselves; without them samples are what errors are measured on.
+    /// What a run on text collects. Recovery and compression follow the text themselves; without
+    /// them samples are what errors are measured on.
     pub(super) fn needs_along_text(&self) -> Needs {
-        let Some(recoverer) = &self.recoverer else { return self.needs() | Needs::SAMPLES };
-        let merge = self.along_text().merge_needs();
-        // A size budget weighs the matrices of all layers before the first is recovered.
+        let merge = match &self.recoverer {
+            Some(recoverer) => self.along_text().merge_needs() | recoverer.needs(),
+            None => self.plan(true).merge_needs(),
+        };
+        // A size budget weighs the matrices of all layers before the first is merged.
         let weighs = self.size_budget().is_some();
         let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
-        self.measure_needs() | self.similarity.needs() | merge | recoverer.needs() | samples
+        self.measure_needs() | self.similarity.needs() | merge | samples
     }
 
     /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.

@@ -5,6 +5,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use super::best::Best;
 use super::student::{Lesson, Student};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::MergedLayer;
@@ -76,8 +77,9 @@ impl Course {
                 best = Some(student.layer(&merged)?);
             }
         }
-        let Some(best) = best else { return Ok(merged) };
-        let better = task.error(&best, cx)? < task.error(&merged, cx)?;
-        Ok(if better { best } else { merged })
+        let Some(trained) = best else { return Ok(merged) };
+        let mut best = Best::new(task, &merged, cx)?;
+        best.offer(trained, cx)?;
+        Ok(best.or(merged))
     }
 }

@@ -93,7 +93,7 @@ impl Distill {
 }
 
 /// Mean `‖t‖²` of the fitted targets; 1 when they are all 0.
-pub(super) fn mean_energy(task: &Recovery<'_>) -> f64 {
+fn mean_energy(task: &Recovery<'_>) -> f64 {
     let targets = task.targets.slice(ndarray::s![..task.fitted(), ..]);
     let sum: f64 = targets.iter().map(|&t| f64::from(t) * f64::from(t)).sum();
     if sum > 0.0 { sum / task.fitted() as f64 } else { 1.0 }

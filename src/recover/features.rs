@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 
 use crate::error::{Locate, Result};
 use crate::linalg::add_cross;
-use crate::model::MergedLayer;
+use crate::model::{MergedLayer, common};
 use crate::par;
 use crate::stage::Context;
 
@@ -194,32 +194,5 @@ impl Features {
             |part: &Part| -> f64 { part.hidden.iter().map(|&h| f64::from(h) * f64::from(h)).sum() };
         let total: f64 = self.parts.iter().map(squares).sum();
         total / self.width().min(self.tokens).max(1) as f64
-    }
-}
-
-/// Positions in two ascending lists of what they have in common.
-pub(super) fn common(a: &[usize], b: &[usize]) -> Vec<(usize, usize)> {
-    let (mut i, mut j, mut found) = (0, 0, Vec::new());
-    while i < a.len() && j < b.len() {
-        match a[i].cmp(&b[j]) {
-            std::cmp::Ordering::Less => i += 1,
-            std::cmp::Ordering::Greater => j += 1,
-            std::cmp::Ordering::Equal => {
-                found.push((i, j));
-                (i, j) = (i + 1, j + 1);
-            }
-        }
-    }
-    found
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn common_entries_of_ascending_lists() {
-        assert_eq!(common(&[1, 3, 4, 9], &[0, 3, 9]), [(1, 1), (3, 2)]);
-        assert!(common(&[1], &[]).is_empty());
     }
 }

@@ -3,9 +3,10 @@
 use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
+use super::best::{Best, descending};
 use super::features::Features;
 use super::normal::{ConjugateGradients, Deltas, cholesky};
-use crate::error::{Error, Locate, Result};
+use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
 use crate::stage::{Context, Recoverer, Recovery, Stage};
 
@@ -58,17 +59,6 @@ impl Default for LeastSquares {
     }
 }
 
-/// Refuses what gives no positive definite system.
-pub(super) fn check_ridges(ridges: &[f64]) -> Result<()> {
-    if ridges.is_empty() {
-        return Err(Error::range("ridges of a least-squares fit", "at least one", 0));
-    }
-    match ridges.iter().find(|r| !r.is_finite() || **r <= 0.0) {
-        None => Ok(()),
-        Some(bad) => Err(Error::range("ridge of a least-squares fit", "above 0", bad)),
-    }
-}
-
 impl Stage for LeastSquares {
     fn name(&self) -> &str {
         "least-squares"
@@ -89,7 +79,7 @@ impl Recoverer for LeastSquares {
 
 impl LeastSquares {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        check_ridges(&self.ridges)?;
+        let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
         let rows = s![..task.fitted(), ..];
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
@@ -98,54 +88,34 @@ impl LeastSquares {
             return Ok(merged);
         }
         let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
-        let mut ridges = self.ridges.clone();
-        ridges.sort_by(|a, b| b.total_cmp(a));
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
         if features.width() <= self.dense_limit {
             let solutions = cholesky(&features, &residual, &lambdas, cx)?;
             let mut best = Best::new(task, &merged, cx)?;
             for deltas in &solutions {
-                best.offer(task, deltas, cx)?;
+                best.offer(refitted(&merged, deltas)?, cx)?;
             }
-            return Ok(best.layer.unwrap_or(merged));
+            return Ok(best.or(merged));
         }
         let mut system = ConjugateGradients::new(&features, &residual, cx)?;
         let mut best = Best::new(task, &merged, cx)?;
         for lambda in lambdas {
             let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
-            if !best.offer(task, &deltas, cx)? {
+            if !best.offer(refitted(&merged, &deltas)?, cx)? {
                 break;
             }
         }
-        Ok(best.layer.unwrap_or(merged))
+        Ok(best.or(merged))
     }
 }
 
-/// The best layer so far; none as long as nothing is better than the start.
-struct Best<'a> {
-    start: &'a MergedLayer,
-    error: f64,
-    layer: Option<MergedLayer>,
-}
-
-impl<'a> Best<'a> {
-    fn new(task: &Recovery<'_>, start: &'a MergedLayer, cx: &Context) -> Result<Self> {
-        Ok(Self { start, error: task.error(start, cx)?, layer: None })
+/// The layer with `deltas` added to its down projections.
+fn refitted(start: &MergedLayer, deltas: &Deltas) -> Result<MergedLayer> {
+    let mut layer = start.clone();
+    for (e, (expert, delta)) in layer.experts.iter_mut().zip(deltas).enumerate() {
+        *expert = moved(expert, delta).in_expert(e)?;
     }
-
-    /// Takes the start plus `deltas` if it is better; says whether it was.
-    fn offer(&mut self, task: &Recovery<'_>, deltas: &Deltas, cx: &Context) -> Result<bool> {
-        let mut layer = self.start.clone();
-        for (e, (expert, delta)) in layer.experts.iter_mut().zip(deltas).enumerate() {
-            *expert = moved(expert, delta).in_expert(e)?;
-        }
-        let error = task.error(&layer, cx)?;
-        let better = error < self.error;
-        if better {
-            (self.error, self.layer) = (error, Some(layer));
-        }
-        Ok(better)
-    }
+    Ok(layer)
 }
 
 /// The expert with `delta` added to its down projection.

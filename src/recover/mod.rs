@@ -14,6 +14,7 @@
 //! it came.
 
 mod adam;
+mod best;
 mod chain;
 mod course;
 mod distill;

@@ -20,9 +20,7 @@ pub(super) fn cholesky(
     let gram = features.gram()?;
     let rhs = features.wide_moments(residual)?;
     par::map(lambdas.len(), |i| {
-        let mut ridged = gram.clone();
-        ridged.diag_mut().mapv_inplace(|x| x + lambdas[i]);
-        let solution = cx.factorise().solve_spd(ridged.view(), rhs.view())?;
+        let solution = cx.factorise().solve_ridged(gram.clone(), lambdas[i], rhs.view())?;
         let mut first = 0;
         let deltas = features.parts.iter().map(|part| {
             let rows = first..first + part.hidden.ncols();

@@ -3,10 +3,10 @@
 use ndarray::{Array2, ArrayView1, s};
 use serde::{Deserialize, Serialize};
 
-use super::features::{Features, common};
-use super::least_squares::check_ridges;
+use super::best::{Best, descending};
+use super::features::Features;
 use crate::error::{Locate, Result};
-use crate::model::{Expert, MergedLayer};
+use crate::model::{Expert, MergedLayer, common};
 use crate::par;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
 
@@ -56,7 +56,7 @@ impl Recoverer for Scale {
 
 impl Scale {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        check_ridges(&[self.ridge])?;
+        descending(&[self.ridge])?;
         task.check(&merged)?;
         let rows = s![..task.fitted(), ..];
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
@@ -71,8 +71,9 @@ impl Scale {
                 *expert = times(expert, (1.0 + step) as f32).in_expert(e)?;
             }
         }
-        let better = task.error(&scaled, cx)? < task.error(&merged, cx)?;
-        Ok(if better { scaled } else { merged })
+        let mut best = Best::new(task, &merged, cx)?;
+        best.offer(scaled, cx)?;
+        Ok(best.or(merged))
     }
 }
 
@@ -111,14 +112,13 @@ fn steps(
         Ok(row)
     })?;
     let rhs = Array2::from_shape_fn((m, 1), |(i, _)| rows[i][0]);
-    let mut gram =
-        Array2::from_shape_fn((m, m), |(i, j)| if j <= i { rows[i][j + 1] } else { 0.0 });
+    let gram = Array2::from_shape_fn((m, m), |(i, j)| if j <= i { rows[i][j + 1] } else { 0.0 });
     let mean = gram.diag().sum() / m as f64;
     if mean <= 0.0 {
         return Ok(None);
     }
-    gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
-    Ok(Some(cx.factorise().solve_spd(gram.view(), rhs.view())?.column(0).to_vec()))
+    let solved = cx.factorise().solve_ridged(gram, ridge * mean, rhs.view())?;
+    Ok(Some(solved.column(0).to_vec()))
 }
 
 fn dot(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {

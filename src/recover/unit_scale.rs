@@ -3,8 +3,8 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
+use super::best::{Best, descending};
 use super::features::Features;
-use super::least_squares::check_ridges;
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
 use crate::par;
@@ -81,7 +81,7 @@ impl Recoverer for UnitScale {
 
 impl UnitScale {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        check_ridges(&self.ridges)?;
+        let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
         let rows = s![..task.fitted(), ..];
         let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
@@ -93,9 +93,7 @@ impl UnitScale {
             return Ok(merged);
         }
         let rhs = system.contract(&features.moments(&residual, cx)?);
-        let mut ridges = self.ridges.clone();
-        ridges.sort_by(|a, b| b.total_cmp(a));
-        let (mut least, mut best) = (task.error(&merged, cx)?, None);
+        let mut best = Best::new(task, &merged, cx)?;
         let mut steps = Array2::zeros(rhs.dim());
         let dense = self.per == Per::Hidden && features.width() <= self.dense_limit;
         let gram = dense.then(|| system.matrix(cx)).transpose()?;
@@ -105,14 +103,12 @@ impl UnitScale {
                 None => self.solve(&system, ridge * mean, &rhs, &mut steps, cx)?,
             }
             let layer = system.scaled_layer(&merged, &steps)?;
-            let error = task.error(&layer, cx)?;
-            if error >= least {
+            if !best.offer(layer, cx)? {
                 break;
             }
-            (least, best) = (error, Some(layer));
         }
         drop(system);
-        Ok(best.unwrap_or(merged))
+        Ok(best.or(merged))
     }
 
     /// Conjugate gradients for `(A + λ I) p = rhs`, on from the `p` that is given.
@@ -155,12 +151,10 @@ fn factorised(
     rhs: &Array2<f64>,
     cx: &Context,
 ) -> Result<Array2<f64>> {
-    let mut ridged = gram.clone();
-    ridged.diag_mut().mapv_inplace(|x| x + lambda);
     let column = Array2::from_shape_fn((rhs.len(), 1), |(i, _)| {
         rhs[[i / rhs.ncols().max(1), i % rhs.ncols().max(1)]]
     });
-    let solved = cx.factorise().solve_spd(ridged.view(), column.view())?;
+    let solved = cx.factorise().solve_ridged(gram.clone(), lambda, column.view())?;
     let at = |(e, a): (usize, usize)| solved[[e * rhs.ncols() + a, 0]];
     Ok(Array2::from_shape_fn(rhs.dim(), at))
 }

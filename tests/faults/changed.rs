@@ -7,7 +7,8 @@ use mcsmoe::ErrorKind;
 use mcsmoe::model::LayerId;
 use mcsmoe::pipeline::{Observer, Phase, Silent};
 
-use super::place::{KINDS, Place, contents, run, undisturbed};
+use super::files::contents;
+use super::place::{KINDS, Place, run, undisturbed};
 
 /// Does something to a file when layer `at` begins a phase.
 struct Meddler<'a>(Phase, usize, Mutex<Option<Box<dyn FnOnce() + Send + 'a>>>);

@@ -1,6 +1,5 @@
 //! A small model with its statistics, and runs of three kinds.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +9,8 @@ use mcsmoe::pipeline::{
     Calibration, ExportChoice, Keep, Observer, Output, Recipe, Silent, Tokens, calibrate_to_file,
 };
 use mcsmoe::stage::Needs;
+
+use super::files::{Files, contents};
 
 /// A place with a source, its statistics, and room for targets.
 pub(super) struct Place(pub(super) tempfile::TempDir);
@@ -62,16 +63,8 @@ pub(super) fn run(place: &Path, kind: usize, target: &Path, observer: &dyn Obser
     pipeline.run_calibrated(&source, &calibration, target, &output, observer).map(drop)
 }
 
-pub(super) fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entry = |e: std::io::Result<fs::DirEntry>| {
-        let e = e.unwrap();
-        (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())
-    };
-    fs::read_dir(folder).unwrap().map(entry).collect()
-}
-
 /// What an undisturbed run of a kind writes.
-pub(super) fn undisturbed(place: &Place, kind: usize) -> BTreeMap<String, Vec<u8>> {
+pub(super) fn undisturbed(place: &Place, kind: usize) -> Files {
     let target = place.path(&format!("whole-{kind}"));
     run(place.0.path(), kind, &target, &Silent).unwrap();
     contents(&target)

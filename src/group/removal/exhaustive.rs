@@ -1,7 +1,7 @@
 //! All subsets of the experts, for layers that have few.
 
 use super::Removal;
-use super::path::{grouping, outliers};
+use super::path::{alone, grouping};
 use super::probe::Probe;
 use crate::error::Result;
 use crate::model::{Budget, Grouping, LayerId};
@@ -17,10 +17,7 @@ pub(super) fn subsets(
     least: usize,
 ) -> Result<Option<Vec<Candidate>>> {
     let n = probe.outputs.len();
-    let mut alone = budget.protected.get(&id).cloned().unwrap_or_default();
-    if let Some(factor) = method.protect_super {
-        alone.extend(outliers(&probe.peaks(), factor));
-    }
+    let alone = alone(method, probe, (id, budget));
     let free: Vec<usize> = (0..n).filter(|i| !alone.contains(i)).collect();
     if free.len() >= usize::BITS as usize - 1 || (1usize << free.len()) > method.exhaustive {
         return Ok(None);

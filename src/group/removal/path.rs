@@ -48,15 +48,11 @@ impl<'a> Path<'a> {
         (id, budget): (LayerId, &Budget),
     ) -> Self {
         let n = similarity.experts();
-        let mut alone = budget.protected.get(&id).cloned().unwrap_or_default();
-        if let Some(factor) = method.protect_super {
-            alone.extend(outliers(&probe.peaks(), factor));
-        }
         Self {
             method,
             probe,
             similarity,
-            alone,
+            alone: alone(method, probe, (id, budget)),
             capacity: budget.group_capacity.unwrap_or(n),
             map: (0..n).map(Some).collect(),
             visits: probe.start.clone(),
@@ -198,8 +194,21 @@ pub(super) fn grouping(map: &[Option<usize>]) -> Result<Grouping> {
     Ok(Grouping::new(label, dominant)?.renumbered(Numbering::ByDominant))
 }
 
+/// The experts that stay, alone: protected ones, and super experts where they are.
+pub(super) fn alone(
+    method: &Removal,
+    probe: &Probe<'_>,
+    (id, budget): (LayerId, &Budget),
+) -> BTreeSet<usize> {
+    let mut alone = budget.protected.get(&id).cloned().unwrap_or_default();
+    if let Some(factor) = method.protect_super {
+        alone.extend(outliers(&probe.peaks(), factor));
+    }
+    alone
+}
+
 /// The experts whose peak is more than `factor` times the median of the layer's.
-pub(super) fn outliers(peaks: &[f64], factor: f64) -> Vec<usize> {
+fn outliers(peaks: &[f64], factor: f64) -> Vec<usize> {
     let mut sorted = peaks.to_vec();
     sorted.sort_by(f64::total_cmp);
     let Some(&median) = sorted.get(sorted.len() / 2) else { return Vec::new() };

@@ -5,6 +5,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use super::probe::{Probe, Visits};
 use crate::error::Result;
 use crate::linalg::add_cross;
+use crate::model::common;
 use crate::stage::Context;
 
 /// Relative error on the judging tokens after a ridge fit of the down projections to the others.
@@ -91,7 +92,8 @@ impl Fit {
             let missed = self.missed.select(Axis(0), &a.tokens);
             add_cross(a.hidden.view(), missed.view(), rhs.slice_mut(s![block.clone(), ..]))?;
             for (j, b) in fit[..=i].iter().enumerate() {
-                let (rows, others) = common(&a.tokens, &b.tokens);
+                let (rows, others): (Vec<_>, Vec<_>) =
+                    common(&a.tokens, &b.tokens).into_iter().unzip();
                 let (x, y) = (a.hidden.select(Axis(0), &rows), b.hidden.select(Axis(0), &others));
                 let out = gram.slice_mut(s![block.clone(), j * f..(j + 1) * f]);
                 add_cross(x.view(), y.view(), out)?;
@@ -102,8 +104,7 @@ impl Fit {
         if mean <= 0.0 {
             return Ok(left);
         }
-        gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
-        let solved = cx.factorise().solve_spd(gram.view(), rhs.view())?;
+        let solved = cx.factorise().solve_ridged(gram, ridge * mean, rhs.view())?;
         for (i, part) in judge.iter().enumerate() {
             let given = part.hidden.mapv(f64::from).dot(&solved.slice(s![i * f..(i + 1) * f, ..]));
             for (given, t) in given.rows().into_iter().zip(&part.tokens) {
@@ -118,7 +119,8 @@ impl Fit {
     /// The parts on some ascending tokens only.
     fn restricted(&self, tokens: &[usize]) -> Vec<Part> {
         let of = |part: &Part| {
-            let (rows, _) = common(&part.tokens, tokens);
+            let rows: Vec<usize> =
+                common(&part.tokens, tokens).into_iter().map(|(row, _)| row).collect();
             let own = rows.iter().map(|&r| part.tokens[r]).collect();
             Part { tokens: own, hidden: part.hidden.select(Axis(0), &rows) }
         };
@@ -132,22 +134,16 @@ impl Fit {
             add_block(&mut kernel, &part.tokens, part.hidden.view())?;
         }
         let mut left = self.rows(&self.judges);
-        let mut gram = kernel.select(Axis(0), &self.fitted).select(Axis(1), &self.fitted);
+        let gram = kernel.select(Axis(0), &self.fitted).select(Axis(1), &self.fitted);
         let mean = gram.diag().sum() / features.min(self.fitted.len()).max(1) as f64;
         if mean > 0.0 {
-            gram.diag_mut().mapv_inplace(|x| x + ridge * mean);
-            let solved = cx.factorise().solve_spd(gram.view(), self.rows(&self.fitted).view())?;
+            let missed = self.rows(&self.fitted);
+            let solved = cx.factorise().solve_ridged(gram, ridge * mean, missed.view())?;
             let cross = kernel.select(Axis(0), &self.judges).select(Axis(1), &self.fitted);
             left -= &cross.dot(&solved);
         }
         Ok(left)
     }
-}
-
-/// Positions in two ascending lists of what they have in common.
-fn common(a: &[usize], b: &[usize]) -> (Vec<usize>, Vec<usize>) {
-    let found = |(i, t): (usize, &usize)| Some((i, b.binary_search(t).ok()?));
-    a.iter().enumerate().filter_map(found).unzip()
 }
 
 /// Adds `Φ Φᵀ` at the rows and columns of some tokens.
