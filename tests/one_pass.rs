@@ -15,7 +15,7 @@ use mcsmoe::merge::{DominantOnly, Weighted};
 use mcsmoe::model::{Budget, Grouping, Importance, LayerId};
 use mcsmoe::pipeline::{
     AlignWhen, Calibration, Constraints, ExportChoice, Keep, LayerReport, Observer, Output, Phase,
-    Pipeline, PipelineBuilder, Report, Tokens,
+    Pipeline, PipelineBuilder, RecoverOn, Report, Tokens,
 };
 use mcsmoe::recover::LeastSquares;
 use mcsmoe::similarity::RouterLogits;
@@ -136,11 +136,18 @@ fn pruned_with_a_protected_layer() {
 
 #[test]
 fn recovered_on_a_part_of_the_text() {
-    for export in [ExportChoice::Stock, ExportChoice::Native] {
+    let (stock, native) = (ExportChoice::Stock, ExportChoice::Native);
+    for (export, on) in [
+        (stock, RecoverOn::SameInput),
+        (native, RecoverOn::SameInput),
+        (stock, RecoverOn::OwnStream),
+        (stock, RecoverOn::Original),
+    ] {
         let builder = || {
             let recovered = base()
                 .merger(DominantOnly)
                 .recoverer(LeastSquares::default())
+                .recover_on(on)
                 .recover_tokens(Some(512));
             if export == ExportChoice::Stock { recovered.router(DominantRow) } else { recovered }
         };

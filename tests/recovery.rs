@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{
-    Calibration, EvaluateOptions, ExportChoice, Keep, Output, Recipe, RecoverChoice, Report,
-    Silent, Tokens, evaluate, merge_then_compress,
+    Calibration, EvaluateOptions, ExportChoice, Keep, Output, Recipe, RecoverChoice, RecoverOn,
+    Report, Silent, Tokens, evaluate, merge_then_compress,
 };
 use mcsmoe::recover::{Distill, LeastSquares, Paper, UnitScale};
 use mcsmoe::{ErrorKind, Result};
@@ -55,6 +55,26 @@ fn the_closed_form_halves_what_pruning_loses() {
         }
         assert!(report.stages.iter().any(|stage| stage.starts_with("recover ")));
     }
+}
+
+#[test]
+fn either_target_and_either_stream_halves_what_pruning_loses() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |name: &str| dir.path().join(name);
+    let full = loss(&fixture("mixtral-8e"));
+    merge("reap", ExportChoice::Stock, text(4096), &of("reap")).unwrap();
+    let pruned = loss(&of("reap")) - full;
+    let mut found = Vec::new();
+    for recover_on in [RecoverOn::SameInput, RecoverOn::OwnStream, RecoverOn::Original] {
+        let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap().export(ExportChoice::Stock);
+        let recipe = Recipe { recover_on, ..recipe };
+        let target = of(&format!("{recover_on:?}"));
+        merge_then_compress(&fixture("mixtral-8e"), text(4096), &recipe, &target).unwrap();
+        let lost = loss(&target) - full;
+        assert!(lost < 0.5 * pruned, "{recover_on:?}: {lost}, pruned {pruned}");
+        found.push(lost);
+    }
+    assert!(found[0] != found[1] && found[1] != found[2] && found[0] != found[2], "{found:?}");
 }
 
 #[test]

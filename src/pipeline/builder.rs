@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::compressor::Compressor;
 use super::matrix_budget::{CompressionBudget, MatrixBudget};
 use super::neurons::Neurons;
-use super::policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
+use super::policy::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 use super::shared_deltas::SharedDeltas;
 use crate::align::Reference;
 use crate::decompose::LowRankSparse;
@@ -27,6 +27,7 @@ pub struct Pipeline {
     pub(super) router: Option<Box<dyn RouterMerger>>,
     pub(super) recoverer: Option<Box<dyn Recoverer>>,
     pub(super) recover_tokens: Option<usize>,
+    pub(super) recover_on: RecoverOn,
     pub(super) compressor: Option<Compressor>,
     pub(super) keep: Keep,
     pub(super) constraints: Constraints,
@@ -49,6 +50,7 @@ pub struct PipelineBuilder {
     router: Option<Box<dyn RouterMerger>>,
     recoverer: Option<Box<dyn Recoverer>>,
     recover_tokens: Option<usize>,
+    recover_on: RecoverOn,
     compressor: Option<Compressor>,
     keep: Option<Keep>,
     constraints: Constraints,
@@ -100,8 +102,8 @@ impl PipelineBuilder {
     }
 
     /// Brings each merged layer back towards the original layer's output. Calibrated on text, a
-    /// layer is recovered on what the layers before it, merged and recovered, give it; with a
-    /// statistics file, on the samples in it, which come from the original model.
+    /// layer is recovered on what [`recover_on`](Self::recover_on) says; with a statistics file, on
+    /// the samples in it, which come from the original model.
     pub fn recoverer(mut self, recoverer: impl Recoverer + 'static) -> Self {
         self.recoverer = Some(Box::new(recoverer));
         self
@@ -111,6 +113,12 @@ impl PipelineBuilder {
     /// evenly over it; all unless given. Routing statistics are always those of the whole text.
     pub fn recover_tokens(mut self, most: Option<usize>) -> Self {
         self.recover_tokens = most;
+        self
+    }
+
+    /// What the recoverer is fitted on, in a run on text; [`RecoverOn::SameInput`] unless given.
+    pub fn recover_on(mut self, on: RecoverOn) -> Self {
+        self.recover_on = on;
         self
     }
 
@@ -230,6 +238,7 @@ impl PipelineBuilder {
             router: self.router,
             recoverer: self.recoverer,
             recover_tokens: self.recover_tokens,
+            recover_on: self.recover_on,
             compressor: self.compressor,
             keep: self.keep.ok_or_else(|| missing("number of experts to keep"))?,
             constraints: self.constraints,

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::observe::{Observer, Phase, Silent};
 use super::pass::{Block, Pass};
+use super::streams::Tap;
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::calibrate::{Batch, Collector, StatsWriter};
 use crate::error::{Locate, Result};
@@ -113,7 +114,7 @@ pub(super) fn each_layer<S: TensorSource>(
         let of = tokens.of(id.stack);
         let mut collector = Collector::new(needs)?.sample(options.samples, of);
         pass.each(|hidden, encoded| {
-            observed(&block, hidden, encoded, &mut collector, &options.cx).in_layer(id)
+            observed(&block, hidden, encoded, (&mut collector, None), &options.cx).in_layer(id)
         })?;
         if block.feed().moe().is_some() {
             let stats = collector.finish().in_layer(id)?;
@@ -129,17 +130,19 @@ pub(super) fn observed(
     block: &Block,
     hidden: &mut Hidden,
     encoded: Option<&Hidden>,
-    collector: &mut Collector,
+    (collector, tap): (&mut Collector, Option<&mut Tap<'_>>),
     cx: &Context,
 ) -> Result<()> {
     block.attend(hidden, encoded, cx)?;
     let Hidden { states, windows } = hidden;
-    block.feed().forward(states, windows, Some(&mut Watch { collector, cx }), cx)
+    let mut watch = Watch { collector, tap: tap.map(|tap| tap as &mut dyn forward::Observer), cx };
+    block.feed().forward(states, windows, Some(&mut watch), cx)
 }
 
-/// A collector that watches a forward pass.
+/// A collector that watches a forward pass, and who else does.
 struct Watch<'a> {
     collector: &'a mut Collector,
+    tap: Option<&'a mut dyn forward::Observer>,
     cx: &'a Context,
 }
 
@@ -159,6 +162,7 @@ impl forward::Observer for Watch<'_> {
             outputs: seen.outputs,
             mask: None,
         };
-        self.collector.add(seen.layer, &batch, self.cx)
+        self.collector.add(seen.layer, &batch, self.cx)?;
+        self.tap.as_mut().map_or(Ok(()), |tap| tap.observe(seen))
     }
 }

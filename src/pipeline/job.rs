@@ -107,8 +107,9 @@ impl Pipeline {
         let line = &mut |report: &LayerReport, digest| {
             journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
-        let spread = followed.map(|t| t.spread(self.recover_tokens.unwrap_or(usize::MAX)));
-        let followed = spread.as_deref().map(|tokens| (tokens, from));
+        let most = self.recover_tokens.unwrap_or(usize::MAX);
+        let some = followed.map(|tokens| tokens.only(tokens.spread(most).as_deref()));
+        let followed = some.as_deref().map(|tokens| (tokens, from));
         let new = self.write_layers(job, followed, (&decided, samples), &mut writer, line)?;
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
         let shown = (job.stats.tokens(), observer);

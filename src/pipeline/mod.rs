@@ -46,6 +46,7 @@ mod size;
 mod spectra;
 mod states;
 mod stream;
+mod streams;
 mod subject;
 mod survey;
 mod tokens;
@@ -68,7 +69,7 @@ pub use observe::{Observer, Phase, Silent};
 pub use part::PartReport;
 pub use passes::Merged;
 pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
-pub use policy::{AlignWhen, Alignment, Constraints, Keep, RoutingGroupPolicy};
+pub use policy::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{
     Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, StableRanks,

@@ -1,17 +1,15 @@
 //! From text to a merged checkpoint in one pass: every layer is read once.
 //!
 //! Where it is known beforehand how many experts each layer keeps, layer `l` is observed, decided,
-//! merged, recovered and written before layer `l + 1` is read. Two streams of hidden states run
-//! side by side: the original model's, which the statistics come from, and, with a recoverer, that
-//! of the layers merged so far, which it is fitted on. Both are what the two passes of any other
-//! run see, so that the target has the same bytes.
+//! merged, recovered and written before layer `l + 1` is read. The statistics come from the text's
+//! way through the original model; where a recoverer is fitted on the merged layers
+//! ([`RecoverOn`](super::policy::RecoverOn)), their stream runs beside it. Both are what the two
+//! passes of any other run see, so that the target has the same bytes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ndarray::Array2;
-
-use super::bookmark::{Bookmarks, Marked};
+use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::calibrate::observed;
 use super::decide::decide;
@@ -19,12 +17,13 @@ use super::engine;
 use super::job::behind;
 use super::journal::{Journal, Line};
 use super::observe::{Observer, Phase};
-use super::pass::{Block, Pass};
+use super::pass::Block;
 use super::policy::LayerShape;
 use super::recovery::{Observed, take_moe};
 use super::report::{LayerReport, Report};
 use super::run::Output;
 use super::seen::Seen;
+use super::streams::{Streams, Tap};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::calibrate::Collector;
 use crate::checkpoint::{Checkpoint, Partial, Writer};
@@ -46,12 +45,13 @@ pub(super) struct Counted {
     budget: Budget,
 }
 
-/// The text on its way through the original model and, with a recoverer, the merged one.
-struct Streams<'a> {
-    original: Pass<'a, Checkpoint>,
-    merged: Option<Pass<'a, Checkpoint>>,
-    /// Layers begun so far, and all.
-    progress: (usize, usize),
+/// The text on its way.
+struct Way<'a> {
+    streams: Streams<'a>,
+    /// The windows that recovery sees; `None` for all.
+    recovered: Option<&'a [usize]>,
+    /// Layers that were to come at the start.
+    total: usize,
 }
 
 impl Pipeline {
@@ -109,17 +109,20 @@ impl Pipeline {
             journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
         let spread = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
+        let some = tokens.only(spread.as_deref());
         if !todo.is_empty() {
-            let follows = self.recoverer.as_ref().map(|_| &*spread);
-            let mut streams = Streams::open(once, follows, &ids, &options)?;
+            let follows = self.recoverer.is_some() && self.recover_on.follows();
+            let texts = (Some(tokens), follows.then_some(&*some));
+            let mut streams = Streams::open(source, texts, &ids, &options)?;
             let mut bookmarks = Bookmarks::new(&folder);
             if let Some(id) = from {
                 bookmarks.open(&mut streams, id)?;
             }
-            streams.progress.1 = streams.original.remaining();
+            let total = streams.remaining();
+            let mut way = Way { streams, recovered: spread.as_deref(), total };
             let new = self.hand_on(&ids[done..], observer, sink, &mut |at| {
-                let made = self.next(once, counted, &todo[at], &mut streams, &options)?;
-                bookmarks.set(&mut streams, todo[at].0.id)?;
+                let made = self.next(once, counted, &todo[at], &mut way, &options)?;
+                bookmarks.set(&mut way.streams, todo[at].0.id)?;
                 Ok(made)
             })?;
             reports.extend(new.into_iter().map(|report| (report.layer, report)));
@@ -135,29 +138,32 @@ impl Pipeline {
         once: &Once<'_>,
         counted: &Counted,
         (shape, keep): &(LayerShape, usize),
-        streams: &mut Streams<'_>,
+        way: &mut Way<'_>,
         options: &CalibrateOptions,
     ) -> Result<(MergedLayer, LayerReport)> {
-        while let Some(mut block) = streams.next(once.observer)? {
-            if block.id() != shape.id {
-                streams.forward(&block, self)?;
+        loop {
+            let at = way.total - way.streams.remaining();
+            let Some(id) = way.streams.advance()? else { break };
+            once.observer.layer_started(id, Phase::Calibrate, at, way.total);
+            let mut block = way.streams.read(id)?;
+            if id != shape.id {
+                way.streams.forward(&block, &self.cx)?;
                 continue;
             }
-            let (stats, seen) = self.watch(once, streams, &block, options)?;
+            let (stats, seen) = self.watch(once, way, &block, options)?;
             let layer = take_moe(&mut block)?;
-            let (done, total) = streams.progress;
-            once.observer.layer_started(shape.id, Phase::Measure, done - 1, total);
+            once.observer.layer_started(id, Phase::Measure, at, way.total);
             let (similarity, alignment) = (&*self.similarity, self.alignment.as_ref());
             let measured = engine::measure_layer(&layer, &stats, similarity, alignment, &self.cx)?;
             let grouping = self.decide_one(&measured, shape, *keep, &counted.budget)?;
-            once.observer.layer_started(shape.id, Phase::Merge, done - 1, total);
-            let (Some(seen), Some(pass)) = (seen, &mut streams.merged) else {
+            once.observer.layer_started(id, Phase::Merge, at, way.total);
+            let Some(seen) = seen else {
                 let plan = self.plan(true);
                 return engine::merge_layer(layer, &stats, &measured, &grouping, &plan, &self.cx);
             };
             let (measured, grouping) = (&measured, &grouping);
             let observed = Observed { layer, seen, stats: &stats, measured, grouping };
-            return self.recovered(pass, &mut block, observed, None);
+            return self.recovered(way.streams.merged.as_mut(), &block, observed, None);
         }
         Err(Error::range("layer", "one of the model's, in order", shape.id))
     }
@@ -166,18 +172,22 @@ impl Pipeline {
     fn watch(
         &self,
         once: &Once<'_>,
-        streams: &mut Streams<'_>,
+        way: &mut Way<'_>,
         block: &Block,
         options: &CalibrateOptions,
     ) -> Result<(RoutingStats, Option<Seen>)> {
         let id = block.id();
         let collector = Collector::new(self.needs_along_text())?;
         let mut collector = collector.sample(options.samples, once.tokens.of(id.stack));
-        streams.original.each(|hidden, encoded| {
-            observed(block, hidden, encoded, &mut collector, &self.cx).in_layer(id)
-        })?;
-        let merged = streams.merged.as_mut();
-        let seen = merged.map(|pass| self.look(pass, block)).transpose()?;
+        let taps = self.recoverer.is_some() && self.recover_on.taps();
+        let mut tap = taps.then(|| Tap::new(way.recovered));
+        if let Some(original) = &mut way.streams.original {
+            original.each(|hidden, encoded| {
+                let watching = (&mut collector, tap.as_mut());
+                observed(block, hidden, encoded, watching, &self.cx).in_layer(id)
+            })?;
+        }
+        let seen = way.streams.look(block, tap.map(|tap| tap.seen), &self.cx)?;
         Ok((collector.finish().in_layer(id)?, seen))
     }
 
@@ -205,53 +215,5 @@ impl Counted {
             Ok((shape.id, grouping.in_layer(shape.id)?))
         };
         self.layers.iter().map(one).collect()
-    }
-}
-
-impl<'a> Streams<'a> {
-    fn open(
-        once: &Once<'a>,
-        follows: Option<&'a Tokens>,
-        ids: &[LayerId],
-        options: &'a CalibrateOptions,
-    ) -> Result<Self> {
-        let open = |tokens| Pass::new(once.source, tokens, options, |id| ids.contains(&id));
-        let merged = follows.map(open).transpose()?;
-        Ok(Self { original: open(once.tokens)?, merged, progress: (0, 0) })
-    }
-
-    /// Reads the next layer, for both streams.
-    fn next(&mut self, observer: &dyn Observer) -> Result<Option<Block>> {
-        let Some(id) = self.original.advance()? else { return Ok(None) };
-        if let Some(merged) = &mut self.merged {
-            merged.advance()?;
-        }
-        let (done, total) = &mut self.progress;
-        observer.layer_started(id, Phase::Calibrate, *done, *total);
-        *done += 1;
-        self.original.read(id).map(Some)
-    }
-
-    /// Runs both through a layer that stays as it is.
-    fn forward(&mut self, block: &Block, pipeline: &Pipeline) -> Result<()> {
-        for pass in [Some(&mut self.original), self.merged.as_mut()].into_iter().flatten() {
-            pass.each(|hidden, encoded| {
-                block.attend(hidden, encoded, &pipeline.cx)?;
-                block.feed().forward(&mut hidden.states, &hidden.windows, None, &pipeline.cx)
-            })?;
-        }
-        Ok(())
-    }
-}
-
-impl Marked for Streams<'_> {
-    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
-        self.original.jump_behind(id)?;
-        self.merged.as_mut().map_or(Ok(()), |pass| pass.jump_behind(id))
-    }
-
-    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
-        self.original.batches(f)?;
-        self.merged.as_mut().map_or(Ok(()), |pass| pass.batches(f))
     }
 }

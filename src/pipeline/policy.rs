@@ -49,6 +49,37 @@ pub enum AlignWhen {
     InGroups,
 }
 
+/// What a recoverer is fitted on, in a run on text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RecoverOn {
+    /// Inputs: what the layers before, merged and recovered, make of the text. Targets: what the
+    /// original layer gives on the same inputs (NAEE's progressive order, arXiv 2402.14800;
+    /// GPTQ's). Runs the text through the original's layers a second time, and through the merged
+    /// ones.
+    #[default]
+    SameInput,
+    /// The same inputs. Targets: what the original layer gives where the layers before it are the
+    /// original's, too (GPTAQ's asymmetric calibration, arXiv 2504.02692), so that a layer also
+    /// makes up for what its inputs have lost. Runs the text through the merged layers besides.
+    OwnStream,
+    /// Inputs and targets are the original model's, as calibration sees them: every layer for
+    /// itself. Runs the text through nothing else, and layers do not make up for those before them.
+    Original,
+}
+
+impl RecoverOn {
+    /// Whether the text runs through the merged layers.
+    pub(super) fn follows(self) -> bool {
+        self != Self::Original
+    }
+
+    /// Whether the original's own stream gives targets.
+    pub(super) fn taps(self) -> bool {
+        self != Self::SameInput
+    }
+}
+
 /// What happens to group-limited routing when the router is narrowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

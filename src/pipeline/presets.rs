@@ -2,7 +2,7 @@
 
 use super::choice::{AlignChoice, FactoriseChoice, GroupChoice, RecoverChoice};
 use super::compress_choice::CompressChoice;
-use super::policy::{AlignWhen, Constraints, Keep, RoutingGroupPolicy};
+use super::policy::{AlignWhen, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 use super::recipe::{ExportChoice, Recipe};
 use crate::align::Reference;
 use crate::error::{ErrorKind, Result};
@@ -111,6 +111,7 @@ fn m_smoe(name: &str, keep: Keep) -> Recipe {
         router: DominantRow.into(),
         recover: Vec::new(),
         recover_tokens: None,
+        recover_on: RecoverOn::default(),
         compress: None,
         constraints: Constraints::default(),
         routing_groups: RoutingGroupPolicy::Keep,

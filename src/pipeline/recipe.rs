@@ -17,7 +17,7 @@ use super::choice::{
     SimilarityChoice,
 };
 use super::compress_choice::CompressChoice;
-use super::policy::{Constraints, Keep, RoutingGroupPolicy};
+use super::policy::{Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 use super::presets;
 use crate::checkpoint::Export;
 use crate::error::{Error, ErrorKind, Locate, Result};
@@ -51,6 +51,9 @@ pub struct Recipe {
     /// [`PipelineBuilder::recover_tokens`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover_tokens: Option<usize>,
+    /// What recovery is fitted on, in a run on text. See [`PipelineBuilder::recover_on`].
+    #[serde(default)]
+    pub recover_on: RecoverOn,
     /// What every matrix of the merged and recovered experts is compressed to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress: Option<CompressChoice>,
@@ -213,6 +216,7 @@ impl Recipe {
             .measure_error(self.measure_error)
             .measure_spectra(self.measure_spectra)
             .recover_tokens(self.recover_tokens)
+            .recover_on(self.recover_on)
             .seed(self.seed)
             .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
         builder = self.factorise.add_to(builder)?;

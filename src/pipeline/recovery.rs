@@ -1,8 +1,7 @@
-//! Recovery on text: the second pass follows the compressed model.
+//! Recovery on text: a layer is fitted to what it is seen to get and give on the way of the text
+//! through the original model, through the layers merged so far, or both; see [`RecoverOn`].
 //!
-//! Layer `l` sees what the layers before it, merged and recovered, make of the text, and is fitted
-//! to what the original layer `l` gives on the same input (NAEE's progressive order, arXiv
-//! 2402.14800; GPTQ's). So each layer also makes up for what those before it lost.
+//! [`RecoverOn`]: super::policy::RecoverOn
 
 use ndarray::s;
 
@@ -19,6 +18,7 @@ use super::policy::Plan;
 use super::report::{LayerReport, OutputError};
 use super::seen::Seen;
 use super::singular;
+use super::streams::Streams;
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Locate, Result};
@@ -44,16 +44,16 @@ impl Pipeline {
         if decided.ids.is_empty() {
             return Ok(Vec::new());
         }
-        let wanted = |id| decided.ids.contains(&id);
-        let mut pass = Pass::new(job.source, tokens, options, wanted)?;
+        let mut streams =
+            Streams::to_recover(job.source, self.recover_on, tokens, &decided.ids, options)?;
         let mut bookmarks = Bookmarks::new(&options.scratch);
         if let Some(id) = from {
-            bookmarks.open(&mut pass, id)?;
+            bookmarks.open(&mut streams, id)?;
         }
         self.hand_on(&decided.ids, job.observer, sink, &mut |at| {
             engine::announce(job.observer, &decided.ids, at, Phase::Merge);
-            let made = self.reach(&mut pass, decided.at(at)?, decided.ranks.as_ref(), job)?;
-            bookmarks.set(&mut pass, decided.ids[at])?;
+            let made = self.reach(&mut streams, decided.at(at)?, decided.ranks.as_ref(), job)?;
+            bookmarks.set(&mut streams, decided.ids[at])?;
             Ok(made)
         })
     }
@@ -61,32 +61,35 @@ impl Pipeline {
     /// Runs up to the layer of `measured`, merges and recovers it, and runs through the result.
     fn reach(
         &self,
-        pass: &mut Pass<'_, Checkpoint>,
+        streams: &mut Streams<'_>,
         (measured, grouping): (&Measured, &Grouping),
         kept: Option<&Ranks>,
         job: &Job<'_>,
     ) -> Result<(MergedLayer, LayerReport)> {
-        while let Some(mut block) = pass.next()? {
-            if block.id() == measured.summary.id {
-                let seen = self.look(pass, &block)?;
-                let layer = take_moe(&mut block)?;
-                let stats = job.stats.layer(&block.id(), self.along_text().merge_needs())?;
-                let layer = Observed { layer, seen, stats: &stats, measured, grouping };
-                return self.recovered(pass, &mut block, layer, kept);
+        let wanted = measured.summary.id;
+        let lost = || Error::range("layer", "one of the model's, in order", wanted);
+        while let Some(id) = streams.advance()? {
+            let mut block = streams.read(id)?;
+            if id != wanted {
+                streams.forward(&block, &self.cx)?;
+                continue;
             }
-            pass.each(|hidden, encoded| {
-                block.attend(hidden, encoded, &self.cx)?;
-                block.feed().forward(&mut hidden.states, &hidden.windows, None, &self.cx)
-            })?;
+            let tapped = streams.tap(&block, &self.cx)?;
+            let seen = streams.look(&block, tapped, &self.cx)?.ok_or_else(lost)?;
+            let layer = take_moe(&mut block)?;
+            let stats = job.stats.layer(&id, self.along_text().merge_needs())?;
+            let layer = Observed { layer, seen, stats: &stats, measured, grouping };
+            return self.recovered(streams.merged.as_mut(), &block, layer, kept);
         }
-        Err(Error::range("layer", "one of the model's, in order", measured.summary.id))
+        Err(lost())
     }
 
-    /// Merges, recovers and compresses a layer, and runs the text through what became of it.
+    /// Merges, recovers and compresses a layer, and runs the stream of merged layers, if there is
+    /// one, through what became of it.
     pub(super) fn recovered(
         &self,
-        pass: &mut Pass<'_, Checkpoint>,
-        block: &mut Block,
+        pass: Option<&mut Pass<'_, Checkpoint>>,
+        block: &Block,
         observed: Observed<'_>,
         kept: Option<&Ranks>,
     ) -> Result<(MergedLayer, LayerReport)> {
@@ -121,6 +124,7 @@ impl Pipeline {
                 false => OutputError { mapped: error, narrowed: None },
             });
         }
+        let Some(pass) = pass else { return Ok((merged, report)) };
         let choice = if narrowed { Choice::Narrowed } else { Choice::Mapped };
         let mut inputs = seen.inputs.into_iter();
         pass.each(|hidden, _| {
@@ -135,21 +139,6 @@ impl Pipeline {
     /// The merge alone: recovery and compression follow the text themselves.
     pub(super) fn along_text(&self) -> Plan<'_> {
         Plan { recoverer: None, compressor: None, ..self.plan(false) }
-    }
-
-    /// Runs the text up to the experts of a layer, and sees what they give.
-    pub(super) fn look(&self, pass: &mut Pass<'_, Checkpoint>, block: &Block) -> Result<Seen> {
-        let mut seen = Seen::default();
-        pass.each(|hidden, encoded| {
-            block.attend(hidden, encoded, &self.cx)?;
-            let x = block.feed().input(hidden.states.view())?;
-            let output = block.feed().routed(x.view(), &hidden.windows, &self.cx)?;
-            seen.targets.extend(output);
-            seen.inputs.push(x);
-            seen.windows.push(hidden.windows.clone());
-            Ok(())
-        })?;
-        Ok(seen)
     }
 }
 

@@ -32,6 +32,24 @@ impl Seen {
         Self { inputs: vec![inputs], targets: vec![targets], windows: Vec::new() }
     }
 
+    /// Adds some windows of a batch: ranges of its rows, ascending.
+    pub(super) fn push(
+        &mut self,
+        inputs: ArrayView2<'_, f32>,
+        targets: ArrayView2<'_, f32>,
+        windows: &[Range<usize>],
+    ) -> Result<()> {
+        self.inputs.push(picked(inputs, windows.iter().cloned())?);
+        self.targets.push(picked(targets, windows.iter().cloned())?);
+        let mut end = 0;
+        let moved = windows.iter().map(|rows| {
+            end += rows.len();
+            end - rows.len()..end
+        });
+        self.windows.push(moved.collect());
+        Ok(())
+    }
+
     /// Every tenth window moved behind the others, or the last of fewer. Less than two windows are
     /// cut into runs of rows.
     ///
@@ -53,13 +71,25 @@ impl Seen {
         let held = judging.iter().map(|(_, rows)| rows.len()).sum();
         order.append(&mut judging);
         let pick = |from: &[Array2<f32>]| {
-            let rows: Vec<ArrayView2<'_, f32>> =
-                order.iter().map(|(b, rows)| from[*b].slice(s![rows.clone(), ..])).collect();
-            concatenate(Axis(0), &rows)
-                .map_err(|e| Error::shape("batches of one width", "the same width", e))
+            let rows = order.iter().map(|(b, rows)| from[*b].slice(s![rows.clone(), ..]));
+            joined(&rows.collect::<Vec<_>>())
         };
         Ok((pick(&self.inputs)?, pick(&self.targets)?, held))
     }
+}
+
+/// Some runs of rows.
+fn picked(
+    from: ArrayView2<'_, f32>,
+    runs: impl Iterator<Item = Range<usize>>,
+) -> Result<Array2<f32>> {
+    joined(&runs.map(|rows| from.slice_move(s![rows, ..])).collect::<Vec<_>>())
+}
+
+/// Rows of one width, one batch below the other.
+pub(super) fn joined(batches: &[ArrayView2<'_, f32>]) -> Result<Array2<f32>> {
+    concatenate(Axis(0), batches)
+        .map_err(|e| Error::shape("batches of one width", "the same width", e))
 }
 
 /// One in how many of `windows` judges.

@@ -81,19 +81,24 @@ impl Tokens {
         }
     }
 
-    /// Whole windows spread evenly over all, as many as hold at most `most` tokens if all were of
-    /// the mean length; at least one.
-    pub(super) fn spread(&self, most: usize) -> Cow<'_, Self> {
+    /// Which windows, spread evenly over all, hold at most `most` tokens if all are of the mean
+    /// length: ascending, at least one. `None` for all of them.
+    pub(super) fn spread(&self, most: usize) -> Option<Vec<usize>> {
         let rows = self.rows();
         let total: usize = rows.iter().sum();
         if total <= most {
-            return Cow::Borrowed(self);
+            return None;
         }
         let (all, count) = (rows.len(), (rows.len() * most / total).max(1));
-        let at = (0..count).map(|i| (2 * i + 1) * all / (2 * count));
+        Some((0..count).map(|i| (2 * i + 1) * all / (2 * count)).collect())
+    }
+
+    /// Some of the windows; `None`: all.
+    pub(super) fn only(&self, windows: Option<&[usize]>) -> Cow<'_, Self> {
+        let Some(at) = windows else { return Cow::Borrowed(self) };
         Cow::Owned(match self {
-            Self::Windows(windows) => Self::Windows(at.map(|i| windows[i].clone()).collect()),
-            Self::Pairs(pairs) => Self::Pairs(at.map(|i| pairs[i].clone()).collect()),
+            Self::Windows(all) => Self::Windows(at.iter().map(|&i| all[i].clone()).collect()),
+            Self::Pairs(all) => Self::Pairs(at.iter().map(|&i| all[i].clone()).collect()),
         })
     }
 
@@ -137,15 +142,14 @@ mod tests {
     #[test]
     fn windows_are_spread_evenly_and_at_least_one_stays() {
         let tokens = Tokens::from((0..10).map(|i| vec![i; 8]).collect::<Vec<_>>());
-        let first = |most| match &*tokens.spread(most) {
-            Tokens::Windows(all) => all.iter().map(|w| w[0]).collect::<Vec<_>>(),
-            Tokens::Pairs(_) => Vec::new(),
-        };
-        assert_eq!(first(80), (0..10).collect::<Vec<_>>());
-        assert_eq!(first(79), [0, 1, 2, 3, 5, 6, 7, 8, 9]);
-        assert_eq!(first(16), [2, 7]);
-        assert_eq!(first(1), [5]);
+        assert_eq!(tokens.spread(80), None);
+        assert_eq!(tokens.spread(79), Some(vec![0, 1, 2, 3, 5, 6, 7, 8, 9]));
+        assert_eq!(tokens.spread(16), Some(vec![2, 7]));
+        assert_eq!(tokens.spread(1), Some(vec![5]));
+        assert_eq!(*tokens.only(Some(&[2, 7])), Tokens::from(vec![vec![2; 8], vec![7; 8]]));
+        assert_eq!(*tokens.only(None), tokens);
         let pairs = Tokens::from(vec![(vec![1; 4], vec![2; 9]), (vec![3; 4], vec![4; 9])]);
-        assert_eq!(*pairs.spread(9), Tokens::from(vec![(vec![3; 4], vec![4; 9])]));
+        let last = pairs.spread(9);
+        assert_eq!(*pairs.only(last.as_deref()), Tokens::from(vec![(vec![3; 4], vec![4; 9])]));
     }
 }

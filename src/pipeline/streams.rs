@@ -1,0 +1,177 @@
+//! Text on its way through the original model and through the layers merged so far, side by side,
+//! and what a layer is seen to get and give in them.
+
+use ndarray::{Array2, s};
+
+use super::bookmark::Marked;
+use super::pass::{Block, Pass};
+use super::policy::RecoverOn;
+use super::seen::{Seen, joined};
+use super::tokens::{CalibrateOptions, Tokens};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::forward::{Observation, Observer};
+use crate::model::LayerId;
+use crate::stage::Context;
+
+/// One stream or two. Where both run, they are at the same layer.
+pub(super) struct Streams<'a> {
+    /// Through the original model.
+    pub(super) original: Option<Pass<'a, Checkpoint>>,
+    /// Through the layers merged so far.
+    pub(super) merged: Option<Pass<'a, Checkpoint>>,
+}
+
+impl<'a> Streams<'a> {
+    /// Embeds the text of each stream; both end behind the last of `ids`.
+    pub(super) fn open(
+        source: &'a Checkpoint,
+        (original, merged): (Option<&'a Tokens>, Option<&'a Tokens>),
+        ids: &[LayerId],
+        options: &'a CalibrateOptions,
+    ) -> Result<Self> {
+        let open = |tokens| Pass::new(source, tokens, options, |id| ids.contains(&id));
+        Ok(Self {
+            original: original.map(open).transpose()?,
+            merged: merged.map(open).transpose()?,
+        })
+    }
+
+    /// The streams that a recoverer learns from, on `tokens`.
+    pub(super) fn to_recover(
+        source: &'a Checkpoint,
+        on: RecoverOn,
+        tokens: &'a Tokens,
+        ids: &[LayerId],
+        options: &'a CalibrateOptions,
+    ) -> Result<Self> {
+        let streams = (on.taps().then_some(tokens), on.follows().then_some(tokens));
+        Self::open(source, streams, ids, options)
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Pass<'a, Checkpoint>> {
+        self.original.iter_mut().chain(&mut self.merged)
+    }
+
+    /// Number of layers that are still to come.
+    pub(super) fn remaining(&self) -> usize {
+        self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
+    }
+
+    /// Goes on to the next layer, without reading it; `None` when there is none.
+    pub(super) fn advance(&mut self) -> Result<Option<LayerId>> {
+        let mut next = None;
+        for pass in self.all() {
+            next = pass.advance()?;
+        }
+        Ok(next)
+    }
+
+    /// Reads a layer, for both streams.
+    pub(super) fn read(&self, id: LayerId) -> Result<Block> {
+        let pass = self.original.as_ref().or(self.merged.as_ref());
+        pass.ok_or_else(|| Error::range("streams of text", "at least one", 0))?.read(id)
+    }
+
+    /// Runs all through a layer that stays as it is.
+    pub(super) fn forward(&mut self, block: &Block, cx: &Context) -> Result<()> {
+        for pass in self.all() {
+            pass.each(|hidden, encoded| {
+                block.attend(hidden, encoded, cx)?;
+                block.feed().forward(&mut hidden.states, &hidden.windows, None, cx)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Runs the original's stream through a layer, and sees what the layer gets and gives there.
+    pub(super) fn tap(&mut self, block: &Block, cx: &Context) -> Result<Option<Seen>> {
+        let Some(pass) = &mut self.original else { return Ok(None) };
+        let mut tap = Tap::new(None);
+        pass.each(|hidden, encoded| {
+            block.attend(hidden, encoded, cx)?;
+            block.feed().forward(&mut hidden.states, &hidden.windows, Some(&mut tap), cx)
+        })?;
+        Ok(Some(tap.seen))
+    }
+
+    /// Runs the merged stream up to the experts of a layer, and sees what they get. What they give
+    /// was `tapped` from the original's stream, or is computed.
+    pub(super) fn look(
+        &mut self,
+        block: &Block,
+        tapped: Option<Seen>,
+        cx: &Context,
+    ) -> Result<Option<Seen>> {
+        let Some(pass) = &mut self.merged else { return Ok(tapped) };
+        let mut seen = Seen::default();
+        pass.each(|hidden, encoded| {
+            block.attend(hidden, encoded, cx)?;
+            let x = block.feed().input(hidden.states.view())?;
+            if tapped.is_none() {
+                seen.targets.extend(block.feed().routed(x.view(), &hidden.windows, cx)?);
+            }
+            seen.inputs.push(x);
+            seen.windows.push(hidden.windows.clone());
+            Ok(())
+        })?;
+        if let Some(tapped) = tapped {
+            seen.targets = rebatched(&tapped.targets, &seen.inputs)?;
+        }
+        Ok(Some(seen))
+    }
+}
+
+impl Marked for Streams<'_> {
+    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
+        self.all().try_for_each(|pass| pass.jump_behind(id))
+    }
+
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
+        self.all().try_for_each(|pass| pass.batches(f))
+    }
+}
+
+/// `rows` in batches of the same sizes as `like`.
+fn rebatched(rows: &[Array2<f32>], like: &[Array2<f32>]) -> Result<Vec<Array2<f32>>> {
+    let all = joined(&rows.iter().map(|rows| rows.view()).collect::<Vec<_>>())?;
+    let total = like.iter().map(Array2::nrows).sum::<usize>();
+    if all.nrows() != total {
+        return Err(Error::shape("tokens of both streams", total, all.nrows()));
+    }
+    let mut first = 0;
+    let batch = |like: &Array2<f32>| {
+        first += like.nrows();
+        all.slice(s![first - like.nrows()..first, ..]).to_owned()
+    };
+    Ok(like.iter().map(batch).collect())
+}
+
+/// Writes down what a layer gets and gives.
+pub(super) struct Tap<'a> {
+    /// Ascending windows; `None` for all.
+    wanted: Option<&'a [usize]>,
+    passed: usize,
+    pub(super) seen: Seen,
+}
+
+impl<'a> Tap<'a> {
+    pub(super) fn new(wanted: Option<&'a [usize]>) -> Self {
+        Self { wanted, passed: 0, seen: Seen::default() }
+    }
+}
+
+impl Observer for Tap<'_> {
+    fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
+        let first = self.passed;
+        self.passed += seen.windows.len();
+        let wanted = |i: usize| self.wanted.is_none_or(|all| all.binary_search(&i).is_ok());
+        let windows: Vec<_> = seen.windows.iter().cloned().enumerate().collect();
+        let windows: Vec<_> =
+            windows.into_iter().filter(|(i, _)| wanted(first + i)).map(|(_, rows)| rows).collect();
+        if !windows.is_empty() {
+            self.seen.push(seen.inputs, seen.output, &windows)?;
+        }
+        Ok(())
+    }
+}
