@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
-use super::activation::Activation;
+use super::activation::{Activation, activate, gated};
 use super::compute::Compute;
 use crate::error::{Error, Result};
 
@@ -58,16 +58,15 @@ pub(crate) fn hidden_by_parts<C: Compute + ?Sized>(
     x: ArrayView2<'_, f32>,
     compute: &C,
 ) -> Result<Array2<f32>> {
-    let up = project(&mlp.up, x, compute)?;
     let act = mlp.activation;
-    Ok(match &mlp.gate {
-        None => up.mapv_into(|z| act.apply(z)),
-        Some(gate) => {
-            let mut hidden = project(gate, x, compute)?;
-            hidden.zip_mut_with(&up, |g, &u| *g = act.gate(*g, u));
-            hidden
-        }
-    })
+    let mut hidden = project(mlp.gate.as_ref().unwrap_or(&mlp.up), x, compute)?;
+    let values = hidden.as_slice_mut().unwrap_or_default();
+    match &mlp.gate {
+        None => activate(act, values),
+        // Both are rows that lie one behind the other.
+        Some(_) => gated(act, values, project(&mlp.up, x, compute)?.as_slice().unwrap_or_default()),
+    }
+    Ok(hidden)
 }
 
 /// The default of [`Compute::mlp`].

@@ -28,6 +28,7 @@ mod triangular;
 mod truncated;
 
 pub use activation::Activation;
+pub(crate) use activation::{activate, gated};
 pub use assign::{Assignment, assign, assign_within};
 pub use cholesky::{cholesky, solve_spd};
 pub use compute::{Compute, Held, Product, Term};

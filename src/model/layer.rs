@@ -12,6 +12,7 @@ use super::grouping::Grouping;
 use super::router::Router;
 use crate::error::{Error, Locate, Result};
 use crate::linalg::Compute;
+use crate::par;
 
 /// The stack of blocks that a layer belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -237,22 +238,21 @@ fn check_experts(experts: &[Expert], router: &Router) -> Result<()> {
     Ok(())
 }
 
-/// Gathers the tokens of each expert, runs it on them, and adds the weighted outputs in expert
-/// order, so that the rounding does not depend on the number of threads.
+/// Gathers the tokens of each expert, runs it on them, the experts in parallel, and adds the
+/// weighted outputs in expert order, so that the rounding does not depend on the number of threads.
 fn visited_sum(
     experts: &[Expert],
     visits: &[Vec<(usize, f32)>],
     x: ArrayView2<'_, f32>,
     compute: &dyn Compute,
 ) -> Result<Array2<f32>> {
+    let outputs = par::map(experts.len().min(visits.len()), |e| {
+        let tokens: Vec<usize> = visits[e].iter().map(|(t, _)| *t).collect();
+        experts[e].view().forward(x.select(Axis(0), &tokens).view(), compute)
+    })?;
     let mut out = Array2::zeros(x.dim());
-    for (expert, visits) in experts.iter().zip(visits) {
-        if visits.is_empty() {
-            continue;
-        }
-        let tokens: Vec<usize> = visits.iter().map(|(t, _)| *t).collect();
-        let y = expert.view().forward(x.select(Axis(0), &tokens).view(), compute)?;
-        for ((t, w), y) in visits.iter().zip(y.rows()) {
+    for (visits, outputs) in visits.iter().zip(outputs) {
+        for ((t, w), y) in visits.iter().zip(outputs.rows()) {
             out.row_mut(*t).scaled_add(*w, &y);
         }
     }

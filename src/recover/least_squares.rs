@@ -3,8 +3,8 @@
 use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
-use super::best::{Best, descending};
-use super::features::Features;
+use super::best::descending;
+use super::features::{Features, relative, squares};
 use super::normal::{ConjugateGradients, Deltas, cholesky};
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
@@ -89,23 +89,58 @@ impl LeastSquares {
         }
         let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
+        let mut jury = Jury::new(task, &merged, cx)?;
         if features.width() <= self.dense_limit {
-            let solutions = cholesky(&features, &residual, &lambdas, cx)?;
-            let mut best = Best::new(task, &merged, cx)?;
-            for deltas in &solutions {
-                best.offer(refitted(&merged, deltas)?, cx)?;
+            for deltas in cholesky(&features, &residual, &lambdas, cx)? {
+                jury.offer(deltas, cx)?;
             }
-            return Ok(best.or(merged));
-        }
-        let mut system = ConjugateGradients::new(&features, &residual, cx)?;
-        let mut best = Best::new(task, &merged, cx)?;
-        for lambda in lambdas {
-            let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
-            if !best.offer(refitted(&merged, &deltas)?, cx)? {
-                break;
+        } else {
+            let mut system = ConjugateGradients::new(&features, &residual, cx)?;
+            for lambda in lambdas {
+                let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
+                if !jury.offer(deltas, cx)? {
+                    break;
+                }
             }
         }
-        Ok(best.or(merged))
+        match jury.best {
+            None => Ok(merged),
+            Some(deltas) => refitted(&merged, &deltas),
+        }
+    }
+}
+
+/// The judging rows up to the down projections, which is all that the candidates differ in.
+struct Jury {
+    features: Features,
+    /// What the start misses.
+    residual: Array2<f32>,
+    energy: f64,
+    least: f64,
+    best: Option<Deltas>,
+}
+
+impl Jury {
+    fn new(task: &Recovery<'_>, start: &MergedLayer, cx: &Context) -> Result<Self> {
+        let rows = task.judging();
+        let rows = s![rows, ..];
+        let targets = task.targets.slice(rows);
+        let features = Features::new(start, task.narrowed, task.inputs.slice(rows), cx)?;
+        let residual = features.residual(start, targets, cx)?;
+        let energy = squares(&targets.to_owned());
+        let least = relative(squares(&residual), energy);
+        Ok(Self { features, residual, energy, least, best: None })
+    }
+
+    /// Takes a candidate if it is better than the start and all before; says whether it was. By
+    /// more than what a forward pass rounds: it may not find the layer worse than the start.
+    fn offer(&mut self, deltas: Deltas, cx: &Context) -> Result<bool> {
+        let error = self.features.error(&self.residual, &deltas, self.energy, cx)?;
+        let better = error < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
+        if better {
+            (self.least, self.best) = (error, Some(deltas));
+        }
+        Ok(better)
     }
 }
 
