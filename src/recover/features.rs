@@ -184,7 +184,7 @@ impl Features {
             let (a, b): (Vec<_>, Vec<_>) = rows.iter().copied().unzip();
             let a = left.hidden.select(Axis(0), &a);
             let b = right.hidden.select(Axis(0), &b);
-            // Above the diagonal nothing is read: of an expert's own block three eighths are spared.
+            // Above the diagonal nothing is read: of an expert and itself three eighths are spared.
             let width = block.nrows();
             let band = if i == j { width.div_ceil(4).max(1) } else { width.max(1) };
             for first in (0..width).step_by(band) {

@@ -9,7 +9,7 @@ use super::shape::{Layer, Shape};
 use crate::group::Removal;
 use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
 use crate::pipeline::compress_choice::CompressChoice;
-use crate::pipeline::policy::AlignWhen;
+use crate::pipeline::policy::{AlignWhen, RecoverOn};
 use crate::pipeline::recipe::{ExportChoice, Recipe};
 use crate::recover::Per;
 use crate::stage::Needs;
@@ -36,7 +36,8 @@ const EXACT: f64 = 512.0;
 ///   `6 k e` a sample; where removals are measured, all experts on those tokens, and
 ///   `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit; decompositions, at the products that the
 ///   randomised one may take;
-/// - recover: what it sees of the text once more, through the original's and the merged experts;
+/// - recover: what it sees of the text once more, through the original's and the merged experts, or
+///   through what [`RecoverOn`] asks for;
 ///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
 ///   `(m d_ff)³/3` and two solutions per ridge in `f64`, or 48 conjugate-gradient steps of
 ///   `4 t k d_ff d_model`; distillation: `14 t k d_ff d_model` an epoch at the rate of its steps,
@@ -207,10 +208,12 @@ impl Job<'_> {
         let stages = self.recipe.recover.iter().map(|choice| {
             self.shape.layers.iter().map(|l| recovery(choice, l, t as f64, rates)).sum::<f64>()
         });
-        let follow = match self.options.follows(self.recipe) {
+        let follow = match (self.options.follows(self.recipe), self.recipe.recover_on) {
             // Through the original's experts and the merged ones, which are then compared.
-            true => self.forward(t, 3.0, rates),
-            false => 0.0,
+            (true, RecoverOn::SameInput) => self.forward(t, 3.0, rates),
+            (true, RecoverOn::OwnStream) => self.forward(t, 2.0, rates),
+            // Calibration has seen it all.
+            (true, RecoverOn::Original) | (false, _) => 0.0,
         };
         stages.sum::<f64>() + follow
     }
@@ -224,8 +227,8 @@ fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64, rates: &Rates) -> f64
     match choice {
         RecoverChoice::LeastSquares(fit) => {
             let (features, ridges) = (layer.kept as f64 * d_ff, fit.ridges.len() as f64);
-            // A tenth of the rows judges, before and after each ridge.
-            let judged = 6.0 * pass * (1.0 + 0.1 * (ridges + 1.0));
+            // A tenth of the rows judges, by a down pass before and after each ridge.
+            let judged = 6.0 * pass + 0.2 * pass * (ridges + 1.0);
             let solved = match features <= fit.dense_limit as f64 {
                 true => {
                     let gram = t * k * k * d_ff * d_ff + 2.0 * pass;

@@ -60,7 +60,8 @@ pub(super) fn plan(
 ) -> MemoryPlan {
     let follows = options.follows(recipe);
     let original = 4 * options.tokens * shape.d_model;
-    let followed = if follows { 4 * options.recovered_tokens(recipe) * shape.d_model } else { 0 };
+    let merged = follows && recipe.recover_on.follows();
+    let followed = if merged { 4 * options.recovered_tokens(recipe) * shape.d_model } else { 0 };
     // In one pass both streams are on their way at a time.
     let streams = if once { [original, followed] } else { [original.max(followed), 0] };
     let states: u64 = streams.iter().sum();
