@@ -10,6 +10,7 @@ pub(crate) const NOT_RUN: &[(&str, &str, &str)] = &[
     ("docs/BENCHMARKS.md", "/usr/bin/time -v", BENCH),
     ("docs/BENCHMARKS.md", "cargo bench", BENCH),
     ("docs/BENCHMARKS.md", "cargo build --release --example", BENCH),
+    ("docs/BENCHMARKS.md", "cargo build --release --features cli", BENCH),
     ("docs/BENCHMARKS.md", "cargo build --release --features gpu", "needs a graphics card"),
     ("docs/BENCHMARKS.md", "cat > /tmp/", BENCH),
     ("docs/BENCHMARKS.md", "python tools/check_exports.py", TORCH),
