@@ -36,13 +36,18 @@ fn loss(model: &Path) -> f64 {
     evaluate(model, &fixture("text"), &options).unwrap().score.nll
 }
 
+/// What the whole model loses, and how much more one pruned on 4,096 tokens does.
+fn pruned(target: &Path) -> (f64, f64) {
+    let full = loss(&fixture("mixtral-8e"));
+    merge("reap", ExportChoice::Stock, text(4096), target).unwrap();
+    (full, loss(target) - full)
+}
+
 #[test]
 fn the_closed_form_halves_what_pruning_loses() {
     let dir = tempfile::tempdir().unwrap();
     let of = |name: &str| dir.path().join(name);
-    let full = loss(&fixture("mixtral-8e"));
-    merge("reap", ExportChoice::Stock, text(4096), &of("reap")).unwrap();
-    let pruned = loss(&of("reap")) - full;
+    let (full, pruned) = pruned(&of("reap"));
     for (name, export) in [("stock", ExportChoice::Stock), ("native", ExportChoice::Native)] {
         let report = merge("fast", export, text(4096), &of(name)).unwrap();
         let lost = loss(&of(name)) - full;
@@ -61,9 +66,7 @@ fn the_closed_form_halves_what_pruning_loses() {
 fn either_target_and_either_stream_halves_what_pruning_loses() {
     let dir = tempfile::tempdir().unwrap();
     let of = |name: &str| dir.path().join(name);
-    let full = loss(&fixture("mixtral-8e"));
-    merge("reap", ExportChoice::Stock, text(4096), &of("reap")).unwrap();
-    let pruned = loss(&of("reap")) - full;
+    let (full, pruned) = pruned(&of("reap"));
     let mut found = Vec::new();
     for recover_on in [RecoverOn::SameInput, RecoverOn::OwnStream, RecoverOn::Original] {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap().export(ExportChoice::Stock);

@@ -1,7 +1,7 @@
 //! Second moments between two sets of features.
 
 use faer::Accum;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::cpu::product;
 use crate::error::{Error, Result};
@@ -32,6 +32,25 @@ pub fn add_cross(
     Ok(())
 }
 
+/// [`add_cross`] of `A: (t, p)` with itself, of which nothing but the lower triangle is read: three
+/// eighths, above the diagonal, are left as they are.
+///
+/// # Errors
+/// As [`add_cross`].
+pub fn add_own(a: ArrayView2<'_, f32>, mut out: ArrayViewMut2<'_, f64>) -> Result<()> {
+    let p = a.ncols();
+    if out.dim() != (p, p) {
+        return Err(Error::shape("own moments", "(t, p) (p, p)", (a.dim(), out.dim())));
+    }
+    let band = p.div_ceil(4).max(1);
+    for first in (0..p).step_by(band) {
+        let end = (first + band).min(p);
+        let (rows, columns) = (a.slice(s![.., first..end]), a.slice(s![.., ..end]));
+        add_cross(rows, columns, out.slice_mut(s![first..end, ..end]))?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,5 +66,17 @@ mod tests {
         let expected = a.mapv(f64::from).t().dot(&b.mapv(f64::from)) + 1.0;
         approx::assert_abs_diff_eq!(out, expected, epsilon = 1e-10);
         assert!(add_cross(a.view(), b.view(), Array2::zeros((7, 5)).view_mut()).is_err());
+    }
+
+    #[test]
+    fn own_moments_have_the_lower_triangle_of_all() {
+        for p in [0, 1, 3, 4, 13] {
+            let a = Array2::from_shape_fn((700, p), |(i, j)| ((i * 31 + j * 17) % 101) as f32);
+            let (mut own, mut all) = (Array2::zeros((p, p)), Array2::zeros((p, p)));
+            add_own(a.view(), own.view_mut()).unwrap();
+            add_cross(a.view(), a.view(), all.view_mut()).unwrap();
+            assert!(own.indexed_iter().all(|((i, j), &x)| j > i || x == all[[i, j]]), "{p}");
+            assert!(add_own(a.view(), Array2::zeros((p, p + 1)).view_mut()).is_err());
+        }
     }
 }

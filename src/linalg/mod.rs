@@ -36,7 +36,7 @@ pub use correlation::correlation;
 pub use cpu::Cpu;
 #[cfg(feature = "gpu")]
 pub(crate) use cpu::check_terms;
-pub use cross::add_cross;
+pub use cross::{add_cross, add_own};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
 pub use factorise::{Factorise, PureRust};

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::observe::{Observer, Phase, Silent};
-use super::pass::{Block, Pass};
+use super::pass::Pass;
 use super::streams::Tap;
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::calibrate::{Batch, Collector, StatsWriter};
 use crate::error::{Locate, Result};
-use crate::forward::{self, Hidden, Observation};
+use crate::forward::{self, Observation};
 use crate::model::{LayerId, RoutingStats, TensorSource};
 use crate::stage::{Context, Needs};
 
@@ -114,7 +114,8 @@ pub(super) fn each_layer<S: TensorSource>(
         let of = tokens.of(id.stack);
         let mut collector = Collector::new(needs)?.sample(options.samples, of);
         pass.each(|hidden, encoded| {
-            observed(&block, hidden, encoded, (&mut collector, None), &options.cx).in_layer(id)
+            let mut watch = Watch { collector: &mut collector, tap: None, cx: &options.cx };
+            block.forward(hidden, encoded, Some(&mut watch), &options.cx).in_layer(id)
         })?;
         if block.feed().moe().is_some() {
             let stats = collector.finish().in_layer(id)?;
@@ -125,28 +126,14 @@ pub(super) fn each_layer<S: TensorSource>(
     Ok(())
 }
 
-/// One batch of windows through a layer, with the experts watched.
-pub(super) fn observed(
-    block: &Block,
-    hidden: &mut Hidden,
-    encoded: Option<&Hidden>,
-    (collector, tap): (&mut Collector, Option<&mut Tap<'_>>),
-    cx: &Context,
-) -> Result<()> {
-    block.attend(hidden, encoded, cx)?;
-    let Hidden { states, windows } = hidden;
-    let mut watch = Watch { collector, tap: tap.map(|tap| tap as &mut dyn forward::Observer), cx };
-    block.feed().forward(states, windows, Some(&mut watch), cx)
+/// A collector that watches a forward pass, and what recovery sees of it.
+pub(super) struct Watch<'a, 't> {
+    pub(super) collector: &'a mut Collector,
+    pub(super) tap: Option<&'a mut Tap<'t>>,
+    pub(super) cx: &'a Context,
 }
 
-/// A collector that watches a forward pass, and who else does.
-struct Watch<'a> {
-    collector: &'a mut Collector,
-    tap: Option<&'a mut dyn forward::Observer>,
-    cx: &'a Context,
-}
-
-impl forward::Observer for Watch<'_> {
+impl forward::Observer for Watch<'_, '_> {
     fn watches_outputs(&self) -> bool {
         self.collector.needs_outputs()
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
-use super::calibrate::observed;
+use super::calibrate::Watch;
 use super::decide::decide;
 use super::engine;
 use super::job::behind;
@@ -109,10 +109,10 @@ impl Pipeline {
             journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
         let spread = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
-        let some = tokens.only(spread.as_deref());
         if !todo.is_empty() {
             let follows = self.recoverer.is_some() && self.recover_on.follows();
-            let texts = (Some(tokens), follows.then_some(&*some));
+            let followed = follows.then(|| tokens.only(spread.as_deref()));
+            let texts = (Some(tokens), followed.as_deref());
             let mut streams = Streams::open(source, texts, &ids, &options)?;
             let mut bookmarks = Bookmarks::new(&folder);
             if let Some(id) = from {
@@ -181,12 +181,8 @@ impl Pipeline {
         let mut collector = collector.sample(options.samples, once.tokens.of(id.stack));
         let taps = self.recoverer.is_some() && self.recover_on.taps();
         let mut tap = taps.then(|| Tap::new(way.recovered));
-        if let Some(original) = &mut way.streams.original {
-            original.each(|hidden, encoded| {
-                let watching = (&mut collector, tap.as_mut());
-                observed(block, hidden, encoded, watching, &self.cx).in_layer(id)
-            })?;
-        }
+        let mut watch = Watch { collector: &mut collector, tap: tap.as_mut(), cx: &self.cx };
+        way.streams.watch(block, &mut watch, &self.cx).in_layer(id)?;
         let seen = way.streams.look(block, tap.map(|tap| tap.seen), &self.cx)?;
         Ok((collector.finish().in_layer(id)?, seen))
     }

@@ -7,7 +7,7 @@ use ndarray::Array2;
 use super::states::{States, batches};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::error::{Error, ErrorKind, Result};
-use crate::forward::{DecoderLayer, FeedForward, Hidden, Model, SwitchBlock};
+use crate::forward::{DecoderLayer, FeedForward, Hidden, Model, Observer, SwitchBlock};
 use crate::model::{LayerId, MoeLayer, Stack, TensorSource};
 use crate::stage::Context;
 
@@ -55,6 +55,18 @@ impl Block {
                 block.attention_half(states, windows, encoded, cx)
             }
         }
+    }
+
+    /// All of it, the experts watched by `observer`.
+    pub(super) fn forward(
+        &self,
+        hidden: &mut Hidden,
+        encoded: Option<&Hidden>,
+        observer: Option<&mut dyn Observer>,
+        cx: &Context,
+    ) -> Result<()> {
+        self.attend(hidden, encoded, cx)?;
+        self.feed().forward(&mut hidden.states, &hidden.windows, observer, cx)
     }
 }
 

@@ -39,8 +39,12 @@ impl Seen {
         targets: ArrayView2<'_, f32>,
         windows: &[Range<usize>],
     ) -> Result<()> {
-        self.inputs.push(picked(inputs, windows.iter().cloned())?);
-        self.targets.push(picked(targets, windows.iter().cloned())?);
+        let pick = |from: ArrayView2<'_, f32>| {
+            let rows = windows.iter().map(|rows| from.slice_move(s![rows.clone(), ..]));
+            joined(&rows.collect::<Vec<_>>())
+        };
+        self.inputs.push(pick(inputs)?);
+        self.targets.push(pick(targets)?);
         let mut end = 0;
         let moved = windows.iter().map(|rows| {
             end += rows.len();
@@ -76,14 +80,6 @@ impl Seen {
         };
         Ok((pick(&self.inputs)?, pick(&self.targets)?, held))
     }
-}
-
-/// Some runs of rows.
-fn picked(
-    from: ArrayView2<'_, f32>,
-    runs: impl Iterator<Item = Range<usize>>,
-) -> Result<Array2<f32>> {
-    joined(&runs.map(|rows| from.slice_move(s![rows, ..])).collect::<Vec<_>>())
 }
 
 /// Rows of one width, one batch below the other.

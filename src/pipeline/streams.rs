@@ -75,24 +75,28 @@ impl<'a> Streams<'a> {
 
     /// Runs all through a layer that stays as it is.
     pub(super) fn forward(&mut self, block: &Block, cx: &Context) -> Result<()> {
-        for pass in self.all() {
-            pass.each(|hidden, encoded| {
-                block.attend(hidden, encoded, cx)?;
-                block.feed().forward(&mut hidden.states, &hidden.windows, None, cx)
-            })?;
-        }
-        Ok(())
+        let mut all = self.all();
+        all.try_for_each(|pass| {
+            pass.each(|hidden, encoded| block.forward(hidden, encoded, None, cx))
+        })
+    }
+
+    /// Runs the original's stream, if there is one, through a layer that `observer` watches.
+    pub(super) fn watch(
+        &mut self,
+        block: &Block,
+        observer: &mut dyn Observer,
+        cx: &Context,
+    ) -> Result<()> {
+        let Some(pass) = &mut self.original else { return Ok(()) };
+        pass.each(|hidden, encoded| block.forward(hidden, encoded, Some(&mut *observer), cx))
     }
 
     /// Runs the original's stream through a layer, and sees what the layer gets and gives there.
     pub(super) fn tap(&mut self, block: &Block, cx: &Context) -> Result<Option<Seen>> {
-        let Some(pass) = &mut self.original else { return Ok(None) };
         let mut tap = Tap::new(None);
-        pass.each(|hidden, encoded| {
-            block.attend(hidden, encoded, cx)?;
-            block.feed().forward(&mut hidden.states, &hidden.windows, Some(&mut tap), cx)
-        })?;
-        Ok(Some(tap.seen))
+        self.watch(block, &mut tap, cx)?;
+        Ok(self.original.as_ref().map(|_| tap.seen))
     }
 
     /// Runs the merged stream up to the experts of a layer, and sees what they get. What they give
@@ -166,9 +170,8 @@ impl Observer for Tap<'_> {
         let first = self.passed;
         self.passed += seen.windows.len();
         let wanted = |i: usize| self.wanted.is_none_or(|all| all.binary_search(&i).is_ok());
-        let windows: Vec<_> = seen.windows.iter().cloned().enumerate().collect();
-        let windows: Vec<_> =
-            windows.into_iter().filter(|(i, _)| wanted(first + i)).map(|(_, rows)| rows).collect();
+        let windows = seen.windows.iter().enumerate().filter(|(i, _)| wanted(first + i));
+        let windows: Vec<_> = windows.map(|(_, rows)| rows.clone()).collect();
         if !windows.is_empty() {
             self.seen.push(seen.inputs, seen.output, &windows)?;
         }

@@ -4,6 +4,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
 use super::course::Course;
+use super::features::squares;
 use crate::error::{Locate, Result};
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
@@ -94,7 +95,6 @@ impl Distill {
 
 /// Mean `‖t‖²` of the fitted targets; 1 when they are all 0.
 fn mean_energy(task: &Recovery<'_>) -> f64 {
-    let targets = task.targets.slice(ndarray::s![..task.fitted(), ..]);
-    let sum: f64 = targets.iter().map(|&t| f64::from(t) * f64::from(t)).sum();
+    let sum = squares(task.targets.slice(ndarray::s![..task.fitted(), ..]));
     if sum > 0.0 { sum / task.fitted() as f64 } else { 1.0 }
 }

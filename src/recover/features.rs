@@ -4,7 +4,7 @@
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use crate::error::{Locate, Result};
-use crate::linalg::add_cross;
+use crate::linalg::{add_cross, add_own};
 use crate::model::{MergedLayer, common};
 use crate::par;
 use crate::stage::Context;
@@ -24,13 +24,8 @@ pub(super) struct Part {
 }
 
 /// `Σ x²`.
-pub(super) fn squares(x: &Array2<f32>) -> f64 {
+pub(super) fn squares(x: ArrayView2<'_, f32>) -> f64 {
     x.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
-}
-
-/// `miss / energy`; targets that are all 0 count as of unit energy.
-pub(super) fn relative(miss: f64, energy: f64) -> f64 {
-    if energy > 0.0 { miss / energy } else { miss }
 }
 
 /// The block-sparse matrix `Φ: (t, m · d_ff)` of weighted hidden activations, an expert a block: a
@@ -180,36 +175,31 @@ impl Features {
             return Ok(None);
         }
         let mut block = Array2::zeros((left.hidden.ncols(), right.hidden.ncols()));
+        if i == j {
+            add_own(left.hidden.view(), block.view_mut())?;
+            return Ok(Some(block));
+        }
         for rows in common.chunks(BLOCK) {
             let (a, b): (Vec<_>, Vec<_>) = rows.iter().copied().unzip();
             let a = left.hidden.select(Axis(0), &a);
             let b = right.hidden.select(Axis(0), &b);
-            // Above the diagonal nothing is read: of an expert and itself three eighths are spared.
-            let width = block.nrows();
-            let band = if i == j { width.div_ceil(4).max(1) } else { width.max(1) };
-            for first in (0..width).step_by(band) {
-                let end = (first + band).min(width);
-                let columns = if i == j { end } else { block.ncols() };
-                let (a, b) = (a.slice(s![.., first..end]), b.slice(s![.., ..columns]));
-                add_cross(a, b, block.slice_mut(s![first..end, ..columns]))?;
-            }
+            add_cross(a.view(), b.view(), block.view_mut())?;
         }
         Ok(Some(block))
     }
 
-    /// `Σ ‖R − Φ Δᵀ‖² / Σ ‖T‖²`: the relative error of a layer that misses `R: (t, d_model)`, with
-    /// `Δ: (d_model, d_ff)` added to the down projection of each expert. A down pass.
-    pub(super) fn error(
+    /// `Σ ‖R − Φ Δᵀ‖²`: what a layer that misses `R: (t, d_model)` does with `Δ: (d_model, d_ff)`
+    /// added to the down projection of each expert. A down pass.
+    pub(super) fn missed(
         &self,
         residual: &Array2<f32>,
         deltas: &[Array2<f32>],
-        energy: f64,
         cx: &Context,
     ) -> Result<f64> {
         let mut left = residual.clone();
         let deltas: Vec<_> = deltas.iter().map(|delta| delta.view()).collect();
         self.subtract(&deltas, &mut left, cx)?;
-        Ok(relative(squares(&left), energy))
+        Ok(squares(left.view()))
     }
 
     /// Number of tokens.
@@ -224,9 +214,7 @@ impl Features {
 
     /// `tr(Φᵀ Φ) / min(t, m · d_ff)`: the mean of the eigenvalues that can differ from 0.
     pub(super) fn scale(&self) -> f64 {
-        let squares =
-            |part: &Part| -> f64 { part.hidden.iter().map(|&h| f64::from(h) * f64::from(h)).sum() };
-        let total: f64 = self.parts.iter().map(squares).sum();
+        let total: f64 = self.parts.iter().map(|part| squares(part.hidden.view())).sum();
         total / self.width().min(self.tokens).max(1) as f64
     }
 }

@@ -4,7 +4,7 @@ use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::best::descending;
-use super::features::{Features, relative, squares};
+use super::features::{Features, squares};
 use super::normal::{ConjugateGradients, Deltas, cholesky};
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
@@ -115,7 +115,7 @@ struct Jury {
     features: Features,
     /// What the start misses.
     residual: Array2<f32>,
-    energy: f64,
+    /// `Σ ‖·‖²` of what the best so far misses.
     least: f64,
     best: Option<Deltas>,
 }
@@ -124,21 +124,19 @@ impl Jury {
     fn new(task: &Recovery<'_>, start: &MergedLayer, cx: &Context) -> Result<Self> {
         let rows = task.judging();
         let rows = s![rows, ..];
-        let targets = task.targets.slice(rows);
         let features = Features::new(start, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(start, targets, cx)?;
-        let energy = squares(&targets.to_owned());
-        let least = relative(squares(&residual), energy);
-        Ok(Self { features, residual, energy, least, best: None })
+        let residual = features.residual(start, task.targets.slice(rows), cx)?;
+        let least = squares(residual.view());
+        Ok(Self { features, residual, least, best: None })
     }
 
     /// Takes a candidate if it is better than the start and all before; says whether it was. By
     /// more than what a forward pass rounds: it may not find the layer worse than the start.
     fn offer(&mut self, deltas: Deltas, cx: &Context) -> Result<bool> {
-        let error = self.features.error(&self.residual, &deltas, self.energy, cx)?;
-        let better = error < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
+        let missed = self.features.missed(&self.residual, &deltas, cx)?;
+        let better = missed < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
         if better {
-            (self.least, self.best) = (error, Some(deltas));
+            (self.least, self.best) = (missed, Some(deltas));
         }
         Ok(better)
     }

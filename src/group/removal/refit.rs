@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::probe::{Probe, Visits};
 use crate::error::Result;
-use crate::linalg::add_cross;
+use crate::linalg::{add_cross, add_own};
 use crate::model::common;
 use crate::stage::Context;
 
@@ -91,7 +91,8 @@ impl Fit {
             let block = i * f..(i + 1) * f;
             let missed = self.missed.select(Axis(0), &a.tokens);
             add_cross(a.hidden.view(), missed.view(), rhs.slice_mut(s![block.clone(), ..]))?;
-            for (j, b) in fit[..=i].iter().enumerate() {
+            add_own(a.hidden.view(), gram.slice_mut(s![block.clone(), block.clone()]))?;
+            for (j, b) in fit[..i].iter().enumerate() {
                 let (rows, others): (Vec<_>, Vec<_>) =
                     common(&a.tokens, &b.tokens).into_iter().unzip();
                 let (x, y) = (a.hidden.select(Axis(0), &rows), b.hidden.select(Axis(0), &others));

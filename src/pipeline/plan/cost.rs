@@ -78,6 +78,8 @@ pub(super) struct Job<'a> {
     pub(super) needs: Needs,
     /// Bytes of all tensors of the source and of the target.
     pub(super) bytes: (u64, u64),
+    /// Whether one pass does all.
+    pub(super) once: bool,
 }
 
 /// Tokens of a step of the recipe's distillation, 0 without.
@@ -208,12 +210,14 @@ impl Job<'_> {
         let stages = self.recipe.recover.iter().map(|choice| {
             self.shape.layers.iter().map(|l| recovery(choice, l, t as f64, rates)).sum::<f64>()
         });
+        // What calibration has seen, unless that was a pass of its own.
+        let original = if self.once { 0.0 } else { self.forward(t, 1.0, rates) };
         let follow = match (self.options.follows(self.recipe), self.recipe.recover_on) {
             // Through the original's experts and the merged ones, which are then compared.
             (true, RecoverOn::SameInput) => self.forward(t, 3.0, rates),
-            (true, RecoverOn::OwnStream) => self.forward(t, 2.0, rates),
-            // Calibration has seen it all.
-            (true, RecoverOn::Original) | (false, _) => 0.0,
+            (true, RecoverOn::OwnStream) => original + self.forward(t, 2.0, rates),
+            (true, RecoverOn::Original) => original,
+            (false, _) => 0.0,
         };
         stages.sum::<f64>() + follow
     }

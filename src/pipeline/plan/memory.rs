@@ -6,7 +6,7 @@ use super::PlanOptions;
 use super::shape::{Layer, Shape};
 use crate::group::Removal;
 use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
-use crate::pipeline::policy::AlignWhen;
+use crate::pipeline::policy::{AlignWhen, RecoverOn};
 use crate::pipeline::recipe::Recipe;
 use crate::stage::Needs;
 
@@ -63,7 +63,8 @@ pub(super) fn plan(
     let merged = follows && recipe.recover_on.follows();
     let followed = if merged { 4 * options.recovered_tokens(recipe) * shape.d_model } else { 0 };
     // In one pass both streams are on their way at a time.
-    let streams = if once { [original, followed] } else { [original.max(followed), 0] };
+    let targets = if recipe.recover_on == RecoverOn::OwnStream { followed } else { 0 };
+    let streams = if once { [original, followed] } else { [original.max(followed), targets] };
     let states: u64 = streams.iter().sum();
     let held: u64 = streams.iter().filter(|&&bytes| bytes <= most_states).sum();
     let block = 4 * shape.blocks.iter().copied().max().unwrap_or(0);

@@ -148,7 +148,7 @@ pub fn plan(
     let memory = memory::plan(&shape, recipe, needs, options, (output.memory, once));
     let time = options.measure.then(|| {
         let bytes = (source.total_bytes(), outline.bytes);
-        let job = cost::Job { shape: &shape, recipe, options, needs, bytes };
+        let job = cost::Job { shape: &shape, recipe, options, needs, bytes, once };
         let step = cost::step(recipe);
         cost::plan(&job, &Rates::measure(source.dir(), &shape, step, &pipeline.cx))
     });
