@@ -78,7 +78,8 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
         },
         // Ours: salient experts stay as they are, the router's view of the others decides whose
         // tokens go where (native), and the layer is fitted to what it gave before.
-        // On part of what calibration sees anyway, so that it costs half as much again.
+        // On part of what calibration sees anyway, so that it costs half as much again, as long as
+        // the fit is dense.
         "fast" => Recipe {
             recover_tokens: Some(8192),
             recover_on: RecoverOn::Original,
