@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::cholesky::{cholesky, solve_spd};
+use super::cholesky::{cholesky, solve_spd, solve_spd_in};
 use super::eigh::{Eigh, eigenvalues, eigh};
 use super::qr::{Qr, qr};
 use super::svd::{Svd, singular_values, svd};
@@ -98,7 +98,8 @@ pub trait Factorise: Debug + Send + Sync {
     ) -> Result<Array2<f64>>;
 }
 
-/// The functions of this module: pure Rust, on one thread, the same bits at any number of threads.
+/// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs in
+/// parallel, the others on one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PureRust;
 
@@ -137,6 +138,16 @@ impl Factorise for PureRust {
         rhs: ArrayView2<'_, f64>,
     ) -> Result<Array2<f64>> {
         solve_spd(gram, rhs)
+    }
+
+    fn solve_ridged(
+        &self,
+        mut gram: Array2<f64>,
+        lambda: f64,
+        rhs: ArrayView2<'_, f64>,
+    ) -> Result<Array2<f64>> {
+        gram.diag_mut().mapv_inplace(|x| x + lambda);
+        solve_spd_in(gram, rhs)
     }
 
     fn solve_lower(

@@ -18,6 +18,7 @@ mod cross;
 mod eigh;
 mod exp;
 mod factorise;
+mod kernel;
 #[cfg(feature = "lapack")]
 mod lapack;
 mod mlp;
@@ -40,6 +41,7 @@ pub use cross::{add_cross, add_own};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
 pub use factorise::{Factorise, PureRust};
+pub(crate) use kernel::{Kernel, Rows};
 #[cfg(feature = "lapack")]
 pub use lapack::Lapack;
 pub use mlp::{LinearView, Mlp};

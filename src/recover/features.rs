@@ -1,10 +1,12 @@
 //! The gate-weighted hidden activations of a merged layer: the features of a linear fit of its
 //! down projections.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use crate::error::{Locate, Result};
-use crate::linalg::{add_cross, add_own};
+use crate::linalg::{Kernel, Rows, add_cross, add_own};
 use crate::model::{MergedLayer, common};
 use crate::par;
 use crate::stage::Context;
@@ -21,6 +23,12 @@ pub(super) struct Part {
     pub(super) weights: Vec<f32>,
     /// `(visits, d_ff)` hidden activations, times the weight.
     pub(super) hidden: Array2<f32>,
+}
+
+impl Part {
+    fn rows(&self) -> Rows<'_> {
+        Rows { at: &self.tokens, values: self.hidden.view() }
+    }
 }
 
 /// `Σ x²`.
@@ -200,6 +208,25 @@ impl Features {
         let deltas: Vec<_> = deltas.iter().map(|delta| delta.view()).collect();
         self.subtract(&deltas, &mut left, cx)?;
         Ok(squares(left.view()))
+    }
+
+    /// `Φ Φᵀ: (t, t)` in `f64`.
+    pub(super) fn kernel(&self) -> Result<Kernel> {
+        Kernel::new(self.tokens, &self.parts.iter().map(Part::rows).collect::<Vec<_>>())
+    }
+
+    /// A copy of what is there for some tokens in a row.
+    pub(super) fn of(&self, tokens: Range<usize>) -> Self {
+        let of = |part: &Part| {
+            let [from, to] = [tokens.start, tokens.end]
+                .map(|end| part.tokens.partition_point(|&token| token < end));
+            Part {
+                tokens: part.tokens[from..to].iter().map(|token| token - tokens.start).collect(),
+                weights: part.weights[from..to].to_vec(),
+                hidden: part.hidden.slice(s![from..to, ..]).to_owned(),
+            }
+        };
+        Self { parts: self.parts.iter().map(of).collect(), tokens: tokens.len() }
     }
 
     /// Number of tokens.

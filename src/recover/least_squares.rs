@@ -4,7 +4,9 @@ use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::best::descending;
-use super::features::{Features, squares};
+use super::dual::by_tokens;
+use super::features::Features;
+use super::jury::Jury;
 use super::normal::{ConjugateGradients, Deltas, cholesky};
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
@@ -42,6 +44,8 @@ pub struct LeastSquares {
     pub ridges: Vec<f64>,
     /// The most features, `m · d_ff`, for which a Gram matrix is formed.
     pub dense_limit: usize,
+    /// The most fitted tokens for which products between tokens are formed.
+    pub token_limit: usize,
     /// The most conjugate-gradient iterations per ridge.
     pub iterations: usize,
     /// The relative residual of the normal equations at which conjugate gradients stop.
@@ -53,6 +57,7 @@ impl Default for LeastSquares {
         Self {
             ridges: vec![1e-3, 1e-2, 1e-1, 1.0],
             dense_limit: 4096,
+            token_limit: 8192,
             iterations: 48,
             tolerance: 1e-3,
         }
@@ -81,15 +86,36 @@ impl LeastSquares {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
+        let fitted = task.fitted();
+        let features: usize = merged.experts.iter().map(|e| e.view().d_ff()).sum();
+        let dense = features <= self.dense_limit;
+        let best = match fitted <= self.token_limit && (fitted < features || !dense) {
+            true => by_tokens(task, &merged, &ridges, cx)?,
+            false => self.by_features(task, &merged, &ridges, cx)?,
+        };
+        match best {
+            None => Ok(merged),
+            Some(deltas) => refitted(&merged, &deltas),
+        }
+    }
+
+    /// The fit from a system of as many equations as there are features.
+    fn by_features(
+        &self,
+        task: &Recovery<'_>,
+        merged: &MergedLayer,
+        ridges: &[f64],
+        cx: &Context,
+    ) -> Result<Option<Deltas>> {
         let rows = s![..task.fitted(), ..];
-        let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
+        let features = Features::new(merged, task.narrowed, task.inputs.slice(rows), cx)?;
         let scale = features.scale();
         if scale <= 0.0 {
-            return Ok(merged);
+            return Ok(None);
         }
-        let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
+        let residual = features.residual(merged, task.targets.slice(rows), cx)?;
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
-        let mut jury = Jury::new(task, &merged, cx)?;
+        let mut jury = Jury::of(task, merged, cx)?;
         if features.width() <= self.dense_limit {
             for deltas in cholesky(&features, &residual, &lambdas, cx)? {
                 jury.offer(deltas, cx)?;
@@ -103,45 +129,9 @@ impl LeastSquares {
                 }
             }
         }
-        match jury.best {
-            None => Ok(merged),
-            Some(deltas) => refitted(&merged, &deltas),
-        }
+        Ok(jury.best())
     }
 }
-
-/// The judging rows up to the down projections, which is all that the candidates differ in.
-struct Jury {
-    features: Features,
-    /// What the start misses.
-    residual: Array2<f32>,
-    /// `Σ ‖·‖²` of what the best so far misses.
-    least: f64,
-    best: Option<Deltas>,
-}
-
-impl Jury {
-    fn new(task: &Recovery<'_>, start: &MergedLayer, cx: &Context) -> Result<Self> {
-        let rows = task.judging();
-        let rows = s![rows, ..];
-        let features = Features::new(start, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(start, task.targets.slice(rows), cx)?;
-        let least = squares(residual.view());
-        Ok(Self { features, residual, least, best: None })
-    }
-
-    /// Takes a candidate if it is better than the start and all before; says whether it was. By
-    /// more than what a forward pass rounds: it may not find the layer worse than the start.
-    fn offer(&mut self, deltas: Deltas, cx: &Context) -> Result<bool> {
-        let missed = self.features.missed(&self.residual, &deltas, cx)?;
-        let better = missed < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
-        if better {
-            (self.least, self.best) = (missed, Some(deltas));
-        }
-        Ok(better)
-    }
-}
-
 /// The layer with `deltas` added to its down projections.
 fn refitted(start: &MergedLayer, deltas: &Deltas) -> Result<MergedLayer> {
     let mut layer = start.clone();

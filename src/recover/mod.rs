@@ -18,9 +18,11 @@ mod best;
 mod chain;
 mod course;
 mod distill;
+mod dual;
 mod features;
 #[cfg(test)]
 mod gradients;
+mod jury;
 mod kernels;
 mod least_squares;
 mod normal;

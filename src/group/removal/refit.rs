@@ -1,10 +1,10 @@
 //! The error that a layer keeps after all its down projections have been refitted together.
 
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, Axis, s};
 
 use super::probe::{Probe, Visits};
 use crate::error::Result;
-use crate::linalg::{add_cross, add_own};
+use crate::linalg::{Kernel, Rows, add_cross, add_own};
 use crate::model::common;
 use crate::stage::Context;
 
@@ -50,6 +50,12 @@ fn missed(probe: &Probe<'_>, visits: &[Visits]) -> Array2<f32> {
 struct Part {
     tokens: Vec<usize>,
     hidden: Array2<f32>,
+}
+
+impl Part {
+    fn rows(&self) -> Rows<'_> {
+        Rows { at: &self.tokens, values: self.hidden.view() }
+    }
 }
 
 /// The parts of the experts that any token visits.
@@ -130,29 +136,16 @@ impl Fit {
 
     /// The same in dual form, of the size of the tokens.
     fn by_tokens(&self, features: usize, ridge: f64, cx: &Context) -> Result<Array2<f64>> {
-        let mut kernel = Array2::zeros((self.tokens, self.tokens));
-        for part in &self.parts {
-            add_block(&mut kernel, &part.tokens, part.hidden.view())?;
-        }
+        let blocks: Vec<_> = self.parts.iter().map(Part::rows).collect();
+        let kernel = Kernel::new(self.tokens, &blocks)?;
         let mut left = self.rows(&self.judges);
-        let gram = kernel.select(Axis(0), &self.fitted).select(Axis(1), &self.fitted);
+        let gram = kernel.own(&self.fitted);
         let mean = gram.diag().sum() / features.min(self.fitted.len()).max(1) as f64;
         if mean > 0.0 {
             let missed = self.rows(&self.fitted);
             let solved = cx.factorise().solve_ridged(gram, ridge * mean, missed.view())?;
-            let cross = kernel.select(Axis(0), &self.judges).select(Axis(1), &self.fitted);
-            left -= &cross.dot(&solved);
+            left -= &kernel.between(&self.judges, &self.fitted).dot(&solved);
         }
         Ok(left)
     }
-}
-
-/// Adds `Φ Φᵀ` at the rows and columns of some tokens.
-fn add_block(kernel: &mut Array2<f64>, tokens: &[usize], phi: ArrayView2<'_, f32>) -> Result<()> {
-    let mut block = Array2::zeros((tokens.len(), tokens.len()));
-    add_cross(phi.t(), phi.t(), block.view_mut())?;
-    for (row, &a) in block.rows().into_iter().zip(tokens) {
-        row.iter().zip(tokens).for_each(|(&x, &b)| kernel[[a, b]] += x);
-    }
-    Ok(())
 }
