@@ -6,6 +6,7 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::{
     solve_lower_triangular_in_place, solve_upper_triangular_in_place,
 };
+use faer::reborrow::ReborrowMut;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, Axis, s};
 
@@ -15,7 +16,7 @@ use crate::par;
 
 /// Rows and columns that are factorised at a time, and columns that are solved for at a time:
 /// fixed, so that the bits do not depend on the number of threads.
-const BLOCK: usize = 384;
+const BLOCK: usize = 256;
 
 /// The lower Cholesky factor `L` of a symmetric positive definite `G = L Lᵀ: (n, n)`, of which only
 /// the lower triangle is read; zeros above the diagonal. `n³/3` operations, in parallel, with the
@@ -108,10 +109,13 @@ fn subtract_own(gram: &mut Array2<f64>, first: usize, panel: MatRef<'_, f64>) ->
     let Some(all) = gram.as_slice_mut() else { return Err(failure("not in row order".into())) };
     par::for_each_chunk(&mut all[first * n..], BLOCK * n, |i, rows| {
         let (count, from) = (rows.len() / n, i * BLOCK);
-        let strip = MatMut::from_row_major_slice_mut(rows, count, n);
-        let strip = strip.subcols_mut(first, from + count);
-        let right = panel.subrows(0, from + count).transpose();
-        matmul(strip, Accum::Add, panel.subrows(from, count), right, -1.0, Par::Seq);
+        let mut strip = MatMut::from_row_major_slice_mut(rows, count, n);
+        let left = panel.subrows(from, count);
+        for at in (0..from + count).step_by(BLOCK) {
+            let width = BLOCK.min(from + count - at);
+            let tile = strip.rb_mut().subcols_mut(first + at, width);
+            matmul(tile, Accum::Add, left, panel.subrows(at, width).transpose(), -1.0, Par::Seq);
+        }
     });
     Ok(())
 }

@@ -78,13 +78,16 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
         },
         // Ours: salient experts stay as they are, the router's view of the others decides whose
         // tokens go where (native), and the layer is fitted to what it gave before.
-        // On part of what calibration sees anyway, so that it costs half as much again, as long as
-        // the fit is dense.
-        "fast" => Recipe {
-            recover_tokens: Some(8192),
-            recover_on: RecoverOn::Original,
-            ..recovered(vec![closed_form])
-        },
+        // On part of what calibration sees anyway, and on less of it where experts are large, so
+        // that it costs half as much again.
+        "fast" => {
+            let few = LeastSquares { most_tokens: Some(4096), ..LeastSquares::default() };
+            Recipe {
+                recover_tokens: Some(8192),
+                recover_on: RecoverOn::Original,
+                ..recovered(vec![RecoverChoice::LeastSquares(few)])
+            }
+        }
         "balanced" => recovered(vec![closed_form.clone(), distilled(10), closed_form]),
         "best" => recovered(vec![closed_form.clone(), distilled(40), closed_form]),
         other => {

@@ -8,15 +8,15 @@ use ndarray::{Array2, Axis, s};
 use super::features::{Features, squares};
 use super::jury::Jury;
 use super::normal::Deltas;
+use super::thinned::{Thinned, evenly};
 use crate::error::Result;
 use crate::linalg::Kernel;
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recovery};
 
-/// The most fitted tokens by which a ridge is chosen. A factorisation per ridge would cost more than
-/// all else, and the ridge is relative to the mean eigenvalue, which hardly depends on how many
-/// tokens there are as long as features are more.
-const CHOOSING: usize = 4096;
+/// The most fitted tokens by which a ridge is chosen: a factorisation for each ridge would cost more
+/// than the fit, and what a ridge weighs against hardly depends on how many tokens there are.
+const CHOOSING: usize = 2048;
 
 /// What is added to the down projections so that the layer gives the targets of `task`, if that is
 /// better than nothing on the rows that judge. `ridges` are relative, the largest first.
@@ -26,56 +26,72 @@ pub(super) fn by_tokens(
     ridges: &[f64],
     cx: &Context,
 ) -> Result<Option<Deltas>> {
-    let features = Features::new(merged, task.narrowed, task.inputs, cx)?;
-    let residual = features.residual(merged, task.targets, cx)?;
-    let judging = residual.slice(s![task.judging(), ..]).to_owned();
-    let mut jury = Jury::new(features.of(task.judging()), judging);
-    let width = features.width();
-    let (kernel, fitted, judging) = (features.kernel()?, task.fitted(), task.judging());
-    let system = System { kernel: &kernel, residual: &residual, fitted, judging, width };
-    let Some(ridge) = system.best_of(ridges, cx)? else { return Ok(None) };
+    let system = System::new(task, merged, cx)?;
+    let Some(lambda) = system.best_of(ridges, cx)? else { return Ok(None) };
+    let System { features, residual, kernel, judging, fitted } = system;
     let gram = kernel.own(&(0..fitted).collect::<Vec<_>>());
     drop(kernel);
-    let lambda = ridge * mean_eigenvalue(&gram, width);
     let missed = residual.slice(s![..fitted, ..]).mapv(f64::from);
     let solved = cx.factorise().solve_ridged(gram, lambda, missed.view())?;
     // The rows that judge take no part.
     let mut shares = Array2::zeros(residual.dim());
     shares.slice_mut(s![..fitted, ..]).zip_mut_with(&solved, |a, &b| *a = b as f32);
-    jury.offer(features.moments(&shares, cx)?, cx)?;
+    let deltas = features.moments(&shares, cx)?;
+    let judged = residual.slice(s![judging.clone(), ..]).to_owned();
+    let mut jury = Jury::new(features.of(judging), judged);
+    jury.offer(deltas, cx)?;
     Ok(jury.best())
 }
 
-/// Products between tokens, and what the start misses for them.
-struct System<'a> {
-    kernel: &'a Kernel,
-    residual: &'a Array2<f32>,
-    fitted: usize,
-    judging: Range<usize>,
-    /// Features.
-    width: usize,
+/// The `λ` whose fit does best on the rows that judge, for a fit to any number of tokens; `None` if
+/// no feature is other than 0. `ridges` are relative, the largest first.
+pub(super) fn choose(
+    task: &Recovery<'_>,
+    merged: &MergedLayer,
+    ridges: &[f64],
+    cx: &Context,
+) -> Result<Option<f64>> {
+    let thinned = Thinned::of(task, CHOOSING);
+    System::new(&thinned.task(), merged, cx)?.best_of(ridges, cx)
 }
 
-impl System<'_> {
-    /// The ridge whose fit to at most [`CHOOSING`] tokens does best on those that judge; from the
-    /// largest down, until it gets worse.
+/// A task in the form of tokens.
+struct System {
+    features: Features,
+    /// What the start misses.
+    residual: Array2<f32>,
+    kernel: Kernel,
+    fitted: usize,
+    judging: Range<usize>,
+}
+
+impl System {
+    fn new(task: &Recovery<'_>, merged: &MergedLayer, cx: &Context) -> Result<Self> {
+        let features = Features::new(merged, task.narrowed, task.inputs, cx)?;
+        let residual = features.residual(merged, task.targets, cx)?;
+        let (kernel, fitted, judging) = (features.kernel()?, task.fitted(), task.judging());
+        Ok(Self { features, residual, kernel, fitted, judging })
+    }
+
+    /// The `λ` of the best fit to at most [`CHOOSING`] tokens; from the largest ridge down, until
+    /// it gets worse.
     fn best_of(&self, ridges: &[f64], cx: &Context) -> Result<Option<f64>> {
-        let (t, n) = (self.fitted, self.fitted.min(CHOOSING));
-        let chosen: Vec<usize> = (0..n).map(|i| i * t / n).collect();
+        let chosen = evenly(self.fitted, CHOOSING);
         let judges: Vec<usize> = self.judging.clone().collect();
         let gram = self.kernel.own(&chosen);
         let cross = self.kernel.between(&chosen, &judges);
-        let scale = mean_eigenvalue(&gram, self.width);
-        if scale <= 0.0 {
+        // The mean of the eigenvalues that can differ from 0.
+        let mean = gram.diag().sum() / chosen.len().min(self.features.width()).max(1) as f64;
+        if mean <= 0.0 {
             return Ok(None);
         }
         let given = self.residual.select(Axis(0), &chosen);
         let goal = self.residual.slice(s![self.judging.clone(), ..]);
         let (mut best, mut least) = (None, f64::INFINITY);
-        for &ridge in ridges {
+        for lambda in ridges.iter().map(|ridge| ridge * mean) {
             // How much a judge gets of what every chosen token misses: judges are mostly fewer
             // right-hand sides than output features.
-            let shares = cx.factorise().solve_ridged(gram.clone(), ridge * scale, cross.view())?;
+            let shares = cx.factorise().solve_ridged(gram.clone(), lambda, cross.view())?;
             let shares = shares.mapv(|x| x as f32);
             let mut left = goal.to_owned();
             cx.compute().gemm(-1.0, shares.t(), given.view(), 1.0, left.view_mut())?;
@@ -83,13 +99,8 @@ impl System<'_> {
             if missed >= least {
                 break;
             }
-            (best, least) = (Some(ridge), missed);
+            (best, least) = (Some(lambda), missed);
         }
         Ok(best)
     }
-}
-
-/// `tr(G) / min(t, features)`: the mean of the eigenvalues that can differ from 0.
-fn mean_eigenvalue(gram: &Array2<f64>, features: usize) -> f64 {
-    gram.diag().sum() / gram.nrows().min(features).max(1) as f64
 }

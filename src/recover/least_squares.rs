@@ -4,10 +4,11 @@ use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::best::descending;
-use super::dual::by_tokens;
+use super::dual::{by_tokens, choose};
 use super::features::Features;
 use super::jury::Jury;
 use super::normal::{ConjugateGradients, Deltas, cholesky};
+use super::thinned::Thinned;
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
 use crate::stage::{Context, Recoverer, Recovery, Stage};
@@ -46,6 +47,10 @@ pub struct LeastSquares {
     pub dense_limit: usize,
     /// The most fitted tokens for which products between tokens are formed.
     pub token_limit: usize,
+    /// The most tokens that are fitted, evenly apart, where features are more than `dense_limit`;
+    /// all unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub most_tokens: Option<usize>,
     /// The most conjugate-gradient iterations per ridge.
     pub iterations: usize,
     /// The relative residual of the normal equations at which conjugate gradients stop.
@@ -58,6 +63,7 @@ impl Default for LeastSquares {
             ridges: vec![1e-3, 1e-2, 1e-1, 1.0],
             dense_limit: 4096,
             token_limit: 8192,
+            most_tokens: None,
             iterations: 48,
             tolerance: 1e-3,
         }
@@ -86,20 +92,35 @@ impl LeastSquares {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
-        let fitted = task.fitted();
         let features: usize = merged.experts.iter().map(|e| e.view().d_ff()).sum();
-        let dense = features <= self.dense_limit;
-        let best = match fitted <= self.token_limit && (fitted < features || !dense) {
-            true => by_tokens(task, &merged, &ridges, cx)?,
-            false => self.by_features(task, &merged, &ridges, cx)?,
+        let few = self.most_tokens.filter(|&n| features > self.dense_limit && n < task.fitted());
+        let found = match few {
+            Some(most) => {
+                self.fit(Thinned::of(task, most).task(), (&merged, features), &ridges, cx)?
+            }
+            None => self.fit(*task, (&merged, features), &ridges, cx)?,
         };
-        match best {
+        match found {
             None => Ok(merged),
             Some(deltas) => refitted(&merged, &deltas),
         }
     }
 
-    /// The fit from a system of as many equations as there are features.
+    fn fit(
+        &self,
+        task: Recovery<'_>,
+        (merged, features): (&MergedLayer, usize),
+        ridges: &[f64],
+        cx: &Context,
+    ) -> Result<Option<Deltas>> {
+        match Solver::of(self, features as u64, task.fitted() as u64) {
+            Solver::Features => self.by_features(&task, merged, ridges, cx),
+            Solver::Tokens => by_tokens(&task, merged, ridges, cx),
+            Solver::Iterative => self.iterated(&task, merged, ridges, cx),
+        }
+    }
+
+    /// From a system of as many equations as there are features.
     fn by_features(
         &self,
         task: &Recovery<'_>,
@@ -116,22 +137,56 @@ impl LeastSquares {
         let residual = features.residual(merged, task.targets.slice(rows), cx)?;
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
         let mut jury = Jury::of(task, merged, cx)?;
-        if features.width() <= self.dense_limit {
-            for deltas in cholesky(&features, &residual, &lambdas, cx)? {
-                jury.offer(deltas, cx)?;
-            }
-        } else {
-            let mut system = ConjugateGradients::new(&features, &residual, cx)?;
-            for lambda in lambdas {
-                let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
-                if !jury.offer(deltas, cx)? {
-                    break;
-                }
-            }
+        for deltas in cholesky(&features, &residual, &lambdas, cx)? {
+            jury.offer(deltas, cx)?;
         }
         Ok(jury.best())
     }
+
+    /// By conjugate gradients, without a system.
+    fn iterated(
+        &self,
+        task: &Recovery<'_>,
+        merged: &MergedLayer,
+        ridges: &[f64],
+        cx: &Context,
+    ) -> Result<Option<Deltas>> {
+        let Some(lambda) = choose(task, merged, ridges, cx)? else { return Ok(None) };
+        let rows = s![..task.fitted(), ..];
+        let features = Features::new(merged, task.narrowed, task.inputs.slice(rows), cx)?;
+        let residual = features.residual(merged, task.targets.slice(rows), cx)?;
+        let system = ConjugateGradients::new(&features, &residual, cx)?;
+        let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
+        let mut jury = Jury::of(task, merged, cx)?;
+        jury.offer(deltas, cx)?;
+        Ok(jury.best())
+    }
 }
+
+/// How a fit of some size is solved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Solver {
+    /// One equation per feature.
+    Features,
+    /// One equation per fitted token.
+    Tokens,
+    /// Conjugate gradients.
+    Iterative,
+}
+
+impl Solver {
+    /// The smaller system, if it is within its limit.
+    pub(crate) fn of(fit: &LeastSquares, features: u64, fitted: u64) -> Self {
+        let dense = features <= fit.dense_limit as u64;
+        let short = fitted <= fit.token_limit as u64;
+        match (dense, short) {
+            (_, true) if fitted < features || !dense => Self::Tokens,
+            (true, _) => Self::Features,
+            (false, _) => Self::Iterative,
+        }
+    }
+}
+
 /// The layer with `deltas` added to its down projections.
 fn refitted(start: &MergedLayer, deltas: &Deltas) -> Result<MergedLayer> {
     let mut layer = start.clone();

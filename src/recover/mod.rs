@@ -31,6 +31,7 @@ mod pupil;
 mod routing;
 mod scale;
 mod student;
+mod thinned;
 mod unit_scale;
 
 pub use chain::Chain;

@@ -37,7 +37,6 @@ pub(super) fn cholesky(
 pub(super) struct ConjugateGradients<'a> {
     features: &'a Features,
     rhs: Deltas,
-    solution: Deltas,
 }
 
 impl<'a> ConjugateGradients<'a> {
@@ -46,27 +45,23 @@ impl<'a> ConjugateGradients<'a> {
         residual: &Array2<f32>,
         cx: &Context,
     ) -> Result<Self> {
-        let rhs = features.moments(residual, cx)?;
-        let solution = rhs.iter().map(|r| Array2::zeros(r.dim())).collect();
-        Ok(Self { features, rhs, solution })
+        Ok(Self { features, rhs: features.moments(residual, cx)? })
     }
 
-    /// Goes on from the last solution, of another `λ`, until every output feature's residual is
-    /// below `tolerance` of its right-hand side, at most `iterations` times.
+    /// Until every output feature's residual is below `tolerance` of its right-hand side, at most
+    /// `iterations` times.
     pub(super) fn solve(
-        &mut self,
+        self,
         lambda: f64,
         iterations: usize,
         tolerance: f64,
         cx: &Context,
     ) -> Result<Deltas> {
-        let goal: Vec<f64> =
-            dots(&self.rhs, &self.rhs).iter().map(|r| r * tolerance * tolerance).collect();
-        let applied = self.apply(&self.solution, lambda, cx)?;
+        let mut solution: Deltas = self.rhs.iter().map(|r| Array2::zeros(r.dim())).collect();
         let mut residual = self.rhs.clone();
-        axpy(&mut residual, &vec![-1.0; goal.len()], &applied);
         let mut direction = residual.clone();
         let mut energy = dots(&residual, &residual);
+        let goal: Vec<f64> = energy.iter().map(|r| r * tolerance * tolerance).collect();
         for _ in 0..iterations {
             if energy.iter().zip(&goal).all(|(e, goal)| e <= goal) {
                 break;
@@ -77,14 +72,14 @@ impl<'a> ConjugateGradients<'a> {
             let step: Vec<f64> = (0..goal.len())
                 .map(|i| if open(i) { energy[i] / curvature[i] } else { 0.0 })
                 .collect();
-            axpy(&mut self.solution, &step, &direction);
+            axpy(&mut solution, &step, &direction);
             axpy(&mut residual, &step.iter().map(|s| -s).collect::<Vec<_>>(), &applied);
             let new = dots(&residual, &residual);
             let turn: Vec<f64> = new.iter().zip(&energy).map(|(n, e)| n / e.max(1e-300)).collect();
             turned(&mut direction, &turn, &residual);
             energy = new;
         }
-        Ok(self.solution.clone())
+        Ok(solution)
     }
 
     /// `(Φᵀ Φ + λ I) P`: one down pass over the tokens of each expert, and its transpose.
