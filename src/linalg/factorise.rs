@@ -98,8 +98,8 @@ pub trait Factorise: Debug + Send + Sync {
     ) -> Result<Array2<f64>>;
 }
 
-/// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs in
-/// parallel, the others on one thread.
+/// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs
+/// in parallel, the others on one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PureRust;
 

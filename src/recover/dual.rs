@@ -1,5 +1,5 @@
-//! The joint fit in the form of tokens, `Δᵀ = Φᵀ (Φ Φᵀ + λ I)⁻¹ R`: the same solution as that of the
-//! normal equations, from a system of as many equations as there are tokens to fit.
+//! The joint fit in the form of tokens, `Δᵀ = Φᵀ (Φ Φᵀ + λ I)⁻¹ R`: the solution of the normal
+//! equations, from a system of as many equations as there are tokens to fit.
 
 use std::ops::Range;
 
@@ -14,9 +14,9 @@ use crate::linalg::Kernel;
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recovery};
 
-/// The most fitted tokens by which a ridge is chosen: a factorisation for each ridge would cost more
-/// than the fit, and what a ridge weighs against hardly depends on how many tokens there are.
-const CHOOSING: usize = 2048;
+/// The most fitted tokens by which a ridge is chosen: a factorisation for each ridge would cost
+/// more than the fit, and the noise that `λ` weighs against does not depend on how many there are.
+pub(crate) const CHOOSING: usize = 2048;
 
 /// What is added to the down projections so that the layer gives the targets of `task`, if that is
 /// better than nothing on the rows that judge. `ridges` are relative, the largest first.

@@ -25,13 +25,21 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 /// also where tokens are fewer than features. The ridge is the one of [`LeastSquares::ridges`] with
 /// the least error on the rows that judge; experts that no token visits keep every bit.
 ///
-/// Up to `dense_limit` features: one Gram matrix in `f64`, of which only the blocks of experts that
-/// fire together are computed (`t k² d_ff²` operations), and a Cholesky factorisation per ridge
-/// (`(m d_ff)³/3`), in parallel; memory `8 (m d_ff)²` bytes for the Gram matrix and twice that for
-/// every ridge solved at a time. Beyond: conjugate gradients without a Gram matrix, from the
-/// largest ridge down, each warm from the one before, until the judging error rises; an iteration
-/// is a down pass over the tokens and its transpose (`4 t k d_ff d_model` operations), memory
-/// `12 t k d_ff` bytes or less. Both keep the hidden activations, `4 t k d_ff` bytes.
+/// Three ways lead to the solution, and the sizes decide which is taken:
+///
+/// - **By features**, up to `dense_limit` of them: one Gram matrix in `f64`, of which only the
+///   blocks of experts that fire together are computed (`t k² d_ff²` operations), and a Cholesky
+///   factorisation per ridge (`(m d_ff)³/3`), in parallel; memory `8 (m d_ff)²` bytes for the Gram
+///   matrix and twice that for every ridge solved at a time.
+/// - **By tokens**, up to `token_limit` that are fitted, where they are fewer than features or
+///   features too many: `Δᵀ = Φᵀ (Φ Φᵀ + λ I)⁻¹ R`, the same solution. `t² k² d_ff / m` operations
+///   for the products in `f64`, `t³/3 + 2 t² d_model` for the solution, and memory `16 t²` bytes.
+/// - **By conjugate gradients**, without any system: an iteration is a down pass over the tokens
+///   and its transpose (`4 t k d_ff d_model` operations), memory `20 m d_ff d_model` bytes.
+///
+/// The last two choose `λ` by fits to at most 2,048 of the tokens, evenly apart, in the form of
+/// tokens: from the largest ridge down until the judging error rises, with the mean eigenvalue of
+/// those tokens. All keep the hidden activations, `4 t k d_ff` bytes.
 ///
 /// Source: MergeMoE (Miao et al., arXiv 2510.14436) solves a merged expert's down projection for
 /// the members' combined output, a group at a time and without a ridge. Ours fits all experts of a
@@ -51,7 +59,7 @@ pub struct LeastSquares {
     /// all unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub most_tokens: Option<usize>,
-    /// The most conjugate-gradient iterations per ridge.
+    /// The most conjugate-gradient iterations.
     pub iterations: usize,
     /// The relative residual of the normal equations at which conjugate gradients stop.
     pub tolerance: f64,
@@ -64,7 +72,7 @@ impl Default for LeastSquares {
             dense_limit: 4096,
             token_limit: 8192,
             most_tokens: None,
-            iterations: 48,
+            iterations: 96,
             tolerance: 1e-3,
         }
     }
@@ -93,16 +101,30 @@ impl LeastSquares {
         let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
         let features: usize = merged.experts.iter().map(|e| e.view().d_ff()).sum();
-        let few = self.most_tokens.filter(|&n| features > self.dense_limit && n < task.fitted());
-        let found = match few {
-            Some(most) => {
-                self.fit(Thinned::of(task, most).task(), (&merged, features), &ridges, cx)?
-            }
-            None => self.fit(*task, (&merged, features), &ridges, cx)?,
+        let few = self.thinned(features, task.fitted());
+        let found = match few < task.fitted() {
+            true => self.fit(Thinned::of(task, few).task(), (&merged, features), &ridges, cx)?,
+            false => self.fit(*task, (&merged, features), &ridges, cx)?,
         };
         match found {
             None => Ok(merged),
             Some(deltas) => refitted(&merged, &deltas),
+        }
+    }
+
+    /// How many of the tokens that may be fitted are.
+    pub(crate) fn thinned(&self, features: usize, fitted: usize) -> usize {
+        let most = self.most_tokens.filter(|_| features > self.dense_limit);
+        most.map_or(fitted, |most| most.min(fitted))
+    }
+
+    /// The smaller system, if it is within its limit.
+    pub(crate) fn solver(&self, features: usize, fitted: usize) -> Solver {
+        let (dense, short) = (features <= self.dense_limit, fitted <= self.token_limit);
+        match (dense, short) {
+            (_, true) if fitted < features || !dense => Solver::Tokens,
+            (true, _) => Solver::Features,
+            (false, _) => Solver::Iterative,
         }
     }
 
@@ -113,7 +135,7 @@ impl LeastSquares {
         ridges: &[f64],
         cx: &Context,
     ) -> Result<Option<Deltas>> {
-        match Solver::of(self, features as u64, task.fitted() as u64) {
+        match self.solver(features, task.fitted()) {
             Solver::Features => self.by_features(&task, merged, ridges, cx),
             Solver::Tokens => by_tokens(&task, merged, ridges, cx),
             Solver::Iterative => self.iterated(&task, merged, ridges, cx),
@@ -172,19 +194,6 @@ pub(crate) enum Solver {
     Tokens,
     /// Conjugate gradients.
     Iterative,
-}
-
-impl Solver {
-    /// The smaller system, if it is within its limit.
-    pub(crate) fn of(fit: &LeastSquares, features: u64, fitted: u64) -> Self {
-        let dense = features <= fit.dense_limit as u64;
-        let short = fitted <= fit.token_limit as u64;
-        match (dense, short) {
-            (_, true) if fitted < features || !dense => Self::Tokens,
-            (true, _) => Self::Features,
-            (false, _) => Self::Iterative,
-        }
-    }
 }
 
 /// The layer with `deltas` added to its down projections.

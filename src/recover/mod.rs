@@ -36,7 +36,9 @@ mod unit_scale;
 
 pub use chain::Chain;
 pub use distill::Distill;
+pub(crate) use dual::CHOOSING;
 pub use least_squares::LeastSquares;
+pub(crate) use least_squares::Solver;
 pub use paper::{HiddenLoss, Paper};
 pub use scale::Scale;
 pub use unit_scale::{Per, UnitScale};

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::PlanOptions;
+use super::fit::FitSize;
 use super::memory::when;
 use super::rates::Rates;
 use super::shape::{Layer, Shape};
@@ -18,7 +19,7 @@ use crate::stage::Needs;
 /// which.
 const FOUND: (f64, f64) = (0.6, 2.0);
 /// How much longer an operation in `f64` takes.
-const WIDE: f64 = 2.0;
+pub(super) const WIDE: f64 = 2.0;
 /// Short sides up to this have all eigenvalues computed for a stable rank.
 const EXACT: f64 = 512.0;
 
@@ -38,10 +39,12 @@ const EXACT: f64 = 512.0;
 ///   randomised one may take;
 /// - recover: what it sees of the text once more, through the original's and the merged experts, or
 ///   through what [`RecoverOn`] asks for;
-///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
-///   `(m d_ff)³/3` and two solutions per ridge in `f64`, or 48 conjugate-gradient steps of
-///   `4 t k d_ff d_model`; distillation: `14 t k d_ff d_model` an epoch at the rate of its steps,
-///   three times `t k d_ff` exponentials, and `m e` updates a step;
+///   least squares: `6 t k e / 3` for features, then, in `f64`, the Gram matrix `t k² d_ff²`, a
+///   factorisation `(m d_ff)³/3` and two solutions per ridge; or products between tokens
+///   `t² k² d_ff / m`, `t³/3` and two solutions, and the same for each ridge with at most 2,048
+///   tokens; or the latter and all conjugate-gradient steps, of `4 t k d_ff d_model`;
+///   distillation: `14 t k d_ff d_model` an epoch at the rate of its steps, three times `t k d_ff`
+///   exponentials, and `m e` updates a step;
 /// - write: the target's bytes, checked (XXH3), hashed (SHA-256) and converted;
 /// - verify: the target hashed and read once more, the source's bytes read and compared.
 ///
@@ -230,18 +233,8 @@ fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64, rates: &Rates) -> f64
     let exp = t * k * d_ff / rates.exp;
     match choice {
         RecoverChoice::LeastSquares(fit) => {
-            let (features, ridges) = (layer.kept as f64 * d_ff, fit.ridges.len() as f64);
-            // A tenth of the rows judges, by a down pass before and after each ridge.
-            let judged = 6.0 * pass + 0.2 * pass * (ridges + 1.0);
-            let solved = match features <= fit.dense_limit as f64 {
-                true => {
-                    let gram = t * k * k * d_ff * d_ff + 2.0 * pass;
-                    let each = features.powi(3) / 3.0 + 4.0 * features * features * d;
-                    WIDE * (gram + ridges * each)
-                }
-                false => 4.0 * pass * fit.iterations as f64,
-            };
-            (judged + solved) / rates.flops + exp
+            let size = FitSize::of(fit, layer, t as u64);
+            size.operations(fit, layer) / rates.flops + size.rows() * k * d_ff / rates.exp
         }
         RecoverChoice::UnitScale(fit) => {
             let features = layer.kept as f64 * d_ff;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::PlanOptions;
+use super::fit::FitSize;
 use super::shape::{Layer, Shape};
 use crate::group::Removal;
 use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
@@ -30,8 +31,9 @@ const BATCH: u64 = 4 * (32 << 20);
 ///   the samples, `4 P + B`, those and `4 n t' (d_model + d_ff) + 24 T t'²`;
 /// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs, targets
 ///   `16 t d_model` and the layer behind them when it follows text, hidden activations
-///   `4 t k d_ff`, the least-squares systems `40 (m d_ff)²` where `m d_ff` is at most the dense
-///   limit, else `12 t k d_ff`; for distillation `28 P m/n`.
+///   `4 t k d_ff`, and for least squares `40 (m d_ff)²`, or where it is solved by tokens
+///   `16 t² + 24 t d_model + 8 m d_ff d_model`, or `24 m d_ff d_model` for conjugate gradients;
+///   for distillation `28 P m/n`.
 ///
 /// The allocator and what is not in the list are taken as 64 MiB. The pages of shards that are
 /// copied are given back and not counted.
@@ -132,14 +134,7 @@ fn merge(layer: &Layer, recipe: &Recipe, options: &PlanOptions) -> u64 {
     }
     let t = options.recovered_tokens(recipe);
     let recovered = recipe.recover.iter().map(|choice| match choice {
-        RecoverChoice::LeastSquares(fit) => {
-            let features = layer.kept * layer.d_ff;
-            let hidden = 4 * t * layer.top_k * layer.d_ff;
-            match features <= fit.dense_limit as u64 {
-                true => hidden + 40 * features * features,
-                false => 3 * hidden,
-            }
-        }
+        RecoverChoice::LeastSquares(fit) => FitSize::of(fit, layer, t).bytes(layer),
         RecoverChoice::UnitScale(fit) => {
             let units = (layer.kept * layer.d_ff).min(fit.dense_limit as u64);
             4 * t * layer.top_k * layer.d_ff + 8 * kept + 24 * units * units

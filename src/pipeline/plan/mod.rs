@@ -1,6 +1,7 @@
 //! What a run will cost and what will be able to load its result, from headers only.
 
 mod cost;
+mod fit;
 mod memory;
 mod rates;
 mod runtimes;
