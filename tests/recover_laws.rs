@@ -132,14 +132,38 @@ fn the_solvers_agree() {
             .map(|solver| solver.recover(&task, start.clone(), &Context::cpu(0)).unwrap());
         assert_ne!(found[0], start);
         // What no feature explains is divided by the ridge in the form of tokens, in f32 at last.
-        let tolerance = (4.0 * f32::EPSILON / ridge as f32).max(1e-4);
-        for other in &found[1..] {
+        let by_tokens = (4.0 * f32::EPSILON / ridge as f32).max(1e-4);
+        for (other, tolerance) in found[1..].iter().zip([1e-4, by_tokens]) {
             for (a, b) in found[0].experts.iter().zip(&other.experts) {
                 let (a, b) = (a.view().down.weight, b.view().down.weight);
                 approx::assert_abs_diff_eq!(a, b, epsilon = tolerance);
             }
         }
     }
+}
+
+#[test]
+fn no_more_tokens_are_fitted_than_asked_for_where_features_are_many() {
+    let (x, noise) = (Numbers(7).matrix(400, D), Numbers(8).matrix(400, D));
+    let truth = layer(3, RoutingRule::softmax(2, true));
+    let targets = output(&truth, &x, false) + 0.2 * noise;
+    let start = perturbed(&truth, 4, 0.5, false);
+    let fit = |solver: LeastSquares, x: &Array2<f32>, targets: &Array2<f32>| {
+        let task = with(x, targets, false, 50);
+        solver.recover(&task, start.clone(), &Context::cpu(0)).unwrap()
+    };
+    // Every fifth of the 350 that may be fitted, and all 50 that judge.
+    let rows: Vec<usize> = (0..350).step_by(5).chain(350..400).collect();
+    let few = [&x, &targets].map(|all| all.select(ndarray::Axis(0), &rows));
+    let [dense, iterative, tokens] = solvers(0.1);
+    for solver in [iterative, tokens] {
+        let thinned = LeastSquares { most_tokens: Some(70), ..solver.clone() };
+        let found = fit(thinned, &x, &targets);
+        assert_eq!(found, fit(solver.clone(), &few[0], &few[1]));
+        assert_ne!(found, fit(solver, &x, &targets));
+    }
+    let thinned = LeastSquares { most_tokens: Some(70), ..dense.clone() };
+    assert_eq!(fit(thinned, &x, &targets), fit(dense, &x, &targets));
 }
 
 #[test]
@@ -151,8 +175,8 @@ fn least_squares_solves_the_ridged_problem() {
     let targets = output(&truth, &x, true) + 0.2 * noise;
     let task = with(&x, &targets, true, 0);
     let start = perturbed(&truth, 4, 0.5, false);
-    let cpu = mcsmoe::linalg::Cpu::new();
     let found = solvers(0.1)[0].recover(&task, start.clone(), &Context::cpu(0)).unwrap();
+    let cpu = mcsmoe::linalg::Cpu::new();
     let miss = &targets - &output(&found, &x, true);
     let visits = found.visits(true, x.view(), &cpu).unwrap();
     let mut hidden = Vec::new();

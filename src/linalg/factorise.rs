@@ -69,12 +69,11 @@ pub trait Factorise: Debug + Send + Sync {
     /// As [`solve_spd`].
     fn solve_ridged(
         &self,
-        mut gram: Array2<f64>,
+        gram: Array2<f64>,
         lambda: f64,
         rhs: ArrayView2<'_, f64>,
     ) -> Result<Array2<f64>> {
-        gram.diag_mut().mapv_inplace(|x| x + lambda);
-        self.solve_spd(gram.view(), rhs)
+        self.solve_spd(ridged(gram, lambda).view(), rhs)
     }
 
     /// Solves `L X = B`; see [`solve_lower`].
@@ -96,6 +95,12 @@ pub trait Factorise: Debug + Send + Sync {
         lower: ArrayView2<'_, f64>,
         rhs: ArrayView2<'_, f64>,
     ) -> Result<Array2<f64>>;
+}
+
+/// `G + λ I`.
+fn ridged(mut gram: Array2<f64>, lambda: f64) -> Array2<f64> {
+    gram.diag_mut().mapv_inplace(|x| x + lambda);
+    gram
 }
 
 /// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs
@@ -142,12 +147,11 @@ impl Factorise for PureRust {
 
     fn solve_ridged(
         &self,
-        mut gram: Array2<f64>,
+        gram: Array2<f64>,
         lambda: f64,
         rhs: ArrayView2<'_, f64>,
     ) -> Result<Array2<f64>> {
-        gram.diag_mut().mapv_inplace(|x| x + lambda);
-        solve_spd_in(gram, rhs)
+        solve_spd_in(ridged(gram, lambda), rhs)
     }
 
     fn solve_lower(

@@ -67,8 +67,8 @@ struct System {
 
 impl System {
     fn new(task: &Recovery<'_>, merged: &MergedLayer, cx: &Context) -> Result<Self> {
-        let features = Features::new(merged, task.narrowed, task.inputs, cx)?;
-        let residual = features.residual(merged, task.targets, cx)?;
+        let all = 0..task.inputs.nrows();
+        let (features, residual) = Features::of_rows(task, all, merged, cx)?;
         let (kernel, fitted, judging) = (features.kernel()?, task.fitted(), task.judging());
         Ok(Self { features, residual, kernel, fitted, judging })
     }

@@ -9,7 +9,7 @@ use crate::error::{Locate, Result};
 use crate::linalg::{Kernel, Rows, add_cross, add_own};
 use crate::model::{MergedLayer, common};
 use crate::par;
-use crate::stage::Context;
+use crate::stage::{Context, Recovery};
 
 /// Tokens that one task works on.
 const BLOCK: usize = 512;
@@ -68,6 +68,19 @@ impl Features {
             Ok(Part { tokens, weights, hidden })
         })?;
         Ok(Self { parts, tokens: x.nrows() })
+    }
+
+    /// Of some rows of a task, and what the layer misses there.
+    pub(super) fn of_rows(
+        task: &Recovery<'_>,
+        rows: Range<usize>,
+        merged: &MergedLayer,
+        cx: &Context,
+    ) -> Result<(Self, Array2<f32>)> {
+        let rows = s![rows, ..];
+        let features = Self::new(merged, task.narrowed, task.inputs.slice(rows), cx)?;
+        let residual = features.residual(merged, task.targets.slice(rows), cx)?;
+        Ok((features, residual))
     }
 
     /// `T − Φ Wᵀ − Σ w b`: what the merged layer misses, `(t, d_model)`.

@@ -1,6 +1,6 @@
 //! The judge of the candidates of a least-squares fit.
 
-use ndarray::{Array2, s};
+use ndarray::Array2;
 
 use super::features::{Features, squares};
 use super::normal::Deltas;
@@ -21,10 +21,7 @@ pub(super) struct Jury {
 impl Jury {
     /// With the judging rows of `task`.
     pub(super) fn of(task: &Recovery<'_>, start: &MergedLayer, cx: &Context) -> Result<Self> {
-        let rows = task.judging();
-        let rows = s![rows, ..];
-        let features = Features::new(start, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(start, task.targets.slice(rows), cx)?;
+        let (features, residual) = Features::of_rows(task, task.judging(), start, cx)?;
         Ok(Self::new(features, residual))
     }
 

@@ -1,6 +1,6 @@
 //! All down projections of a layer, refitted together in closed form.
 
-use ndarray::{Array2, s};
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use super::best::descending;
@@ -150,13 +150,11 @@ impl LeastSquares {
         ridges: &[f64],
         cx: &Context,
     ) -> Result<Option<Deltas>> {
-        let rows = s![..task.fitted(), ..];
-        let features = Features::new(merged, task.narrowed, task.inputs.slice(rows), cx)?;
+        let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
         let scale = features.scale();
         if scale <= 0.0 {
             return Ok(None);
         }
-        let residual = features.residual(merged, task.targets.slice(rows), cx)?;
         let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
         let mut jury = Jury::of(task, merged, cx)?;
         for deltas in cholesky(&features, &residual, &lambdas, cx)? {
@@ -174,9 +172,7 @@ impl LeastSquares {
         cx: &Context,
     ) -> Result<Option<Deltas>> {
         let Some(lambda) = choose(task, merged, ridges, cx)? else { return Ok(None) };
-        let rows = s![..task.fitted(), ..];
-        let features = Features::new(merged, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(merged, task.targets.slice(rows), cx)?;
+        let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
         let system = ConjugateGradients::new(&features, &residual, cx)?;
         let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
         let mut jury = Jury::of(task, merged, cx)?;

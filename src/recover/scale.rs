@@ -1,6 +1,6 @@
 //! One factor per expert: the least that a merge needs after averaging.
 
-use ndarray::{Array2, ArrayView1, s};
+use ndarray::{Array2, ArrayView1};
 use serde::{Deserialize, Serialize};
 
 use super::best::{Best, descending};
@@ -58,9 +58,7 @@ impl Scale {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         descending(&[self.ridge])?;
         task.check(&merged)?;
-        let rows = s![..task.fitted(), ..];
-        let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
+        let (features, residual) = Features::of_rows(task, 0..task.fitted(), &merged, cx)?;
         let outputs = outputs(&features, &merged, cx)?;
         let Some(steps) = steps(&features, &outputs, &residual, self.ridge, cx)? else {
             return Ok(merged);

@@ -1,6 +1,6 @@
 //! One factor per hidden unit, or per output of an expert.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, concatenate};
 use serde::{Deserialize, Serialize};
 
 use super::best::{Best, descending};
@@ -83,9 +83,7 @@ impl UnitScale {
     fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
-        let rows = s![..task.fitted(), ..];
-        let features = Features::new(&merged, task.narrowed, task.inputs.slice(rows), cx)?;
-        let residual = features.residual(&merged, task.targets.slice(rows), cx)?;
+        let (features, residual) = Features::of_rows(task, 0..task.fitted(), &merged, cx)?;
         let down = merged.experts.iter().map(|e| e.view().down.weight).collect();
         let system = System { features: &features, down, per: self.per };
         let mean = system.mean_diagonal(cx)?;
