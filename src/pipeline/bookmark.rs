@@ -2,11 +2,13 @@
 //! goes on from them after it was killed.
 //!
 //! A bookmark of layer `l` is of use once `l` and all before it are written, and the layer after it
-//! is merged while `l` is still being written. So the last three are kept.
+//! is merged while `l` is still being written. So the last three are kept. Layers that are redone
+//! about as quickly as a bookmark is written are not worth one.
 
 use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ndarray::Array2;
 use sha2::{Digest, Sha256};
@@ -17,6 +19,9 @@ use crate::model::{LayerId, TensorSource};
 
 /// Bookmarks that are kept.
 const KEPT: usize = 3;
+/// How many times as long as the last bookmark took, the layers behind it take before the next is
+/// written: bookmarks cost at most a twentieth of a run, or one.
+const WORTH: u32 = 20;
 /// Bytes of the SHA-256 that ends the file.
 const HASH: usize = 32;
 
@@ -43,11 +48,15 @@ impl<S: TensorSource> Marked for Pass<'_, S> {
 pub(super) struct Bookmarks<'a> {
     folder: &'a Path,
     kept: Vec<LayerId>,
+    /// When the last was written, or these were opened.
+    since: Instant,
+    /// How long it took; 0 if none was written yet.
+    cost: Duration,
 }
 
 impl<'a> Bookmarks<'a> {
     pub(super) fn new(folder: &'a Path) -> Self {
-        Self { folder, kept: Vec::new() }
+        Self { folder, kept: Vec::new(), since: Instant::now(), cost: Duration::ZERO }
     }
 
     /// The last of `layers` behind which the states lie whole.
@@ -56,8 +65,18 @@ impl<'a> Bookmarks<'a> {
         layers.iter().rev().find(whole).copied()
     }
 
-    /// Writes the states of `pass` as those behind layer `id`.
+    /// Writes the states of `pass` as those behind layer `id`, if they are worth it.
     pub(super) fn set(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
+        let begun = Instant::now();
+        if begun - self.since < WORTH * self.cost {
+            return Ok(());
+        }
+        self.write(pass, id)?;
+        (self.since, self.cost) = (Instant::now(), begun.elapsed());
+        Ok(())
+    }
+
+    fn write(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
         let path = path(self.folder, id);
         let draft = path.with_extension("draft");
         let io = |e| Error::io("write hidden states", e);
@@ -131,6 +150,43 @@ fn is_whole(path: &Path) -> std::io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A pass of which one batch is left.
+    struct Still(Array2<f32>);
+
+    impl Marked for Still {
+        fn jump_behind(&mut self, _: LayerId) -> Result<()> {
+            Ok(())
+        }
+
+        fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
+            f(&mut self.0)
+        }
+    }
+
+    #[test]
+    fn states_come_back_and_layers_quickly_redone_are_not_worth_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let states = Array2::from_shape_fn((5, 3), |(i, j)| (i * 3 + j) as f32);
+        let mut bookmarks = Bookmarks::new(dir.path());
+        let set = |bookmarks: &mut Bookmarks<'_>, layer: usize, last: usize| {
+            bookmarks.set(&mut Still(&states + layer as f32), LayerId::causal(layer)).unwrap();
+            let ids: Vec<_> = (0..9).map(LayerId::causal).collect();
+            assert_eq!(Bookmarks::last_of(dir.path(), &ids), Some(LayerId::causal(last)));
+        };
+        set(&mut bookmarks, 0, 0);
+        // No layer has taken an hour.
+        bookmarks.cost = Duration::from_secs(3600);
+        set(&mut bookmarks, 1, 0);
+        for layer in 2..6 {
+            bookmarks.cost = Duration::ZERO;
+            set(&mut bookmarks, layer, layer);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), KEPT);
+        let mut found = Still(Array2::zeros((5, 3)));
+        bookmarks.open(&mut found, LayerId::causal(4)).unwrap();
+        assert_eq!(found.0, &states + 4.0);
+    }
 
     #[test]
     fn a_torn_or_changed_file_is_not_whole() {

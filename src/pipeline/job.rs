@@ -268,7 +268,8 @@ impl Pipeline {
     }
 }
 
-/// The last layer that lies whole in the folder with all before it, and the states behind it.
+/// The last layer that lies whole in the folder with all before it, and the states behind it, which
+/// nothing needs behind the very last.
 pub(super) fn behind(
     writer: &Writer<'_>,
     ids: &[LayerId],
@@ -278,6 +279,9 @@ pub(super) fn behind(
         finished.get(id).is_some_and(|(_, digest)| writer.digest(*id).ok().as_ref() == Some(digest))
     };
     let count = ids.iter().take_while(|id| whole(id)).count();
+    if count == ids.len() {
+        return ids.last().copied();
+    }
     Bookmarks::last_of(writer.folder(), &ids[..count])
 }
 

@@ -122,7 +122,9 @@ impl Pipeline {
             let mut way = Way { streams, recovered: spread.as_deref(), total };
             let new = self.hand_on(&ids[done..], observer, sink, &mut |at| {
                 let made = self.next(once, counted, &todo[at], &mut way, &options)?;
-                bookmarks.set(&mut way.streams, todo[at].0.id)?;
+                if at + 1 < todo.len() {
+                    bookmarks.set(&mut way.streams, todo[at].0.id)?;
+                }
                 Ok(made)
             })?;
             reports.extend(new.into_iter().map(|report| (report.layer, report)));

@@ -81,7 +81,11 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
         // On part of what calibration sees anyway, and on less of it where experts are large, so
         // that it costs half as much again.
         "fast" => {
-            let few = LeastSquares { most_tokens: Some(2048), ..LeastSquares::default() };
+            let few = LeastSquares {
+                ridges: vec![1e-2, 1e-1, 1.0],
+                most_tokens: Some(2048),
+                ..LeastSquares::default()
+            };
             Recipe {
                 recover_tokens: Some(8192),
                 recover_on: RecoverOn::Original,

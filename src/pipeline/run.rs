@@ -28,9 +28,9 @@ use crate::stage::Needs;
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
 /// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed once
 /// something was computed leaves that folder, and the same call goes on from the last layer that
-/// was written; the target has the bytes of an undisturbed run. With another source, calibration or
-/// recipe it is refused. A run that shall leave nothing behind is [`Pipeline::run_calibrated`]
-/// without [`Output::resume`].
+/// was written, or one shortly before it; the target has the bytes of an undisturbed run. With
+/// another source, calibration or recipe it is refused. A run that shall leave nothing behind is
+/// [`Pipeline::run_calibrated`] without [`Output::resume`].
 ///
 /// # Errors
 /// Before any weight is read: an unreadable or unsupported checkpoint, statistics of another model

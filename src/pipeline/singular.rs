@@ -12,12 +12,12 @@ use crate::stage::Context;
 /// Points of a spectrum, evenly apart in the logarithm of the index.
 const POINTS: usize = 32;
 /// Experts of a layer that are looked at, evenly apart.
-const EXPERTS: usize = 16;
+const EXPERTS: usize = 4;
 /// Short sides up to this are looked at unless a recipe says otherwise.
 const CHEAP: usize = 256;
 
 /// Singular values of one kind of a layer's matrices, divided by the largest of their matrix: means
-/// over experts, at most 16 of them, evenly apart.
+/// over experts, at most 4 of them, evenly apart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SpectrumReport {
     /// Which matrices.

@@ -150,28 +150,6 @@ impl Features {
         })
     }
 
-    /// `Φᵀ V` in `f64`: `(m · d_ff, d_model)`.
-    pub(super) fn wide_moments(&self, v: &Array2<f32>) -> Result<Array2<f64>> {
-        let blocks = par::map(self.parts.len(), |e| {
-            let part = &self.parts[e];
-            let mut sum = Array2::zeros((part.hidden.ncols(), v.ncols()));
-            for (tokens, hidden) in
-                part.tokens.chunks(BLOCK).zip(part.hidden.axis_chunks_iter(Axis(0), BLOCK))
-            {
-                add_cross(hidden, v.select(Axis(0), tokens).view(), sum.view_mut())?;
-            }
-            Ok(sum)
-        })?;
-        let mut out = Array2::zeros((self.width(), v.ncols()));
-        let mut first = 0;
-        for block in blocks {
-            let end = first + block.nrows();
-            out.slice_mut(s![first..end, ..]).assign(&block);
-            first = end;
-        }
-        Ok(out)
-    }
-
     /// The lower triangle of `Φᵀ Φ` in `f64`, block by block: only pairs of experts that some token
     /// visits together have one. `t k (k + 1) d_ff²` operations.
     pub(super) fn gram(&self) -> Result<Array2<f64>> {
@@ -250,11 +228,5 @@ impl Features {
     /// `m · d_ff`.
     pub(super) fn width(&self) -> usize {
         self.parts.iter().map(|part| part.hidden.ncols()).sum()
-    }
-
-    /// `tr(Φᵀ Φ) / min(t, m · d_ff)`: the mean of the eigenvalues that can differ from 0.
-    pub(super) fn scale(&self) -> f64 {
-        let total: f64 = self.parts.iter().map(|part| squares(part.hidden.view())).sum();
-        total / self.width().min(self.tokens).max(1) as f64
     }
 }

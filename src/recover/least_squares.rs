@@ -151,13 +151,8 @@ impl LeastSquares {
         cx: &Context,
     ) -> Result<Option<Deltas>> {
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
-        let scale = features.scale();
-        if scale <= 0.0 {
-            return Ok(None);
-        }
-        let lambdas: Vec<f64> = ridges.iter().map(|ridge| ridge * scale).collect();
         let mut jury = Jury::of(task, merged, cx)?;
-        for deltas in cholesky(&features, &residual, &lambdas, cx)? {
+        for deltas in cholesky(&features, &residual, ridges, cx)? {
             jury.offer(deltas, cx)?;
         }
         Ok(jury.best())

@@ -10,17 +10,24 @@ use crate::stage::Context;
 /// What is added to each expert's down projection: `(d_model, d_ff)` each.
 pub(super) type Deltas = Vec<Array2<f32>>;
 
-/// By one Gram matrix and a Cholesky factorisation per `λ`, in `f64`, the ridges in parallel.
+/// By one Gram matrix and a Cholesky factorisation per ridge, in `f64`, the ridges in parallel;
+/// nothing if no feature is other than 0. `ridges` are relative to the mean of the eigenvalues that
+/// can differ from 0. The right-hand side is summed in `f32`: that is as if the residual were
+/// rounded once more, where a rounded Gram matrix would drown its small eigenvalues.
 pub(super) fn cholesky(
     features: &Features,
     residual: &Array2<f32>,
-    lambdas: &[f64],
+    ridges: &[f64],
     cx: &Context,
 ) -> Result<Vec<Deltas>> {
     let gram = features.gram()?;
-    let rhs = features.wide_moments(residual)?;
-    par::map(lambdas.len(), |i| {
-        let solution = cx.factorise().solve_ridged(gram.clone(), lambdas[i], rhs.view())?;
+    let mean = gram.diag().sum() / features.tokens().min(features.width()).max(1) as f64;
+    if mean <= 0.0 {
+        return Ok(Vec::new());
+    }
+    let rhs = stacked(&features.moments(residual, cx)?, features.width());
+    par::map(ridges.len(), |i| {
+        let solution = cx.factorise().solve_ridged(gram.clone(), ridges[i] * mean, rhs.view())?;
         let mut first = 0;
         let deltas = features.parts.iter().map(|part| {
             let rows = first..first + part.hidden.ncols();
@@ -29,6 +36,18 @@ pub(super) fn cholesky(
         });
         Ok(deltas.collect())
     })
+}
+
+/// One `(d_model, d_ff)` an expert as `(m · d_ff, d_model)`.
+fn stacked(moments: &Deltas, width: usize) -> Array2<f64> {
+    let mut out = Array2::zeros((width, moments.first().map_or(0, Array2::nrows)));
+    let mut first = 0;
+    for moments in moments {
+        let rows = first..first + moments.ncols();
+        first = rows.end;
+        out.slice_mut(s![rows, ..]).zip_mut_with(&moments.t(), |out, &x| *out = f64::from(x));
+    }
+    out
 }
 
 /// Conjugate gradients on the normal equations, a column of `Δᵀ` (an output feature) each its own
