@@ -98,6 +98,7 @@ impl Pipeline {
         let Observed { layer, seen, stats, measured, grouping } = observed;
         let compressor = self.compressor.as_ref();
         let ranks = compressor.map(|c| c.original(&layer, grouping, &self.cx)).transpose()?;
+        let mut spectra = singular::original(layer.experts(), self.measure_spectra, &self.cx)?;
         let plan = self.along_text();
         let merged = engine::merge_layer(layer, stats, measured, grouping, &plan, &self.cx)?;
         let (mut merged, mut report) = merged;
@@ -108,15 +109,16 @@ impl Pipeline {
             let task = Recovery { inputs, targets, narrowed, held_out };
             if let Some(recoverer) = &self.recoverer {
                 merged = recoverer.recover(&task, merged, &self.cx)?;
-                singular::merged(&mut report.spectra, &merged.experts, &self.cx)?;
             }
+            singular::merged(&mut spectra, &merged.experts, &self.cx)?;
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
                 let given = Given { inputs: seen, narrowed, ranks: kept, ..Given::default() };
                 let done = compressor.compress(merged, &ranks, given, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
-                singular::compressed(&mut report.spectra, &merged.experts, &self.cx)?;
+                singular::compressed(&mut spectra, &merged.experts, &self.cx)?;
             }
+            report.spectra = spectra;
             let error = task.error(&merged, &self.cx)?;
             report.output_error = Some(match narrowed {
                 true => OutputError {
@@ -138,9 +140,10 @@ impl Pipeline {
         Ok((merged, report))
     }
 
-    /// The merge alone: recovery and compression follow the text themselves.
+    /// The merge alone: recovery and compression follow the text themselves, and the spectra them.
     pub(super) fn along_text(&self) -> Plan<'_> {
-        Plan { recoverer: None, compressor: None, ..self.plan(false) }
+        let plan = self.plan(false);
+        Plan { recoverer: None, compressor: None, measure_spectra: Some(false), ..plan }
     }
 }
 
