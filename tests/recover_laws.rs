@@ -196,6 +196,29 @@ fn least_squares_solves_the_ridged_problem() {
     }
 }
 
+#[test]
+fn few_tokens_are_not_trusted_with_a_small_ridge() {
+    let cx = Context::cpu(0);
+    let truth = layer(3, RoutingRule::softmax(2, true));
+    let start = perturbed(&truth, 4, 0.5, true);
+    let features = F * truth.experts.len();
+    for (fitted, few) in [(2 * features - 1, true), (2 * features, false)] {
+        let x = Numbers(7).matrix(fitted + 50, D);
+        // Without noise the smallest ridge is the best one.
+        let targets = output(&truth, &x, false);
+        let task = with(&x, &targets, false, 50);
+        for solver in solvers(0.0) {
+            let of = |ridges: &[f64]| {
+                let solver = LeastSquares { ridges: ridges.to_vec(), ..solver.clone() };
+                solver.recover(&task, start.clone(), &cx).unwrap()
+            };
+            let (small, large) = (of(&[1e-3]), of(&[0.1]));
+            assert!(small != large && small != start && large != start);
+            assert_eq!(of(&[1e-3, 0.1]), if few { large } else { small });
+        }
+    }
+}
+
 /// Whether it is the one that has to fail.
 fn wild(recoverer: &dyn Recoverer) -> bool {
     format!("{recoverer:?}").contains("e30")

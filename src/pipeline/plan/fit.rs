@@ -7,6 +7,8 @@ use crate::recover::{CHOOSING, LeastSquares, Solver};
 /// The sizes that decide how a fit is solved.
 pub(super) struct FitSize {
     solver: Solver,
+    /// That are tried.
+    ridges: f64,
     features: f64,
     fitted: f64,
     /// Every tenth window is held out.
@@ -20,8 +22,10 @@ impl FitSize {
         let judging = t / 10;
         let fitted = fit.thinned(features, (t - judging) as usize);
         let solver = fit.solver(features, fitted);
+        // What is no ridge is refused by the fit.
+        let ridges = fit.candidates(features, fitted).map_or(0, |ridges| ridges.len()) as f64;
         let (features, fitted) = (features as f64, fitted as f64);
-        Self { solver, features, fitted, judging: judging as f64 }
+        Self { solver, ridges, features, fitted, judging: judging as f64 }
     }
 
     /// Rows that are seen.
@@ -31,9 +35,8 @@ impl FitSize {
 
     /// Operations, those in `f64` at what they take longer.
     pub(super) fn operations(&self, fit: &LeastSquares, layer: &Layer) -> f64 {
-        let &Self { ref solver, features, fitted, judging } = self;
+        let &Self { ref solver, ridges, features, fitted, judging } = self;
         let (k, d_ff, d) = (layer.top_k as f64, layer.d_ff as f64, layer.d_model as f64);
-        let ridges = fit.ridges.len() as f64;
         let pass = |rows: f64| rows * k * d_ff * d;
         let seen = |rows: f64| 6.0 * pass(rows);
         let solved = |n: f64, columns: f64| n.powi(3) / 3.0 + 2.0 * n * n * columns;
@@ -42,9 +45,9 @@ impl FitSize {
         let chosen = ridges * WIDE * solved(few, judging);
         match solver {
             Solver::Features => {
-                let gram = fitted * k * k * d_ff * d_ff + 2.0 * pass(fitted);
-                let judged = 2.0 * pass(judging) * ridges;
-                seen(self.rows()) + WIDE * (gram + ridges * solved(features, d)) + judged
+                let gram = fitted * k * k * d_ff * d_ff;
+                let passes = 2.0 * pass(fitted) + 2.0 * pass(judging) * ridges;
+                seen(self.rows()) + WIDE * (gram + ridges * solved(features, d)) + passes
             }
             Solver::Tokens => {
                 let wide = WIDE * (products(self.rows()) + solved(fitted, d));
