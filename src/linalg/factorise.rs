@@ -97,6 +97,11 @@ pub trait Factorise: Debug + Send + Sync {
     ) -> Result<Array2<f64>>;
 }
 
+/// `tr(G) / rank`: the mean of the eigenvalues that can differ from 0, what ridges are relative to.
+pub(crate) fn mean_eigenvalue(gram: &Array2<f64>, rank: usize) -> f64 {
+    gram.diag().sum() / rank.max(1) as f64
+}
+
 /// `G + λ I`.
 fn ridged(mut gram: Array2<f64>, lambda: f64) -> Array2<f64> {
     gram.diag_mut().mapv_inplace(|x| x + lambda);

@@ -40,6 +40,7 @@ pub(crate) use cpu::check_terms;
 pub use cross::{add_cross, add_own};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
+pub(crate) use factorise::mean_eigenvalue;
 pub use factorise::{Factorise, PureRust};
 pub(crate) use kernel::{Kernel, Rows};
 #[cfg(feature = "lapack")]

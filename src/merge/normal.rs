@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::error::{Error, Result};
-use crate::linalg::add_cross;
+use crate::linalg::{add_cross, mean_eigenvalue};
 use crate::stage::Context;
 
 /// `G = Σ x xᵀ: (in, in)` and `Σ x rᵀ: (in, out)`.
@@ -30,7 +30,7 @@ impl Normal {
 
     /// `Δ: (out, in)`, with `λ = ridge · tr(G) / in`; `None` without any input but zeros.
     pub(super) fn solve(self, ridge: f64, cx: &Context) -> Result<Option<Array2<f32>>> {
-        let mean = self.gram.diag().sum() / self.gram.nrows().max(1) as f64;
+        let mean = mean_eigenvalue(&self.gram, self.gram.nrows());
         if mean <= 0.0 {
             return Ok(None);
         }

@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
-use super::pass::Pass;
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::model::{LayerId, TensorSource};
+use crate::model::LayerId;
 
 /// Bookmarks that are kept.
 const KEPT: usize = 3;
@@ -27,20 +26,12 @@ const HASH: usize = 32;
 
 /// Text on its way, whose place can be marked.
 pub(super) trait Marked {
+    /// Number of layers that are still to come.
+    fn remaining(&self) -> usize;
     /// Leaves out all layers up to `id`.
     fn jump_behind(&mut self, id: LayerId) -> Result<()>;
     /// Hands all hidden states to `f`, in the same order every time.
     fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()>;
-}
-
-impl<S: TensorSource> Marked for Pass<'_, S> {
-    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
-        Pass::jump_behind(self, id)
-    }
-
-    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
-        Pass::batches(self, f)
-    }
 }
 
 /// The bookmarks of a run, in its partial folder.
@@ -65,10 +56,11 @@ impl<'a> Bookmarks<'a> {
         layers.iter().rev().find(whole).copied()
     }
 
-    /// Writes the states of `pass` as those behind layer `id`, if they are worth it.
+    /// Writes the states of `pass` as those behind layer `id` if they are worth it. Nothing goes on
+    /// behind the last layer.
     pub(super) fn set(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
         let begun = Instant::now();
-        if begun - self.since < WORTH * self.cost {
+        if pass.remaining() == 0 || begun - self.since < WORTH * self.cost {
             return Ok(());
         }
         self.write(pass, id)?;
@@ -151,10 +143,14 @@ fn is_whole(path: &Path) -> std::io::Result<bool> {
 mod tests {
     use super::*;
 
-    /// A pass of which one batch is left.
-    struct Still(Array2<f32>);
+    /// One batch, and how many layers are still to come.
+    struct Still(Array2<f32>, usize);
 
     impl Marked for Still {
+        fn remaining(&self) -> usize {
+            self.1
+        }
+
         fn jump_behind(&mut self, _: LayerId) -> Result<()> {
             Ok(())
         }
@@ -170,7 +166,8 @@ mod tests {
         let states = Array2::from_shape_fn((5, 3), |(i, j)| (i * 3 + j) as f32);
         let mut bookmarks = Bookmarks::new(dir.path());
         let set = |bookmarks: &mut Bookmarks<'_>, layer: usize, last: usize| {
-            bookmarks.set(&mut Still(&states + layer as f32), LayerId::causal(layer)).unwrap();
+            let mut still = Still(&states + layer as f32, 6 - layer);
+            bookmarks.set(&mut still, LayerId::causal(layer)).unwrap();
             let ids: Vec<_> = (0..9).map(LayerId::causal).collect();
             assert_eq!(Bookmarks::last_of(dir.path(), &ids), Some(LayerId::causal(last)));
         };
@@ -182,8 +179,10 @@ mod tests {
             bookmarks.cost = Duration::ZERO;
             set(&mut bookmarks, layer, layer);
         }
+        bookmarks.cost = Duration::ZERO;
+        set(&mut bookmarks, 6, 5);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), KEPT);
-        let mut found = Still(Array2::zeros((5, 3)));
+        let mut found = Still(Array2::zeros((5, 3)), 1);
         bookmarks.open(&mut found, LayerId::causal(4)).unwrap();
         assert_eq!(found.0, &states + 4.0);
     }

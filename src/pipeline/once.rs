@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::bookmark::Bookmarks;
+use super::bookmark::{Bookmarks, Marked};
 use super::builder::Pipeline;
 use super::calibrate::Watch;
 use super::decide::decide;
@@ -122,9 +122,7 @@ impl Pipeline {
             let mut way = Way { streams, recovered: spread.as_deref(), total };
             let new = self.hand_on(&ids[done..], observer, sink, &mut |at| {
                 let made = self.next(once, counted, &todo[at], &mut way, &options)?;
-                if at + 1 < todo.len() {
-                    bookmarks.set(&mut way.streams, todo[at].0.id)?;
-                }
+                bookmarks.set(&mut way.streams, todo[at].0.id)?;
                 Ok(made)
             })?;
             reports.extend(new.into_iter().map(|report| (report.layer, report)));

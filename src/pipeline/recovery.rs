@@ -53,9 +53,7 @@ impl Pipeline {
         self.hand_on(&decided.ids, job.observer, sink, &mut |at| {
             engine::announce(job.observer, &decided.ids, at, Phase::Merge);
             let made = self.reach(&mut streams, decided.at(at)?, decided.ranks.as_ref(), job)?;
-            if at + 1 < decided.ids.len() {
-                bookmarks.set(&mut streams, decided.ids[at])?;
-            }
+            bookmarks.set(&mut streams, decided.ids[at])?;
             Ok(made)
         })
     }

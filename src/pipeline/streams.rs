@@ -53,11 +53,6 @@ impl<'a> Streams<'a> {
         self.original.iter_mut().chain(&mut self.merged)
     }
 
-    /// Number of layers that are still to come.
-    pub(super) fn remaining(&self) -> usize {
-        self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
-    }
-
     /// Goes on to the next layer, without reading it; `None` when there is none.
     pub(super) fn advance(&mut self) -> Result<Option<LayerId>> {
         let mut next = None;
@@ -127,6 +122,10 @@ impl<'a> Streams<'a> {
 }
 
 impl Marked for Streams<'_> {
+    fn remaining(&self) -> usize {
+        self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
+    }
+
     fn jump_behind(&mut self, id: LayerId) -> Result<()> {
         self.all().try_for_each(|pass| pass.jump_behind(id))
     }

@@ -10,7 +10,7 @@ use super::jury::Jury;
 use super::normal::Deltas;
 use super::thinned::{Thinned, evenly};
 use crate::error::Result;
-use crate::linalg::Kernel;
+use crate::linalg::{Kernel, mean_eigenvalue};
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recovery};
 
@@ -80,8 +80,7 @@ impl System {
         let judges: Vec<usize> = self.judging.clone().collect();
         let gram = self.kernel.own(&chosen);
         let cross = self.kernel.between(&chosen, &judges);
-        // The mean of the eigenvalues that can differ from 0.
-        let mean = gram.diag().sum() / chosen.len().min(self.features.width()).max(1) as f64;
+        let mean = mean_eigenvalue(&gram, chosen.len().min(self.features.width()));
         if mean <= 0.0 {
             return Ok(None);
         }

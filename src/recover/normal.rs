@@ -1,9 +1,10 @@
 //! The normal equations of the joint fit, `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`, in two ways.
 
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, concatenate, s};
 
 use super::features::Features;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::linalg::mean_eigenvalue;
 use crate::par;
 use crate::stage::Context;
 
@@ -11,9 +12,9 @@ use crate::stage::Context;
 pub(super) type Deltas = Vec<Array2<f32>>;
 
 /// By one Gram matrix and a Cholesky factorisation per ridge, in `f64`, the ridges in parallel;
-/// nothing if no feature is other than 0. `ridges` are relative to the mean of the eigenvalues that
-/// can differ from 0. The right-hand side is summed in `f32`: that is as if the residual were
-/// rounded once more, where a rounded Gram matrix would drown its small eigenvalues.
+/// nothing if no feature is other than 0. `ridges` are relative to the mean eigenvalue. The
+/// right-hand side is summed in `f32`: that is as if the residual were rounded once more, where a
+/// rounded Gram matrix would drown its small eigenvalues.
 pub(super) fn cholesky(
     features: &Features,
     residual: &Array2<f32>,
@@ -21,11 +22,11 @@ pub(super) fn cholesky(
     cx: &Context,
 ) -> Result<Vec<Deltas>> {
     let gram = features.gram()?;
-    let mean = gram.diag().sum() / features.tokens().min(features.width()).max(1) as f64;
+    let mean = mean_eigenvalue(&gram, features.tokens().min(features.width()));
     if mean <= 0.0 {
         return Ok(Vec::new());
     }
-    let rhs = stacked(&features.moments(residual, cx)?, features.width());
+    let rhs = stacked(&features.moments(residual, cx)?)?;
     par::map(ridges.len(), |i| {
         let solution = cx.factorise().solve_ridged(gram.clone(), ridges[i] * mean, rhs.view())?;
         let mut first = 0;
@@ -39,15 +40,11 @@ pub(super) fn cholesky(
 }
 
 /// One `(d_model, d_ff)` an expert as `(m · d_ff, d_model)`.
-fn stacked(moments: &Deltas, width: usize) -> Array2<f64> {
-    let mut out = Array2::zeros((width, moments.first().map_or(0, Array2::nrows)));
-    let mut first = 0;
-    for moments in moments {
-        let rows = first..first + moments.ncols();
-        first = rows.end;
-        out.slice_mut(s![rows, ..]).zip_mut_with(&moments.t(), |out, &x| *out = f64::from(x));
-    }
-    out
+fn stacked(moments: &Deltas) -> Result<Array2<f64>> {
+    let blocks: Vec<_> = moments.iter().map(|moments| moments.t()).collect();
+    let stack = concatenate(Axis(0), &blocks)
+        .map_err(|e| Error::shape("moments of a layer's experts", "the same d_model", e))?;
+    Ok(stack.mapv(f64::from))
 }
 
 /// Conjugate gradients on the normal equations, a column of `Δᵀ` (an output feature) each its own

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::best::{Best, descending};
 use super::features::Features;
 use crate::error::{Locate, Result};
+use crate::linalg::mean_eigenvalue;
 use crate::model::{Expert, MergedLayer, common};
 use crate::par;
 use crate::stage::{Context, Recoverer, Recovery, Stage};
@@ -111,7 +112,7 @@ fn steps(
     })?;
     let rhs = Array2::from_shape_fn((m, 1), |(i, _)| rows[i][0]);
     let gram = Array2::from_shape_fn((m, m), |(i, j)| if j <= i { rows[i][j + 1] } else { 0.0 });
-    let mean = gram.diag().sum() / m as f64;
+    let mean = mean_eigenvalue(&gram, m);
     if mean <= 0.0 {
         return Ok(None);
     }

@@ -4,7 +4,7 @@ use ndarray::{Array2, Axis, s};
 
 use super::probe::{Probe, Visits};
 use crate::error::Result;
-use crate::linalg::{Kernel, Rows, add_cross, add_own};
+use crate::linalg::{Kernel, Rows, add_cross, add_own, mean_eigenvalue};
 use crate::model::common;
 use crate::stage::Context;
 
@@ -107,7 +107,7 @@ impl Fit {
             }
         }
         let mut left = self.rows(&self.judges);
-        let mean = gram.diag().sum() / features.max(1) as f64;
+        let mean = mean_eigenvalue(&gram, features);
         if mean <= 0.0 {
             return Ok(left);
         }
@@ -140,7 +140,7 @@ impl Fit {
         let kernel = Kernel::new(self.tokens, &blocks)?;
         let mut left = self.rows(&self.judges);
         let gram = kernel.own(&self.fitted);
-        let mean = gram.diag().sum() / features.min(self.fitted.len()).max(1) as f64;
+        let mean = mean_eigenvalue(&gram, features.min(self.fitted.len()));
         if mean > 0.0 {
             let missed = self.rows(&self.fitted);
             let solved = cx.factorise().solve_ridged(gram, ridge * mean, missed.view())?;
