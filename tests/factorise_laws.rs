@@ -140,7 +140,7 @@ fn cholesky_factors_and_solves() {
                 layouts(&rhs, &mut |rhs| {
                     let x = backend.solve_spd(view, rhs).unwrap();
                     close64(&gram.dot(&x), &rhs.to_owned(), 100.0 * n as f64);
-                    let x = backend.solve_ridged(half.clone(), 0.5, rhs).unwrap();
+                    let x = backend.solve_ridged(&mut half.clone(), 0.5, rhs).unwrap();
                     close64(&(gram.dot(&x) + 0.5 * &x), &rhs.to_owned(), 100.0 * n as f64);
                 });
             });

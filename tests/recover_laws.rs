@@ -219,6 +219,32 @@ fn few_tokens_are_not_trusted_with_a_small_ridge() {
     }
 }
 
+#[test]
+fn many_tokens_need_no_large_ridge() {
+    let cx = Context::cpu(0);
+    let truth = layer(3, RoutingRule::softmax(2, true));
+    let start = perturbed(&truth, 4, 0.3, true);
+    let features = F * truth.experts.len();
+    for (fitted, many) in [(6 * features, false), (6 * features + 1, true)] {
+        let (x, noise) = (Numbers(7).matrix(fitted + 50, D), Numbers(8).matrix(fitted + 50, D));
+        // So noisy that the judging rows are for the large ridge.
+        let targets = output(&truth, &x, false) + 2.0 * noise;
+        let task = with(&x, &targets, false, 50);
+        for solver in solvers(0.0) {
+            let of = |ridges: &[f64]| {
+                let solver = LeastSquares { ridges: ridges.to_vec(), ..solver.clone() };
+                solver.recover(&task, start.clone(), &cx).unwrap()
+            };
+            let (small, large) = (of(&[0.1]), of(&[10.0]));
+            assert!(large != start);
+            assert!(task.error(&large, &cx).unwrap() < task.error(&small, &cx).unwrap());
+            assert_eq!(of(&[0.1, 10.0]), if many { small } else { large.clone() });
+            // Where there is no other, it is taken.
+            assert_eq!(of(&[10.0]), large);
+        }
+    }
+}
+
 /// Whether it is the one that has to fail.
 fn wild(recoverer: &dyn Recoverer) -> bool {
     format!("{recoverer:?}").contains("e30")

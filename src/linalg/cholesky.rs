@@ -3,20 +3,24 @@
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor;
 use faer::linalg::matmul::matmul;
+use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::triangular_solve::{
     solve_lower_triangular_in_place, solve_upper_triangular_in_place,
 };
-use faer::reborrow::ReborrowMut;
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::reborrow::{IntoConst, ReborrowMut};
+use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::to_faer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::par;
 
-/// Rows and columns that are factorised at a time, and columns that are solved for at a time:
-/// fixed, so that the bits do not depend on the number of threads.
-const BLOCK: usize = 256;
+/// Rows and columns that are factorised at a time. These sizes are fixed, so that the bits do not
+/// depend on the number of threads.
+const BLOCK: usize = 128;
+
+/// Right-hand sides that one task solves for, also those of a block below the diagonal.
+const COLUMNS: usize = 64;
 
 /// The lower Cholesky factor `L` of a symmetric positive definite `G = L Lᵀ: (n, n)`, of which only
 /// the lower triangle is read; zeros above the diagonal. `n³/3` operations, in parallel, with the
@@ -30,9 +34,12 @@ pub fn cholesky(gram: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
     if gram.dim() != (n, n) {
         return Err(Error::shape("Cholesky factorisation", (n, n), gram.dim()));
     }
-    let mut lower = gram.as_standard_layout().into_owned();
-    factorise(&mut lower)?;
-    lower.indexed_iter_mut().filter(|((i, j), _)| j > i).for_each(|(_, x)| *x = 0.0);
+    let mut factor = gram.to_owned();
+    factorise(&mut factor)?;
+    let mut lower = in_columns(factor);
+    for (j, mut column) in lower.columns_mut().into_iter().enumerate() {
+        column.slice_mut(s![..j]).fill(0.0);
+    }
     Ok(lower)
 }
 
@@ -45,87 +52,145 @@ pub fn cholesky(gram: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
 /// [`ErrorKind::Shape`] when the shapes do not fit; [`ErrorKind::Numerical`] when `G` is not
 /// positive definite or the solution is not finite.
 pub fn solve_spd(gram: ArrayView2<'_, f64>, rhs: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
-    solve_spd_in(gram.as_standard_layout().into_owned(), rhs)
+    solve_spd_in(&mut gram.to_owned(), rhs)
 }
 
 /// [`solve_spd`] with the factor in the place of `G`: no second matrix of its size.
-pub(super) fn solve_spd_in(mut gram: Array2<f64>, rhs: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
+pub(super) fn solve_spd_in(
+    gram: &mut Array2<f64>,
+    rhs: ArrayView2<'_, f64>,
+) -> Result<Array2<f64>> {
     let (n, m) = rhs.dim();
     if gram.dim() != (n, n) {
         return Err(Error::shape("Cholesky solve", (n, n), gram.dim()));
     }
-    if !gram.is_standard_layout() {
-        gram = gram.as_standard_layout().into_owned();
-    }
-    factorise(&mut gram)?;
-    let lower = rows_of(&gram)?;
-    let solved = par::map(m.div_ceil(BLOCK), |b| {
-        let columns = s![.., b * BLOCK..((b + 1) * BLOCK).min(m)];
+    factorise(gram)?;
+    let lower = MatRef::from_column_major_slice(dense(gram.as_slice_memory_order())?, n, n);
+    let solved = par::map(m.div_ceil(COLUMNS), |b| {
+        let columns = s![.., b * COLUMNS..((b + 1) * COLUMNS).min(m)];
         let mut x = to_faer(rhs.slice(columns));
         solve_lower_triangular_in_place(lower, x.as_mut(), Par::Seq);
         solve_upper_triangular_in_place(lower.transpose(), x.as_mut(), Par::Seq);
         Ok(x)
     })?;
-    let x = Array2::from_shape_fn((n, m), |(i, j)| solved[j / BLOCK][(i, j % BLOCK)]);
+    let x = Array2::from_shape_fn((n, m), |(i, j)| solved[j / COLUMNS][(i, j % COLUMNS)]);
     match x.iter().all(|x| x.is_finite()) {
         true => Ok(x),
         false => Err(failure("the solution is not finite".into())),
     }
 }
 
-/// Puts `L` into the lower triangle of `G`, which is in row order; what is above it is left.
+/// Puts `L`, in column order, into the place of `G`, whatever the order of that was; what is above
+/// its diagonal is of no use.
 ///
 /// Right-looking: a block of columns is factorised, and what is to its right made less its product,
-/// strips of rows in parallel.
+/// tile by tile in parallel.
 fn factorise(gram: &mut Array2<f64>) -> Result<()> {
     let n = gram.nrows();
-    for first in (0..n).step_by(BLOCK) {
-        let end = (first + BLOCK).min(n);
-        let mut corner = to_faer(gram.slice(s![first..end, first..end]));
-        factorise_block(&mut corner)?;
-        let own = Array2::from_shape_fn(corner.shape(), |(i, j)| corner[(i, j)]);
-        gram.slice_mut(s![first..end, first..end]).assign(&own);
-        if end == n {
-            break;
+    if !gram.t().is_standard_layout() {
+        if !gram.is_standard_layout() {
+            *gram = gram.as_standard_layout().into_owned();
         }
-        let mut below = gram.slice_mut(s![end.., first..end]);
-        let mut strips: Vec<_> = below.axis_chunks_iter_mut(Axis(0), BLOCK).collect();
-        par::map_mut(&mut strips, |_, rows| {
+        mirror(gram);
+    }
+    let place = dense(gram.as_slice_memory_order_mut())?;
+    let mut all = MatMut::from_column_major_slice_mut(place, n, n);
+    for first in (0..n).step_by(BLOCK) {
+        let rest = all.rb_mut().submatrix_mut(first, first, n - first, n - first);
+        let size = BLOCK.min(rest.nrows());
+        let (mut corner, _, below, right) = rest.split_at_mut(size, size);
+        factorise_block(corner.rb_mut())?;
+        let corner = corner.into_const();
+        let mut panel = below;
+        par::map_mut(&mut strips(panel.rb_mut(), COLUMNS), |_, rows| {
             // L₁ with L₁ L₀ᵀ = G₁, so L₀ L₁ᵀ = G₁ᵀ.
-            let mut transposed = to_faer(rows.t());
-            solve_lower_triangular_in_place(corner.as_ref(), transposed.as_mut(), Par::Seq);
-            rows.indexed_iter_mut().for_each(|((i, j), x)| *x = transposed[(j, i)]);
+            solve_lower_triangular_in_place(corner, rows.rb_mut().transpose_mut(), Par::Seq);
             Ok(())
         })?;
-        let panel = below.as_standard_layout().into_owned();
-        subtract_own(gram, end, rows_of(&panel)?)?;
+        subtract_own(right, panel.into_const())?;
     }
     Ok(())
 }
 
-/// `G ← G − P Pᵀ` in the lower triangle of what begins at row and column `first`.
-fn subtract_own(gram: &mut Array2<f64>, first: usize, panel: MatRef<'_, f64>) -> Result<()> {
-    let n = gram.ncols();
-    let Some(all) = gram.as_slice_mut() else { return Err(failure("not in row order".into())) };
-    par::for_each_chunk(&mut all[first * n..], BLOCK * n, |i, rows| {
-        let (count, from) = (rows.len() / n, i * BLOCK);
-        let mut strip = MatMut::from_row_major_slice_mut(rows, count, n);
-        let left = panel.subrows(from, count);
-        for at in (0..from + count).step_by(BLOCK) {
-            let width = BLOCK.min(from + count - at);
-            let tile = strip.rb_mut().subcols_mut(first + at, width);
-            matmul(tile, Accum::Add, left, panel.subrows(at, width).transpose(), -1.0, Par::Seq);
+/// What [`factorise`] left, as it is to be read.
+fn in_columns(factor: Array2<f64>) -> Array2<f64> {
+    match factor.t().is_standard_layout() {
+        true => factor,
+        false => factor.reversed_axes(),
+    }
+}
+
+/// Copies the lower triangle over the upper one: rows become columns.
+fn mirror(gram: &mut Array2<f64>) {
+    /// Rows at a time: what is written lies in whole cache lines.
+    const ROWS: usize = 16;
+    let n = gram.nrows();
+    for first in (0..n).step_by(ROWS) {
+        let end = (first + ROWS).min(n);
+        let (mut above, mut own) = gram.view_mut().split_at(Axis(0), first);
+        let lower = own.slice(s![..end - first, ..first]);
+        above.slice_mut(s![.., first..end]).assign(&lower.t());
+        for i in 0..end - first {
+            for j in 0..i {
+                own[[j, first + i]] = own[[i, first + j]];
+            }
         }
-    });
+    }
+}
+
+/// A matrix cut into strips of so many rows.
+fn strips(mut panel: MatMut<'_, f64>, rows: usize) -> Vec<MatMut<'_, f64>> {
+    let mut strips = Vec::with_capacity(panel.nrows().div_ceil(rows));
+    while panel.nrows() > 0 {
+        let at = rows.min(panel.nrows());
+        let (strip, rest) = panel.split_at_row_mut(at);
+        strips.push(strip);
+        panel = rest;
+    }
+    strips
+}
+
+/// `G ← G − P Pᵀ` in the lower triangle.
+fn subtract_own(mut gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
+    let mut tiles = Vec::new();
+    let mut at = 0;
+    while gram.ncols() > 0 {
+        let width = BLOCK.min(gram.ncols());
+        let (columns, rest) = gram.split_at_col_mut(width);
+        let (_, columns) = columns.split_at_row_mut(at);
+        tiles.extend(strips(columns, BLOCK).into_iter().enumerate().map(|(i, tile)| (at, i, tile)));
+        at += BLOCK;
+        gram = rest;
+    }
+    par::map_mut(&mut tiles, |_, (at, i, tile)| {
+        let (left, right) =
+            (panel.subrows(*at + *i * BLOCK, tile.nrows()), panel.subrows(*at, tile.ncols()));
+        let (left, right, tile) = (left, right.transpose(), tile.rb_mut());
+        match i {
+            0 => triangular::matmul(
+                tile,
+                BlockStructure::TriangularLower,
+                Accum::Add,
+                left,
+                BlockStructure::Rectangular,
+                right,
+                BlockStructure::Rectangular,
+                -1.0,
+                Par::Seq,
+            ),
+            _ => matmul(tile, Accum::Add, left, right, -1.0, Par::Seq),
+        }
+        Ok(())
+    })?;
     Ok(())
 }
 
 /// The factor of a block, in its lower triangle.
-fn factorise_block(block: &mut Mat<f64>) -> Result<()> {
+fn factorise_block(block: MatMut<'_, f64>) -> Result<()> {
     let scratch =
         factor::cholesky_in_place_scratch::<f64>(block.nrows(), Par::Seq, Default::default());
     factor::cholesky_in_place(
-        block.as_mut(),
+        block,
         Default::default(),
         Par::Seq,
         MemStack::new(&mut MemBuffer::new(scratch)),
@@ -135,10 +200,9 @@ fn factorise_block(block: &mut Mat<f64>) -> Result<()> {
     .map_err(|e| failure(format!("the matrix is not positive definite ({e:?})")))
 }
 
-/// A matrix in row order as `faer` sees it.
-fn rows_of(a: &Array2<f64>) -> Result<MatRef<'_, f64>> {
-    let slice = a.as_slice().ok_or_else(|| failure("not in row order".into()))?;
-    Ok(MatRef::from_row_major_slice(slice, a.nrows(), a.ncols()))
+/// What a matrix that leaves no gaps lies in.
+fn dense<T>(slice: Option<T>) -> Result<T> {
+    slice.ok_or_else(|| failure("the matrix has gaps".into()))
 }
 
 fn failure(reason: String) -> Error {
@@ -197,6 +261,24 @@ mod tests {
     fn only_the_lower_triangle_is_read() {
         let x = solve_spd(array![[4.0, f64::NAN], [0.0, 4.0]].view(), array![[8.0], [4.0]].view());
         assert_eq!(x.unwrap(), array![[2.0], [1.0]]);
+    }
+
+    #[test]
+    fn the_order_of_the_matrix_does_not_matter() {
+        let n = BLOCK + 37;
+        let (mut gram, rhs) = system(n, COLUMNS + 3);
+        for i in 0..n {
+            gram.slice_mut(s![i, i + 1..]).fill(f64::NAN);
+        }
+        let mut gaps = Array2::zeros((n, 2 * n));
+        gaps.slice_mut(s![.., ..;2]).assign(&gram);
+        let by_columns = gram.t().as_standard_layout().into_owned().reversed_axes();
+        assert!(!by_columns.is_standard_layout());
+        let (x, lower) = (solve_spd(gram.view(), rhs.view()).unwrap(), cholesky(gram.view()));
+        for other in [by_columns.view(), gaps.slice(s![.., ..;2])] {
+            assert_eq!(solve_spd(other, rhs.view()).unwrap(), x);
+            assert_eq!(&cholesky(other).unwrap(), lower.as_ref().unwrap());
+        }
     }
 
     #[test]

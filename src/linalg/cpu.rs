@@ -130,6 +130,19 @@ pub(super) fn product<T: ComplexField + Copy + Send + Sync>(
     } else {
         MatMut::from_row_major_slice_mut(slice, rows, cols)
     };
+    tiled(whole, accum, left, right, alpha, parallel);
+}
+
+/// [`product`] of what `faer` sees, which may have gaps.
+pub(super) fn tiled<T: ComplexField + Copy + Send + Sync>(
+    whole: MatMut<'_, T>,
+    accum: Accum,
+    left: MatRef<'_, T>,
+    right: MatRef<'_, T>,
+    alpha: T,
+    parallel: bool,
+) {
+    let (rows, cols) = (whole.nrows(), whole.ncols());
     let mut tiles = Vec::new();
     cut_rows(whole, tile_of(rows), tile_of(cols), &mut tiles);
     let each = |(i, j, tile): Tile<'_, T>| {

@@ -37,6 +37,7 @@ pub use correlation::correlation;
 pub use cpu::Cpu;
 #[cfg(feature = "gpu")]
 pub(crate) use cpu::check_terms;
+pub(crate) use cross::add_pairs;
 pub use cross::{add_cross, add_own};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};

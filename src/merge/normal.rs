@@ -29,12 +29,13 @@ impl Normal {
     }
 
     /// `Δ: (out, in)`, with `λ = ridge · tr(G) / in`; `None` without any input but zeros.
-    pub(super) fn solve(self, ridge: f64, cx: &Context) -> Result<Option<Array2<f32>>> {
+    pub(super) fn solve(mut self, ridge: f64, cx: &Context) -> Result<Option<Array2<f32>>> {
         let mean = mean_eigenvalue(&self.gram, self.gram.nrows());
         if mean <= 0.0 {
             return Ok(None);
         }
-        let solution = cx.factorise().solve_ridged(self.gram, ridge * mean, self.rhs.view())?;
+        let solution =
+            cx.factorise().solve_ridged(&mut self.gram, ridge * mean, self.rhs.view())?;
         Ok(Some(solution.t().mapv(|x| x as f32)))
     }
 

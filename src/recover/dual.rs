@@ -29,10 +29,10 @@ pub(super) fn by_tokens(
     let system = System::new(task, merged, cx)?;
     let Some(lambda) = system.best_of(ridges, cx)? else { return Ok(None) };
     let System { features, residual, kernel, judging, fitted } = system;
-    let gram = kernel.own(&(0..fitted).collect::<Vec<_>>());
+    let mut gram = kernel.own(&(0..fitted).collect::<Vec<_>>());
     drop(kernel);
     let missed = residual.slice(s![..fitted, ..]).mapv(f64::from);
-    let solved = cx.factorise().solve_ridged(gram, lambda, missed.view())?;
+    let solved = cx.factorise().solve_ridged(&mut gram, lambda, missed.view())?;
     // The rows that judge take no part.
     let mut shares = Array2::zeros(residual.dim());
     shares.slice_mut(s![..fitted, ..]).zip_mut_with(&solved, |a, &b| *a = b as f32);
@@ -87,10 +87,12 @@ impl System {
         let given = self.residual.select(Axis(0), &chosen);
         let goal = self.residual.slice(s![self.judging.clone(), ..]);
         let (mut best, mut least) = (None, f64::INFINITY);
+        let mut place = Array2::default((0, 0));
         for lambda in ridges.iter().map(|ridge| ridge * mean) {
             // How much a judge gets of what every chosen token misses: judges are mostly fewer
             // right-hand sides than output features.
-            let shares = cx.factorise().solve_ridged(gram.clone(), lambda, cross.view())?;
+            place.clone_from(&gram);
+            let shares = cx.factorise().solve_ridged(&mut place, lambda, cross.view())?;
             let shares = shares.mapv(|x| x as f32);
             let mut left = goal.to_owned();
             cx.compute().gemm(-1.0, shares.t(), given.view(), 1.0, left.view_mut())?;

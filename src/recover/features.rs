@@ -1,12 +1,13 @@
 //! The gate-weighted hidden activations of a merged layer: the features of a linear fit of its
 //! down projections.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use crate::error::{Locate, Result};
-use crate::linalg::{Kernel, Rows, add_cross, add_own};
+use crate::linalg::{Kernel, Rows, add_own, add_pairs};
 use crate::model::{MergedLayer, common};
 use crate::par;
 use crate::stage::{Context, Recovery};
@@ -25,7 +26,23 @@ pub(super) struct Part {
     pub(super) hidden: Array2<f32>,
 }
 
+/// An expert, tokens that visit it with their weights, and the place of their hidden activations.
+type Block<'a> = (usize, &'a [usize], &'a [f32], ArrayViewMut2<'a, f32>);
+
 impl Part {
+    /// Of the visits of an expert, the hidden activations still 0.
+    fn of(visits: &[(usize, f32)], d_ff: usize) -> Self {
+        let (tokens, weights) = visits.iter().copied().unzip();
+        Self { tokens, weights, hidden: Array2::zeros((visits.len(), d_ff)) }
+    }
+
+    /// In blocks of tokens, as expert `e`.
+    fn blocks(&mut self, e: usize) -> impl Iterator<Item = Block<'_>> {
+        let visits = self.tokens.chunks(BLOCK).zip(self.weights.chunks(BLOCK));
+        let hidden = self.hidden.axis_chunks_iter_mut(Axis(0), BLOCK);
+        visits.zip(hidden).map(move |((tokens, weights), out)| (e, tokens, weights, out))
+    }
+
     fn rows(&self) -> Rows<'_> {
         Rows { at: &self.tokens, values: self.hidden.view() }
     }
@@ -54,18 +71,16 @@ impl Features {
     ) -> Result<Self> {
         let visits = merged.visits(narrowed, x, cx.compute())?;
         let single = cx.per_task();
-        let parts = par::map(visits.len(), |e| {
-            let (tokens, weights): (Vec<_>, Vec<_>) = visits[e].iter().copied().unzip();
-            let expert = merged.experts[e].view();
-            let mut hidden = Array2::zeros((tokens.len(), expert.d_ff()));
-            for (tokens, mut out) in
-                tokens.chunks(BLOCK).zip(hidden.axis_chunks_iter_mut(Axis(0), BLOCK))
-            {
-                let x = x.select(Axis(0), tokens);
-                out.assign(&expert.hidden(x.view(), single.compute()).in_expert(e)?);
-            }
-            hidden.rows_mut().into_iter().zip(&weights).for_each(|(mut row, w)| row *= *w);
-            Ok(Part { tokens, weights, hidden })
+        let mut parts: Vec<_> =
+            visits.iter().zip(&merged.experts).map(|(v, e)| Part::of(v, e.view().d_ff())).collect();
+        let mut blocks: Vec<_> =
+            parts.iter_mut().enumerate().flat_map(|(e, part)| part.blocks(e)).collect();
+        par::map_mut(&mut blocks, |_, (e, tokens, weights, out)| {
+            let expert = merged.experts[*e].view();
+            let x = x.select(Axis(0), tokens);
+            out.assign(&expert.hidden(x.view(), single.compute()).in_expert(*e)?);
+            out.rows_mut().into_iter().zip(*weights).for_each(|(mut row, w)| row *= *w);
+            Ok(())
         })?;
         Ok(Self { parts, tokens: x.nrows() })
     }
@@ -111,10 +126,9 @@ impl Features {
         cx: &Context,
     ) -> Result<()> {
         let (single, d) = (cx.per_task(), out.ncols());
-        let blocks = self.tokens.div_ceil(BLOCK);
-        let misses = par::map(blocks, |b| {
-            let (first, end) = (b * BLOCK, ((b + 1) * BLOCK).min(self.tokens));
-            let mut block = out.slice(s![first..end, ..]).to_owned();
+        let mut blocks: Vec<_> = out.axis_chunks_iter_mut(Axis(0), BLOCK).collect();
+        par::map_mut(&mut blocks, |b, block| {
+            let (first, end) = (b * BLOCK, b * BLOCK + block.nrows());
             let mut product = Array2::<f32>::zeros((end - first, d));
             for (part, down) in self.parts.iter().zip(down) {
                 let from = part.tokens.partition_point(|&t| t < first);
@@ -126,11 +140,8 @@ impl Features {
                     block.row_mut(t - first).scaled_add(-1.0, &y);
                 }
             }
-            Ok(block)
+            Ok(())
         })?;
-        for (mut rows, block) in out.axis_chunks_iter_mut(Axis(0), BLOCK).zip(misses) {
-            rows.assign(&block);
-        }
         Ok(())
     }
 
@@ -150,41 +161,45 @@ impl Features {
         })
     }
 
-    /// The lower triangle of `Φᵀ Φ` in `f64`, block by block: only pairs of experts that some token
-    /// visits together have one. `t k (k + 1) d_ff²` operations.
+    /// The lower triangle of `Φᵀ Φ` in `f64` and in column order, block by block: only pairs of
+    /// experts that some token visits together have one. `t k (k + 1) d_ff²` operations.
     pub(super) fn gram(&self) -> Result<Array2<f64>> {
-        let m = self.parts.len();
-        let pairs: Vec<_> = (0..m).flat_map(|i| (0..=i).map(move |j| (i, j))).collect();
-        let blocks = par::map(pairs.len(), |p| self.pair(pairs[p].0, pairs[p].1))?;
-        let mut gram = Array2::zeros((self.width(), self.width()));
-        let f = self.width() / m.max(1);
-        for ((i, j), block) in pairs.into_iter().zip(blocks) {
-            let Some(block) = block else { continue };
-            gram.slice_mut(s![i * f..(i + 1) * f, j * f..(j + 1) * f]).assign(&block);
-        }
-        Ok(gram)
+        let f = self.width() / self.parts.len().max(1);
+        let mut upper = Array2::zeros((self.width(), self.width()));
+        let blocks = self.blocks()?;
+        let mut strips: Vec<_> = upper.axis_chunks_iter_mut(Axis(0), f.max(1)).collect();
+        par::map_mut(&mut strips, |j, strip| {
+            for (i, _, block) in blocks.iter().filter(|(_, of, _)| *of == j) {
+                strip.slice_mut(s![.., i * f..(i + 1) * f]).assign(block);
+            }
+            Ok(())
+        })?;
+        Ok(upper.reversed_axes())
     }
 
-    /// The block of two experts, of which the lower triangle counts where they are the same; `None`
-    /// when no token visits both.
-    fn pair(&self, i: usize, j: usize) -> Result<Option<Array2<f64>>> {
-        let (left, right) = (&self.parts[i], &self.parts[j]);
-        let common = common(&left.tokens, &right.tokens);
-        if common.is_empty() {
-            return Ok(None);
-        }
-        let mut block = Array2::zeros((left.hidden.ncols(), right.hidden.ncols()));
-        if i == j {
-            add_own(left.hidden.view(), block.view_mut())?;
-            return Ok(Some(block));
-        }
-        for rows in common.chunks(BLOCK) {
-            let (a, b): (Vec<_>, Vec<_>) = rows.iter().copied().unzip();
-            let a = left.hidden.select(Axis(0), &a);
-            let b = right.hidden.select(Axis(0), &b);
-            add_cross(a.view(), b.view(), block.view_mut())?;
-        }
-        Ok(Some(block))
+    /// `Φ_jᵀ Φ_i` for experts `i ≥ j` that some token visits both; of an expert with itself the
+    /// upper triangle.
+    fn blocks(&self) -> Result<Vec<(usize, usize, Array2<f64>)>> {
+        let m = self.parts.len();
+        let all: Vec<_> = (0..m).flat_map(|i| (0..=i).map(move |j| (i, j))).collect();
+        let mut pairs = par::map(all.len(), |p| {
+            let (i, j) = all[p];
+            Ok((i, j, common(&self.parts[j].tokens, &self.parts[i].tokens)))
+        })?;
+        pairs.retain(|(_, _, common)| !common.is_empty());
+        // Few experts are few tasks: the longest first, so that none is left when all others are
+        // done.
+        pairs.sort_by_key(|(i, j, common)| Reverse(common.len() * if i == j { 1 } else { 2 }));
+        par::in_turn(pairs.len(), |p| {
+            let (i, j, ref common) = pairs[p];
+            let (left, right) = (self.parts[j].hidden.view(), self.parts[i].hidden.view());
+            let mut block = Array2::zeros((left.ncols(), right.ncols()));
+            match i == j {
+                true => add_own(left, block.view_mut().reversed_axes())?,
+                false => add_pairs(left, right, common, block.view_mut())?,
+            }
+            Ok((i, j, block))
+        })
     }
 
     /// `Σ ‖R − Φ Δᵀ‖²`: what a layer that misses `R: (t, d_model)` does with `Δ: (d_model, d_ff)`

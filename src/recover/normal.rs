@@ -1,6 +1,6 @@
 //! The normal equations of the joint fit, `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`, in two ways.
 
-use ndarray::{Array2, Axis, concatenate, s};
+use ndarray::{Array2, Axis, ShapeBuilder, concatenate, s};
 
 use super::features::Features;
 use crate::error::{Error, Result};
@@ -8,35 +8,67 @@ use crate::linalg::mean_eigenvalue;
 use crate::par;
 use crate::stage::Context;
 
+/// Columns of a Gram matrix that one task copies.
+const COLUMNS: usize = 64;
+
 /// What is added to each expert's down projection: `(d_model, d_ff)` each.
 pub(super) type Deltas = Vec<Array2<f32>>;
 
-/// By one Gram matrix and a Cholesky factorisation per ridge, in `f64`, the ridges in parallel;
-/// nothing if no feature is other than 0. `ridges` are relative to the mean eigenvalue. The
-/// right-hand side is summed in `f32`: that is as if the residual were rounded once more, where a
-/// rounded Gram matrix would drown its small eigenvalues.
-pub(super) fn cholesky(
-    features: &Features,
-    residual: &Array2<f32>,
-    ridges: &[f64],
-    cx: &Context,
-) -> Result<Vec<Deltas>> {
-    let gram = features.gram()?;
-    let mean = mean_eigenvalue(&gram, features.tokens().min(features.width()));
-    if mean <= 0.0 {
-        return Ok(Vec::new());
+/// The equations themselves, in `f64`. The right-hand side is summed in `f32`: that is as if the
+/// residual were rounded once more, where a rounded Gram matrix would drown its small eigenvalues.
+pub(super) struct Normal<'a> {
+    features: &'a Features,
+    /// The lower triangle.
+    gram: Array2<f64>,
+    /// Where it is factorised: new memory for every ridge would cost a third of that.
+    place: Array2<f64>,
+    rhs: Array2<f64>,
+    mean: f64,
+}
+
+impl<'a> Normal<'a> {
+    /// Nothing if no feature is other than 0.
+    pub(super) fn new(
+        features: &'a Features,
+        residual: &Array2<f32>,
+        cx: &Context,
+    ) -> Result<Option<Self>> {
+        let gram = features.gram()?;
+        let mean = mean_eigenvalue(&gram, features.tokens().min(features.width()));
+        if mean <= 0.0 {
+            return Ok(None);
+        }
+        let rhs = stacked(&features.moments(residual, cx)?)?;
+        Ok(Some(Self { features, gram, place: Array2::default((0, 0)), rhs, mean }))
     }
-    let rhs = stacked(&features.moments(residual, cx)?)?;
-    par::map(ridges.len(), |i| {
-        let solution = cx.factorise().solve_ridged(gram.clone(), ridges[i] * mean, rhs.view())?;
+
+    /// By Cholesky; `ridge` is relative to the mean eigenvalue.
+    pub(super) fn solve(&mut self, ridge: f64, cx: &Context) -> Result<Deltas> {
+        self.reset()?;
+        let (place, lambda) = (&mut self.place, ridge * self.mean);
+        let solution = cx.factorise().solve_ridged(place, lambda, self.rhs.view())?;
         let mut first = 0;
-        let deltas = features.parts.iter().map(|part| {
+        let deltas = self.features.parts.iter().map(|part| {
             let rows = first..first + part.hidden.ncols();
             first = rows.end;
             solution.slice(s![rows, ..]).t().mapv(|x| x as f32)
         });
         Ok(deltas.collect())
-    })
+    }
+
+    /// Puts the Gram matrix into its place, in parallel.
+    fn reset(&mut self) -> Result<()> {
+        if self.place.dim() != self.gram.dim() {
+            self.place = Array2::zeros(self.gram.dim().f());
+        }
+        let mut to: Vec<_> = self.place.axis_chunks_iter_mut(Axis(1), COLUMNS).collect();
+        par::map_mut(&mut to, |i, to| {
+            let columns = i * COLUMNS..i * COLUMNS + to.ncols();
+            to.assign(&self.gram.slice(s![.., columns]));
+            Ok(())
+        })?;
+        Ok(())
+    }
 }
 
 /// One `(d_model, d_ff)` an expert as `(m · d_ff, d_model)`.

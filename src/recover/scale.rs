@@ -111,12 +111,13 @@ fn steps(
         Ok(row)
     })?;
     let rhs = Array2::from_shape_fn((m, 1), |(i, _)| rows[i][0]);
-    let gram = Array2::from_shape_fn((m, m), |(i, j)| if j <= i { rows[i][j + 1] } else { 0.0 });
+    let mut gram =
+        Array2::from_shape_fn((m, m), |(i, j)| if j <= i { rows[i][j + 1] } else { 0.0 });
     let mean = mean_eigenvalue(&gram, m);
     if mean <= 0.0 {
         return Ok(None);
     }
-    let solved = cx.factorise().solve_ridged(gram, ridge * mean, rhs.view())?;
+    let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
     Ok(Some(solved.column(0).to_vec()))
 }
 

@@ -4,7 +4,7 @@ use ndarray::{Array2, Axis, s};
 
 use super::probe::{Probe, Visits};
 use crate::error::Result;
-use crate::linalg::{Kernel, Rows, add_cross, add_own, mean_eigenvalue};
+use crate::linalg::{Kernel, Rows, add_cross, add_own, add_pairs, mean_eigenvalue};
 use crate::model::common;
 use crate::stage::Context;
 
@@ -99,11 +99,9 @@ impl Fit {
             add_cross(a.hidden.view(), missed.view(), rhs.slice_mut(s![block.clone(), ..]))?;
             add_own(a.hidden.view(), gram.slice_mut(s![block.clone(), block.clone()]))?;
             for (j, b) in fit[..i].iter().enumerate() {
-                let (rows, others): (Vec<_>, Vec<_>) =
-                    common(&a.tokens, &b.tokens).into_iter().unzip();
-                let (x, y) = (a.hidden.select(Axis(0), &rows), b.hidden.select(Axis(0), &others));
+                let pairs = common(&a.tokens, &b.tokens);
                 let out = gram.slice_mut(s![block.clone(), j * f..(j + 1) * f]);
-                add_cross(x.view(), y.view(), out)?;
+                add_pairs(a.hidden.view(), b.hidden.view(), &pairs, out)?;
             }
         }
         let mut left = self.rows(&self.judges);
@@ -111,7 +109,7 @@ impl Fit {
         if mean <= 0.0 {
             return Ok(left);
         }
-        let solved = cx.factorise().solve_ridged(gram, ridge * mean, rhs.view())?;
+        let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
         for (i, part) in judge.iter().enumerate() {
             let given = part.hidden.mapv(f64::from).dot(&solved.slice(s![i * f..(i + 1) * f, ..]));
             for (given, t) in given.rows().into_iter().zip(&part.tokens) {
@@ -139,11 +137,11 @@ impl Fit {
         let blocks: Vec<_> = self.parts.iter().map(Part::rows).collect();
         let kernel = Kernel::new(self.tokens, &blocks)?;
         let mut left = self.rows(&self.judges);
-        let gram = kernel.own(&self.fitted);
+        let mut gram = kernel.own(&self.fitted);
         let mean = mean_eigenvalue(&gram, features.min(self.fitted.len()));
         if mean > 0.0 {
             let missed = self.rows(&self.fitted);
-            let solved = cx.factorise().solve_ridged(gram, ridge * mean, missed.view())?;
+            let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, missed.view())?;
             left -= &kernel.between(&self.judges, &self.fitted).dot(&solved);
         }
         Ok(left)

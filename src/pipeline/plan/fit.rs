@@ -67,7 +67,7 @@ impl FitSize {
         let added = 4.0 * self.features * layer.d_model as f64;
         let n = self.rows();
         let bytes = match self.solver {
-            Solver::Features => hidden(n) + 40.0 * self.features * self.features,
+            Solver::Features => hidden(n) + 24.0 * self.features * self.features,
             Solver::Tokens => {
                 let system = 16.0 * n * n + 24.0 * n * layer.d_model as f64;
                 hidden(n + self.judging) + system + 2.0 * added
