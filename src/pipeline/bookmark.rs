@@ -19,8 +19,10 @@ use crate::model::LayerId;
 /// Bookmarks that are kept.
 const KEPT: usize = 3;
 /// How many times as long as the last bookmark took, the layers behind it take before the next is
-/// written: bookmarks cost at most a twentieth of a run, or one.
+/// written: bookmarks cost at most a twentieth of a run.
 const WORTH: u32 = 20;
+/// Bytes a second at which the first is expected to be written.
+const SLOW: f64 = 100e6;
 /// Bytes of the SHA-256 that ends the file.
 const HASH: usize = 32;
 
@@ -28,6 +30,8 @@ const HASH: usize = 32;
 pub(super) trait Marked {
     /// Number of layers that are still to come.
     fn remaining(&self) -> usize;
+    /// Bytes of the hidden states.
+    fn bytes(&self) -> u64;
     /// Leaves out all layers up to `id`.
     fn jump_behind(&mut self, id: LayerId) -> Result<()>;
     /// Hands all hidden states to `f`, in the same order every time.
@@ -41,13 +45,13 @@ pub(super) struct Bookmarks<'a> {
     kept: Vec<LayerId>,
     /// When the last was written, or these were opened.
     since: Instant,
-    /// How long it took; 0 if none was written yet.
-    cost: Duration,
+    /// How long it took, if one was written.
+    cost: Option<Duration>,
 }
 
 impl<'a> Bookmarks<'a> {
     pub(super) fn new(folder: &'a Path) -> Self {
-        Self { folder, kept: Vec::new(), since: Instant::now(), cost: Duration::ZERO }
+        Self { folder, kept: Vec::new(), since: Instant::now(), cost: None }
     }
 
     /// The last of `layers` behind which the states lie whole.
@@ -60,11 +64,13 @@ impl<'a> Bookmarks<'a> {
     /// behind the last layer.
     pub(super) fn set(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
         let begun = Instant::now();
-        if pass.remaining() == 0 || begun - self.since < WORTH * self.cost {
+        let expected = || Duration::from_secs_f64(pass.bytes() as f64 / SLOW);
+        let cost = self.cost.unwrap_or_else(expected);
+        if pass.remaining() == 0 || begun - self.since < WORTH * cost {
             return Ok(());
         }
         self.write(pass, id)?;
-        (self.since, self.cost) = (Instant::now(), begun.elapsed());
+        (self.since, self.cost) = (Instant::now(), Some(begun.elapsed()));
         Ok(())
     }
 
@@ -151,6 +157,10 @@ mod tests {
             self.1
         }
 
+        fn bytes(&self) -> u64 {
+            4 * self.0.len() as u64
+        }
+
         fn jump_behind(&mut self, _: LayerId) -> Result<()> {
             Ok(())
         }
@@ -171,20 +181,35 @@ mod tests {
             let ids: Vec<_> = (0..9).map(LayerId::causal).collect();
             assert_eq!(Bookmarks::last_of(dir.path(), &ids), Some(LayerId::causal(last)));
         };
+        // A layer that took a second is worth these few bytes, but not what takes an hour.
+        let second = Duration::from_secs(1);
+        bookmarks.since -= second;
         set(&mut bookmarks, 0, 0);
-        // No layer has taken an hour.
-        bookmarks.cost = Duration::from_secs(3600);
+        bookmarks.cost = Some(3600 * second);
         set(&mut bookmarks, 1, 0);
         for layer in 2..6 {
-            bookmarks.cost = Duration::ZERO;
+            bookmarks.cost = Some(Duration::ZERO);
             set(&mut bookmarks, layer, layer);
         }
-        bookmarks.cost = Duration::ZERO;
+        bookmarks.cost = Some(Duration::ZERO);
         set(&mut bookmarks, 6, 5);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), KEPT);
         let mut found = Still(Array2::zeros((5, 3)), 1);
         bookmarks.open(&mut found, LayerId::causal(4)).unwrap();
         assert_eq!(found.0, &states + 4.0);
+    }
+
+    #[test]
+    fn a_short_run_writes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bookmarks = Bookmarks::new(dir.path());
+        // 12 MB at a slow disk's speed, twenty times: over two seconds.
+        let mut still = Still(Array2::zeros((3000, 1000)), 5);
+        bookmarks.set(&mut still, LayerId::causal(0)).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        bookmarks.since -= Duration::from_secs(3);
+        bookmarks.set(&mut still, LayerId::causal(1)).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

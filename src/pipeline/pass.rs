@@ -126,6 +126,11 @@ impl<'a, S: TensorSource> Pass<'a, S> {
         self.steps.len()
     }
 
+    /// Bytes of the hidden states, those of the encoder's output included.
+    pub(super) fn bytes(&self) -> u64 {
+        self.states.bytes() + self.encoded.as_ref().map_or(0, States::bytes)
+    }
+
     /// Reads the next layer; `None` when there is none.
     pub(super) fn next(&mut self) -> Result<Option<Block>> {
         self.advance()?.map(|id| self.read(id)).transpose()

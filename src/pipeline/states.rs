@@ -71,6 +71,15 @@ impl States {
         Ok(())
     }
 
+    /// Bytes of the hidden states of all batches that are not taken.
+    pub(super) fn bytes(&self) -> u64 {
+        let numbers: usize = match self {
+            Self::Memory(all) => all.iter().flatten().map(|hidden| hidden.states.len()).sum(),
+            Self::Scratch(_, slots) => slots.iter().map(|slot| slot.shape.0 * slot.shape.1).sum(),
+        };
+        4 * numbers as u64
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Memory(all) => all.len(),

@@ -126,6 +126,10 @@ impl Marked for Streams<'_> {
         self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
     }
 
+    fn bytes(&self) -> u64 {
+        self.original.iter().chain(&self.merged).map(Pass::bytes).sum()
+    }
+
     fn jump_behind(&mut self, id: LayerId) -> Result<()> {
         self.all().try_for_each(|pass| pass.jump_behind(id))
     }
