@@ -89,6 +89,8 @@ pub(super) fn preset(name: &str, keep: Keep) -> Result<Recipe> {
             Recipe {
                 recover_tokens: Some(8192),
                 recover_on: RecoverOn::Original,
+                // Nothing is compressed, and they cost a tenth of a small layer's recovery.
+                measure_spectra: Some(false),
                 ..recovered(vec![RecoverChoice::LeastSquares(few)])
             }
         }

@@ -69,9 +69,9 @@ pub struct Recipe {
     /// Whether each layer's output error on the samples is measured and reported.
     #[serde(default = "yes")]
     pub measure_error: bool,
-    /// Whether the singular values of each layer's matrices are measured and reported: all of at
-    /// most 16 experts, before and after, by eigenvalues (`10 s³` operations a matrix of short side
-    /// `s`). Unless given, where `s` is at most 256 and the run holds layers as a whole.
+    /// Whether the singular values of each layer's matrices are measured and reported: of at most 4
+    /// experts, before and after, by eigenvalues (`10 s³` operations a matrix of short side `s`).
+    /// Unless given, where `s` is at most 256 and the run holds layers as a whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measure_spectra: Option<bool>,
     /// Who factorises matrices.
