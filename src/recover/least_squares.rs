@@ -103,8 +103,8 @@ impl Recoverer for LeastSquares {
 /// Mixtral, Qwen3-MoE and OLMoE at 4.182, 4.014 and 3.882 nats, 0.01 to choose as well at 4.212,
 /// 4.079 and 3.931.
 ///
-/// And the largest where tokens are many: of 7,373 for 1,024 features and more, 1 to choose as well
-/// left all three within 0.003 nats, never for the better.
+/// And the largest where tokens are many: of 7,373 for at most 1,024 features, 1 to choose as well
+/// left the three where they were, or worse by 0.003.
 const SURE: f64 = 0.1;
 
 /// Fitted tokens for each feature below which tokens are few.
