@@ -129,7 +129,8 @@ impl<'a> Wide<'a> {
     }
 }
 
-fn widen(row: ArrayView1<'_, f32>, wide: &mut [f64]) {
+/// A row in `f64`.
+pub(super) fn widen(row: ArrayView1<'_, f32>, wide: &mut [f64]) {
     Zip::from(ArrayViewMut1::from(wide)).and(row).for_each(|wide, &x| *wide = f64::from(x));
 }
 

@@ -1,15 +1,16 @@
 //! Inner products between the rows of a block-sparse matrix: the system of a ridge fit that has
 //! fewer rows than columns.
 
-use faer::Accum;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Zip, s};
+use faer::{Accum, MatMut, MatRef};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
-use super::cpu::product;
+use super::cpu::tiled;
+use super::cross::widen;
 use crate::error::{Error, Result};
 use crate::par;
 
 /// Rows of the result that one task computes.
-const BAND: usize = 512;
+const BAND: usize = 256;
 
 /// Columns that are widened to `f64` at a time.
 const COLUMNS: usize = 512;
@@ -77,14 +78,17 @@ fn add(mut band: ArrayViewMut2<'_, f64>, first: usize, block: &Rows<'_>) {
     if from == to {
         return;
     }
-    let mut sum = Array2::zeros((to - from, to));
+    let (rows, width) = (to - from, COLUMNS.min(block.values.ncols()));
+    // Both in the same place for all columns: new memory would cost a good part of the products.
+    let (mut sum, mut place) = (vec![0.0; rows * to], vec![0.0; to * width]);
     for start in (0..block.values.ncols()).step_by(COLUMNS) {
         let end = (start + COLUMNS).min(block.values.ncols());
-        let right = wide(block.values.slice(s![..to, start..end]));
-        let left = right.slice(s![from.., ..]);
-        product(sum.view_mut(), Accum::Add, left, right.t(), 1.0, false);
+        let right = wide(block.values.slice(s![..to, start..end]), &mut place);
+        let left = right.subrows(from, rows);
+        let sum = MatMut::from_row_major_slice_mut(&mut sum, rows, to);
+        tiled(sum, Accum::Add, left, right.transpose(), 1.0, false);
     }
-    for (i, sum) in sum.rows().into_iter().enumerate() {
+    for (i, sum) in sum.chunks_exact(to).enumerate() {
         let mut row = band.row_mut(block.at[from + i] - first);
         let own = block.at[..=from + i].iter().zip(sum);
         own.for_each(|(&column, x)| row[column] += x);
@@ -92,10 +96,12 @@ fn add(mut band: ArrayViewMut2<'_, f64>, first: usize, block: &Rows<'_>) {
 }
 
 /// In `f64`, a row after the other.
-fn wide(a: ArrayView2<'_, f32>) -> Array2<f64> {
-    let mut out = Array2::zeros(a.dim());
-    Zip::from(&mut out).and(a).for_each(|out, &a| *out = f64::from(a));
-    out
+fn wide<'a>(a: ArrayView2<'_, f32>, place: &'a mut [f64]) -> MatRef<'a, f64> {
+    let (rows, columns) = a.dim();
+    for (wide, row) in place.chunks_exact_mut(columns.max(1)).zip(a.rows()) {
+        widen(row, wide);
+    }
+    MatRef::from_row_major_slice(&place[..rows * columns], rows, columns)
 }
 
 #[cfg(test)]

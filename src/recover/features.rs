@@ -15,6 +15,9 @@ use crate::stage::{Context, Recovery};
 /// Tokens that one task works on.
 const BLOCK: usize = 512;
 
+/// Output features that one task works on: few tokens of few experts are else few tasks.
+const OUTPUTS: usize = 256;
+
 /// One merged expert's tokens.
 #[derive(Debug)]
 pub(super) struct Part {
@@ -46,6 +49,25 @@ impl Part {
     fn rows(&self) -> Rows<'_> {
         Rows { at: &self.tokens, values: self.hidden.view() }
     }
+}
+
+/// Blocks of tokens and of output features, with the first token and the features of each.
+fn tiles(out: ArrayViewMut2<'_, f32>) -> Vec<(usize, Range<usize>, ArrayViewMut2<'_, f32>)> {
+    let mut tiles = Vec::new();
+    let (mut rest, mut first) = (out, 0);
+    while rest.nrows() > 0 {
+        let rows = BLOCK.min(rest.nrows());
+        let (mut strip, below) = rest.split_at(Axis(0), rows);
+        let mut at = 0;
+        while strip.ncols() > 0 {
+            let width = OUTPUTS.min(strip.ncols());
+            let (tile, right) = strip.split_at(Axis(1), width);
+            tiles.push((first, at..at + width, tile));
+            (strip, at) = (right, at + width);
+        }
+        (rest, first) = (below, first + rows);
+    }
+    tiles
 }
 
 /// `Σ x²`.
@@ -117,27 +139,27 @@ impl Features {
         Ok(residual)
     }
 
-    /// `out ← out − Φ Wᵀ` for one `W: (d_model, d_ff)` an expert, in parallel over blocks of
-    /// tokens; within a block in expert order.
+    /// `out ← out − Φ Wᵀ` for one `W: (d_model, d_ff)` an expert, in parallel over blocks of tokens
+    /// and of output features; within a block in expert order.
     pub(super) fn subtract(
         &self,
         down: &[ArrayView2<'_, f32>],
         out: &mut Array2<f32>,
         cx: &Context,
     ) -> Result<()> {
-        let (single, d) = (cx.per_task(), out.ncols());
-        let mut blocks: Vec<_> = out.axis_chunks_iter_mut(Axis(0), BLOCK).collect();
-        par::map_mut(&mut blocks, |b, block| {
-            let (first, end) = (b * BLOCK, b * BLOCK + block.nrows());
-            let mut product = Array2::<f32>::zeros((end - first, d));
+        let single = cx.per_task();
+        par::map_mut(&mut tiles(out.view_mut()), |_, (first, outputs, tile)| {
+            let (first, end) = (*first, *first + tile.nrows());
+            let mut product = Array2::<f32>::zeros(tile.dim());
             for (part, down) in self.parts.iter().zip(down) {
                 let from = part.tokens.partition_point(|&t| t < first);
                 let to = part.tokens.partition_point(|&t| t < end);
                 let mut y = product.slice_mut(s![..to - from, ..]);
                 let hidden = part.hidden.slice(s![from..to, ..]);
+                let down = down.slice(s![outputs.clone(), ..]);
                 single.compute().gemm(1.0, hidden, down.t(), 0.0, y.view_mut())?;
                 for (&t, y) in part.tokens[from..to].iter().zip(y.rows()) {
-                    block.row_mut(t - first).scaled_add(-1.0, &y);
+                    tile.row_mut(t - first).scaled_add(-1.0, &y);
                 }
             }
             Ok(())
@@ -145,20 +167,29 @@ impl Features {
         Ok(())
     }
 
-    /// `Vᵀ Φ` for `V: (t, d_model)`: one `(d_model, d_ff)` an expert, in `f32`.
+    /// `Vᵀ Φ` for `V: (t, d_model)`: one `(d_model, d_ff)` an expert, in `f32`, in parallel over
+    /// experts and blocks of output features.
     pub(super) fn moments(&self, v: &Array2<f32>, cx: &Context) -> Result<Vec<Array2<f32>>> {
         let single = cx.per_task();
-        par::map(self.parts.len(), |e| {
-            let part = &self.parts[e];
-            let mut sum = Array2::zeros((v.ncols(), part.hidden.ncols()));
-            for (tokens, hidden) in
-                part.tokens.chunks(BLOCK).zip(part.hidden.axis_chunks_iter(Axis(0), BLOCK))
-            {
+        let zeros = |part: &Part| Array2::zeros((v.ncols(), part.hidden.ncols()));
+        let mut sums: Vec<_> = self.parts.iter().map(zeros).collect();
+        let parts = self.parts.iter().zip(&mut sums);
+        let mut tasks: Vec<_> = parts
+            .flat_map(|(part, sum)| {
+                let blocks = sum.axis_chunks_iter_mut(Axis(0), OUTPUTS).enumerate();
+                blocks.map(move |(i, sum)| (part, i * OUTPUTS, sum))
+            })
+            .collect();
+        par::map_mut(&mut tasks, |_, (part, first, sum)| {
+            let v = v.slice(s![.., *first..*first + sum.nrows()]);
+            let hidden = part.hidden.axis_chunks_iter(Axis(0), BLOCK);
+            for (tokens, hidden) in part.tokens.chunks(BLOCK).zip(hidden) {
                 let v = v.select(Axis(0), tokens);
                 single.compute().gemm(1.0, v.t(), hidden, 1.0, sum.view_mut())?;
             }
-            Ok(sum)
-        })
+            Ok(())
+        })?;
+        Ok(sums)
     }
 
     /// The lower triangle of `Φᵀ Φ` in `f64` and in column order, block by block: only pairs of
