@@ -196,9 +196,19 @@ fn least_squares_solves_the_ridged_problem() {
     }
 }
 
+/// What is left of `start` by a solver that may choose from these ridges.
+fn by_ridges(
+    solver: &LeastSquares,
+    ridges: &[f64],
+    task: &Recovery<'_>,
+    start: &MergedLayer,
+) -> MergedLayer {
+    let solver = LeastSquares { ridges: ridges.to_vec(), ..solver.clone() };
+    solver.recover(task, start.clone(), &Context::cpu(0)).unwrap()
+}
+
 #[test]
 fn few_tokens_are_not_trusted_with_a_small_ridge() {
-    let cx = Context::cpu(0);
     let truth = layer(3, RoutingRule::softmax(2, true));
     let start = perturbed(&truth, 4, 0.5, true);
     let features = F * truth.experts.len();
@@ -208,10 +218,7 @@ fn few_tokens_are_not_trusted_with_a_small_ridge() {
         let targets = output(&truth, &x, false);
         let task = with(&x, &targets, false, 50);
         for solver in solvers(0.0) {
-            let of = |ridges: &[f64]| {
-                let solver = LeastSquares { ridges: ridges.to_vec(), ..solver.clone() };
-                solver.recover(&task, start.clone(), &cx).unwrap()
-            };
+            let of = |ridges: &[f64]| by_ridges(&solver, ridges, &task, &start);
             let (small, large) = (of(&[1e-3]), of(&[0.1]));
             assert!(small != large && small != start && large != start);
             assert_eq!(of(&[1e-3, 0.1]), if few { large } else { small });
@@ -231,10 +238,7 @@ fn many_tokens_need_no_large_ridge() {
         let targets = output(&truth, &x, false) + 2.0 * noise;
         let task = with(&x, &targets, false, 50);
         for solver in solvers(0.0) {
-            let of = |ridges: &[f64]| {
-                let solver = LeastSquares { ridges: ridges.to_vec(), ..solver.clone() };
-                solver.recover(&task, start.clone(), &cx).unwrap()
-            };
+            let of = |ridges: &[f64]| by_ridges(&solver, ridges, &task, &start);
             let (small, large) = (of(&[0.1]), of(&[10.0]));
             assert!(large != start);
             assert!(task.error(&large, &cx).unwrap() < task.error(&small, &cx).unwrap());

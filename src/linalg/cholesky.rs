@@ -12,6 +12,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::to_faer;
+use super::cpu::cut;
 use crate::error::{Error, ErrorKind, Result};
 use crate::par;
 
@@ -34,9 +35,8 @@ pub fn cholesky(gram: ArrayView2<'_, f64>) -> Result<Array2<f64>> {
     if gram.dim() != (n, n) {
         return Err(Error::shape("Cholesky factorisation", (n, n), gram.dim()));
     }
-    let mut factor = gram.to_owned();
-    factorise(&mut factor)?;
-    let mut lower = in_columns(factor);
+    let mut lower = gram.to_owned();
+    factorise(&mut lower)?;
     for (j, mut column) in lower.columns_mut().into_iter().enumerate() {
         column.slice_mut(s![..j]).fill(0.0);
     }
@@ -80,8 +80,8 @@ pub(super) fn solve_spd_in(
     }
 }
 
-/// Puts `L`, in column order, into the place of `G`, whatever the order of that was; what is above
-/// its diagonal is of no use.
+/// Puts `L` into the place of `G` and in column order, whatever the order of that was; what is
+/// above the diagonal is of no use.
 ///
 /// Right-looking: a block of columns is factorised, and what is to its right made less its product,
 /// tile by tile in parallel.
@@ -92,17 +92,17 @@ fn factorise(gram: &mut Array2<f64>) -> Result<()> {
             *gram = gram.as_standard_layout().into_owned();
         }
         mirror(gram);
+        gram.swap_axes(0, 1);
     }
     let place = dense(gram.as_slice_memory_order_mut())?;
     let mut all = MatMut::from_column_major_slice_mut(place, n, n);
     for first in (0..n).step_by(BLOCK) {
         let rest = all.rb_mut().submatrix_mut(first, first, n - first, n - first);
         let size = BLOCK.min(rest.nrows());
-        let (mut corner, _, below, right) = rest.split_at_mut(size, size);
+        let (mut corner, _, mut panel, right) = rest.split_at_mut(size, size);
         factorise_block(corner.rb_mut())?;
         let corner = corner.into_const();
-        let mut panel = below;
-        par::map_mut(&mut strips(panel.rb_mut(), COLUMNS), |_, rows| {
+        par::map_mut(&mut cut(panel.rb_mut(), COLUMNS, size), |_, (_, _, rows)| {
             // L₁ with L₁ L₀ᵀ = G₁, so L₀ L₁ᵀ = G₁ᵀ.
             solve_lower_triangular_in_place(corner, rows.rb_mut().transpose_mut(), Par::Seq);
             Ok(())
@@ -112,15 +112,7 @@ fn factorise(gram: &mut Array2<f64>) -> Result<()> {
     Ok(())
 }
 
-/// What [`factorise`] left, as it is to be read.
-fn in_columns(factor: Array2<f64>) -> Array2<f64> {
-    match factor.t().is_standard_layout() {
-        true => factor,
-        false => factor.reversed_axes(),
-    }
-}
-
-/// Copies the lower triangle over the upper one: rows become columns.
+/// Copies the lower triangle over the upper one.
 fn mirror(gram: &mut Array2<f64>) {
     /// Rows at a time: what is written lies in whole cache lines.
     const ROWS: usize = 16;
@@ -138,36 +130,16 @@ fn mirror(gram: &mut Array2<f64>) {
     }
 }
 
-/// A matrix cut into strips of so many rows.
-fn strips(mut panel: MatMut<'_, f64>, rows: usize) -> Vec<MatMut<'_, f64>> {
-    let mut strips = Vec::with_capacity(panel.nrows().div_ceil(rows));
-    while panel.nrows() > 0 {
-        let at = rows.min(panel.nrows());
-        let (strip, rest) = panel.split_at_row_mut(at);
-        strips.push(strip);
-        panel = rest;
-    }
-    strips
-}
-
 /// `G ← G − P Pᵀ` in the lower triangle.
-fn subtract_own(mut gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
-    let mut tiles = Vec::new();
-    let mut at = 0;
-    while gram.ncols() > 0 {
-        let width = BLOCK.min(gram.ncols());
-        let (columns, rest) = gram.split_at_col_mut(width);
-        let (_, columns) = columns.split_at_row_mut(at);
-        tiles.extend(strips(columns, BLOCK).into_iter().enumerate().map(|(i, tile)| (at, i, tile)));
-        at += BLOCK;
-        gram = rest;
-    }
-    par::map_mut(&mut tiles, |_, (at, i, tile)| {
-        let (left, right) =
-            (panel.subrows(*at + *i * BLOCK, tile.nrows()), panel.subrows(*at, tile.ncols()));
-        let (left, right, tile) = (left, right.transpose(), tile.rb_mut());
-        match i {
-            0 => triangular::matmul(
+fn subtract_own(gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
+    let mut tiles = cut(gram, BLOCK, BLOCK);
+    tiles.retain(|(row, column, _)| row >= column);
+    par::map_mut(&mut tiles, |_, (row, column, tile)| {
+        let left = panel.subrows(*row, tile.nrows());
+        let right = panel.subrows(*column, tile.ncols()).transpose();
+        let tile = tile.rb_mut();
+        match row == column {
+            true => triangular::matmul(
                 tile,
                 BlockStructure::TriangularLower,
                 Accum::Add,
@@ -178,7 +150,7 @@ fn subtract_own(mut gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()>
                 -1.0,
                 Par::Seq,
             ),
-            _ => matmul(tile, Accum::Add, left, right, -1.0, Par::Seq),
+            false => matmul(tile, Accum::Add, left, right, -1.0, Par::Seq),
         }
         Ok(())
     })?;

@@ -143,8 +143,7 @@ pub(super) fn tiled<T: ComplexField + Copy + Send + Sync>(
     parallel: bool,
 ) {
     let (rows, cols) = (whole.nrows(), whole.ncols());
-    let mut tiles = Vec::new();
-    cut_rows(whole, tile_of(rows), tile_of(cols), &mut tiles);
+    let tiles = cut(whole, tile_of(rows), tile_of(cols));
     let each = |(i, j, tile): Tile<'_, T>| {
         let left = left.subrows(i, tile.nrows());
         let right = right.subcols(j, tile.ncols());
@@ -156,10 +155,12 @@ pub(super) fn tiled<T: ComplexField + Copy + Send + Sync>(
     if parallel { tiles.into_par_iter().for_each(each) } else { tiles.into_iter().for_each(each) }
 }
 
-type Tile<'a, T> = (usize, usize, MatMut<'a, T>);
+/// First row, first column, and the part of a matrix that begins there.
+pub(super) type Tile<'a, T> = (usize, usize, MatMut<'a, T>);
 
-fn cut_rows<'a, T>(whole: MatMut<'a, T>, tall: usize, wide: usize, tiles: &mut Vec<Tile<'a, T>>) {
-    let (mut rest, mut i) = (whole, 0);
+/// Cuts a matrix into tiles of at most so many rows and columns, row by row of tiles.
+pub(super) fn cut<T>(whole: MatMut<'_, T>, tall: usize, wide: usize) -> Vec<Tile<'_, T>> {
+    let (mut rest, mut i, mut tiles) = (whole, 0, Vec::new());
     while rest.nrows() > 0 {
         let at = tall.min(rest.nrows());
         let (mut strip, below) = rest.split_at_row_mut(at);
@@ -172,6 +173,7 @@ fn cut_rows<'a, T>(whole: MatMut<'a, T>, tall: usize, wide: usize, tiles: &mut V
         }
         (rest, i) = (below, i + at);
     }
+    tiles
 }
 
 /// Cuts `n` into equal parts of at most [`TILE`], rounded up to full vector registers.

@@ -30,13 +30,7 @@ pub fn add_cross(
     if a.nrows() != b.nrows() || out.dim() != (a.ncols(), b.ncols()) {
         return Err(misfit(a, b, &out));
     }
-    let (mut left, mut right) = (Wide::of(a), Wide::of(b));
-    add_to(out, |mut sum| {
-        for rows in blocks(a.nrows()) {
-            let (left, right) = (left.rows(rows.clone()), right.rows(rows));
-            tiled(sum.rb_mut(), Accum::Add, left.transpose(), right, 1.0, false);
-        }
-    })
+    add_products(a, b, (a.nrows(), |i| (i, i)), out)
 }
 
 /// [`add_cross`] of pairs of a row of `A` and a row of `B`: `out ← out + Σ a_i b_jᵀ`.
@@ -53,14 +47,7 @@ pub(crate) fn add_pairs(
     if !there || out.dim() != (a.ncols(), b.ncols()) {
         return Err(misfit(a, b, &out));
     }
-    let (mut left, mut right) = (Wide::of(a), Wide::of(b));
-    add_to(out, |mut sum| {
-        for pairs in pairs.chunks(ROWS) {
-            let left = left.rows(pairs.iter().map(|pair| pair.0));
-            let right = right.rows(pairs.iter().map(|pair| pair.1));
-            tiled(sum.rb_mut(), Accum::Add, left.transpose(), right, 1.0, false);
-        }
-    })
+    add_products(a, b, (pairs.len(), |i| pairs[i]), out)
 }
 
 /// [`add_cross`] of `A: (t, p)` with itself, of which nothing but the lower triangle is read: seven
@@ -84,6 +71,23 @@ pub fn add_own(a: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f64>) -> Result<()
                 let sum = sum.rb_mut().submatrix_mut(first, 0, rows, end);
                 tiled(sum, Accum::Add, left, wide.subcols(0, end), 1.0, false);
             }
+        }
+    })
+}
+
+/// `out ← out + Σ a_i b_jᵀ` for so many pairs `(i, j)`.
+fn add_products(
+    a: ArrayView2<'_, f32>,
+    b: ArrayView2<'_, f32>,
+    (count, pair): (usize, impl Fn(usize) -> (usize, usize)),
+    out: ArrayViewMut2<'_, f64>,
+) -> Result<()> {
+    let (mut left, mut right) = (Wide::of(a), Wide::of(b));
+    add_to(out, |mut sum| {
+        for pairs in blocks(count) {
+            let left = left.rows(pairs.clone().map(|at| pair(at).0));
+            let right = right.rows(pairs.map(|at| pair(at).1));
+            tiled(sum.rb_mut(), Accum::Add, left.transpose(), right, 1.0, false);
         }
     })
 }
@@ -121,17 +125,22 @@ impl<'a> Wide<'a> {
 
     /// At most [`ROWS`].
     fn rows(&mut self, rows: impl ExactSizeIterator<Item = usize>) -> MatRef<'_, f64> {
-        let (count, columns) = (rows.len(), self.from.ncols());
-        for (wide, row) in self.place.chunks_exact_mut(columns.max(1)).zip(rows) {
-            widen(self.from.row(row), wide);
-        }
-        MatRef::from_row_major_slice(&self.place[..count * columns], count, columns)
+        let from = self.from;
+        widened(rows.map(|row| from.row(row)), from.ncols(), &mut self.place)
     }
 }
 
-/// A row in `f64`.
-pub(super) fn widen(row: ArrayView1<'_, f32>, wide: &mut [f64]) {
-    Zip::from(ArrayViewMut1::from(wide)).and(row).for_each(|wide, &x| *wide = f64::from(x));
+/// Rows of so many columns in `f64`, one behind the other.
+pub(super) fn widened<'a, 'b>(
+    rows: impl ExactSizeIterator<Item = ArrayView1<'b, f32>>,
+    columns: usize,
+    place: &'a mut [f64],
+) -> MatRef<'a, f64> {
+    let count = rows.len();
+    for (wide, row) in place.chunks_exact_mut(columns.max(1)).zip(rows) {
+        Zip::from(ArrayViewMut1::from(wide)).and(row).for_each(|wide, &x| *wide = f64::from(x));
+    }
+    MatRef::from_row_major_slice(&place[..count * columns], count, columns)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis, ShapeBuilder, s};
 
 use super::cholesky::{cholesky, solve_spd, solve_spd_in};
 use super::eigh::{Eigh, eigenvalues, eigh};
@@ -10,6 +10,7 @@ use super::qr::{Qr, qr};
 use super::svd::{Svd, singular_values, svd};
 use super::triangular::{solve_lower, solve_lower_transposed};
 use crate::error::Result;
+use crate::par;
 
 /// The dense factorisations and solves. Object-safe; the stages reach it through their context.
 ///
@@ -102,6 +103,24 @@ pub trait Factorise: Debug + Send + Sync {
 /// `tr(G) / rank`: the mean of the eigenvalues that can differ from 0, what ridges are relative to.
 pub(crate) fn mean_eigenvalue(gram: &Array2<f64>, rank: usize) -> f64 {
     gram.diag().sum() / rank.max(1) as f64
+}
+
+/// Columns of a matrix that one task copies.
+const COLUMNS: usize = 64;
+
+/// Puts a copy of `G: (n, n)` into `place`, for [`Factorise::solve_ridged`] to spoil: in column
+/// order, in parallel, and without new memory where the place is one of its size.
+pub(crate) fn renew(place: &mut Array2<f64>, gram: &Array2<f64>) -> Result<()> {
+    if place.dim() != gram.dim() {
+        *place = Array2::zeros(gram.dim().f());
+    }
+    let mut parts: Vec<_> = place.axis_chunks_iter_mut(Axis(1), COLUMNS).collect();
+    par::map_mut(&mut parts, |i, to| {
+        let columns = i * COLUMNS..i * COLUMNS + to.ncols();
+        to.assign(&gram.slice(s![.., columns]));
+        Ok(())
+    })?;
+    Ok(())
 }
 
 /// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs

@@ -1,11 +1,11 @@
 //! Inner products between the rows of a block-sparse matrix: the system of a ridge fit that has
 //! fewer rows than columns.
 
-use faer::{Accum, MatMut, MatRef};
+use faer::{Accum, MatMut};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::cpu::tiled;
-use super::cross::widen;
+use super::cross::widened;
 use crate::error::{Error, Result};
 use crate::par;
 
@@ -83,7 +83,8 @@ fn add(mut band: ArrayViewMut2<'_, f64>, first: usize, block: &Rows<'_>) {
     let (mut sum, mut place) = (vec![0.0; rows * to], vec![0.0; to * width]);
     for start in (0..block.values.ncols()).step_by(COLUMNS) {
         let end = (start + COLUMNS).min(block.values.ncols());
-        let right = wide(block.values.slice(s![..to, start..end]), &mut place);
+        let values = block.values.slice(s![..to, start..end]);
+        let right = widened(values.rows().into_iter(), end - start, &mut place);
         let left = right.subrows(from, rows);
         let sum = MatMut::from_row_major_slice_mut(&mut sum, rows, to);
         tiled(sum, Accum::Add, left, right.transpose(), 1.0, false);
@@ -93,15 +94,6 @@ fn add(mut band: ArrayViewMut2<'_, f64>, first: usize, block: &Rows<'_>) {
         let own = block.at[..=from + i].iter().zip(sum);
         own.for_each(|(&column, x)| row[column] += x);
     }
-}
-
-/// In `f64`, a row after the other.
-fn wide<'a>(a: ArrayView2<'_, f32>, place: &'a mut [f64]) -> MatRef<'a, f64> {
-    let (rows, columns) = a.dim();
-    for (wide, row) in place.chunks_exact_mut(columns.max(1)).zip(a.rows()) {
-        widen(row, wide);
-    }
-    MatRef::from_row_major_slice(&place[..rows * columns], rows, columns)
 }
 
 #[cfg(test)]

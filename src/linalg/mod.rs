@@ -41,8 +41,8 @@ pub(crate) use cross::add_pairs;
 pub use cross::{add_cross, add_own};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use exp::{exp, vectorised};
-pub(crate) use factorise::mean_eigenvalue;
 pub use factorise::{Factorise, PureRust};
+pub(crate) use factorise::{mean_eigenvalue, renew};
 pub(crate) use kernel::{Kernel, Rows};
 #[cfg(feature = "lapack")]
 pub use lapack::Lapack;

@@ -10,7 +10,7 @@ use super::jury::Jury;
 use super::normal::Deltas;
 use super::thinned::{Thinned, evenly};
 use crate::error::Result;
-use crate::linalg::{Kernel, mean_eigenvalue};
+use crate::linalg::{Kernel, mean_eigenvalue, renew};
 use crate::model::MergedLayer;
 use crate::stage::{Context, Recovery};
 
@@ -91,7 +91,7 @@ impl System {
         for lambda in ridges.iter().map(|ridge| ridge * mean) {
             // How much a judge gets of what every chosen token misses: judges are mostly fewer
             // right-hand sides than output features.
-            place.clone_from(&gram);
+            renew(&mut place, &gram)?;
             let shares = cx.factorise().solve_ridged(&mut place, lambda, cross.view())?;
             let shares = shares.mapv(|x| x as f32);
             let mut left = goal.to_owned();

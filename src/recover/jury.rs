@@ -42,6 +42,11 @@ impl Jury {
         Ok(better)
     }
 
+    /// Whether any candidate was better than the start.
+    pub(super) fn found(&self) -> bool {
+        self.best.is_some()
+    }
+
     /// The best candidate, if any is better than the start.
     pub(super) fn best(self) -> Option<Deltas> {
         self.best

@@ -184,12 +184,9 @@ impl LeastSquares {
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
         let Some(mut system) = Normal::new(&features, &residual, cx)? else { return Ok(None) };
         let mut jury = Jury::of(task, merged, cx)?;
-        let mut better = false;
         // Here tokens are many, so that a small ridge is the likely choice.
         for &ridge in ridges.iter().rev() {
-            let before = better;
-            better = jury.offer(system.solve(ridge, cx)?, cx)?;
-            if before && !better {
+            if !jury.offer(system.solve(ridge, cx)?, cx)? && jury.found() {
                 break;
             }
         }

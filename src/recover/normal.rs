@@ -1,15 +1,11 @@
 //! The normal equations of the joint fit, `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`, in two ways.
 
-use ndarray::{Array2, Axis, ShapeBuilder, concatenate, s};
+use ndarray::{Array2, Axis, concatenate, s};
 
 use super::features::Features;
 use crate::error::{Error, Result};
-use crate::linalg::mean_eigenvalue;
-use crate::par;
+use crate::linalg::{mean_eigenvalue, renew};
 use crate::stage::Context;
-
-/// Columns of a Gram matrix that one task copies.
-const COLUMNS: usize = 64;
 
 /// What is added to each expert's down projection: `(d_model, d_ff)` each.
 pub(super) type Deltas = Vec<Array2<f32>>;
@@ -44,7 +40,7 @@ impl<'a> Normal<'a> {
 
     /// By Cholesky; `ridge` is relative to the mean eigenvalue.
     pub(super) fn solve(&mut self, ridge: f64, cx: &Context) -> Result<Deltas> {
-        self.reset()?;
+        renew(&mut self.place, &self.gram)?;
         let (place, lambda) = (&mut self.place, ridge * self.mean);
         let solution = cx.factorise().solve_ridged(place, lambda, self.rhs.view())?;
         let mut first = 0;
@@ -54,20 +50,6 @@ impl<'a> Normal<'a> {
             solution.slice(s![rows, ..]).t().mapv(|x| x as f32)
         });
         Ok(deltas.collect())
-    }
-
-    /// Puts the Gram matrix into its place, in parallel.
-    fn reset(&mut self) -> Result<()> {
-        if self.place.dim() != self.gram.dim() {
-            self.place = Array2::zeros(self.gram.dim().f());
-        }
-        let mut to: Vec<_> = self.place.axis_chunks_iter_mut(Axis(1), COLUMNS).collect();
-        par::map_mut(&mut to, |i, to| {
-            let columns = i * COLUMNS..i * COLUMNS + to.ncols();
-            to.assign(&self.gram.slice(s![.., columns]));
-            Ok(())
-        })?;
-        Ok(())
     }
 }
 
