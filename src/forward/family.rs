@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::keys::Keys;
 use crate::error::{ErrorKind, Result};
+use crate::forward::keys::Keys;
 
 /// The model families whose forward pass is native.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ const FAMILIES: [(&str, Family); 13] = [
 
 impl Family {
     /// The names of the decoder-only ones.
-    pub(super) fn causal() -> String {
+    pub(crate) fn causal() -> String {
         let causal = FAMILIES.iter().filter(|(_, family)| *family != Self::Switch);
         causal.map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
     }

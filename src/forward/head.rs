@@ -2,10 +2,11 @@
 
 use ndarray::{Array2, ArrayView2, Axis, s};
 
-use super::load::Loader;
-use super::math::log_sum_exp;
-use super::norm::RmsNorm;
 use crate::error::{Error, Result};
+use crate::forward::load::Loader;
+use crate::forward::math::log_sum_exp;
+use crate::forward::norm::RmsNorm;
+use crate::forward::windows::check_tokens;
 use crate::linalg::Compute;
 use crate::model::{Finite, TensorSource};
 use crate::par;
@@ -23,12 +24,15 @@ pub struct Head {
 const HELD: usize = 1 << 24;
 
 impl Head {
-    pub(super) fn new(norm: RmsNorm, weight: Array2<f32>, scale: f32) -> Self {
+    pub(crate) fn new(norm: RmsNorm, weight: Array2<f32>, scale: f32) -> Self {
         Self { norm, weight, scale }
     }
 
     /// Reads norm and projection of a decoder-only model.
-    pub(super) fn load(source: &dyn TensorSource, spec: &super::spec::Spec) -> Result<Self> {
+    pub(crate) fn load(
+        source: &dyn TensorSource,
+        spec: &crate::forward::causal::Spec,
+    ) -> Result<Self> {
         let inner = Loader::new(source, source.prefix());
         let norm = inner.norm("norm", spec.d_model, spec.eps)?;
         // The projection lives beside the decoder, under the outer part of a wrapper's prefix.
@@ -65,7 +69,7 @@ impl Head {
     }
 
     /// The most likely token after the only row of `hidden`; ties go to the smaller id.
-    pub(super) fn largest(&self, hidden: ArrayView2<'_, f32>, cx: &Context) -> Result<u32> {
+    pub(crate) fn largest(&self, hidden: ArrayView2<'_, f32>, cx: &Context) -> Result<u32> {
         let logits = self.logits(hidden, cx.compute())?;
         logits.check_finite("logits")?;
         let better = |best: (u32, f32), (i, &z): (usize, &f32)| {
@@ -101,13 +105,5 @@ impl Head {
             all.extend(par::map(targets.len(), row)?);
         }
         Ok(all)
-    }
-}
-
-/// Fails for a token id that has no row in the embedding.
-pub(super) fn check_tokens(tokens: &[u32], vocab: usize) -> Result<()> {
-    match tokens.iter().find(|&&t| t as usize >= vocab) {
-        None => Ok(()),
-        Some(t) => Err(Error::range("token id", format!("below the vocabulary of {vocab}"), t)),
     }
 }

@@ -6,22 +6,22 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// An object of the configuration. `null` counts as absent, as it does for the reference classes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Keys<'a> {
+pub(crate) struct Keys<'a> {
     object: &'a Value,
     path: &'a str,
 }
 
 impl<'a> Keys<'a> {
-    pub(super) fn root(object: &'a Value) -> Self {
+    pub(crate) fn root(object: &'a Value) -> Self {
         Self { object, path: "" }
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|v| !v.is_null())
     }
 
     /// The object under `key`, if there is one.
-    pub(super) fn inner(&self, key: &'a str) -> Result<Option<Keys<'a>>> {
+    pub(crate) fn inner(&self, key: &'a str) -> Result<Option<Keys<'a>>> {
         match self.get(key) {
             None => Ok(None),
             Some(object) if object.is_object() => Ok(Some(Keys { object, path: key })),
@@ -29,7 +29,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    pub(super) fn wrong(&self, key: &str, expected: &str, found: impl std::fmt::Display) -> Error {
+    pub(crate) fn wrong(&self, key: &str, expected: &str, found: impl std::fmt::Display) -> Error {
         let key = if self.path.is_empty() { key.into() } else { format!("{}.{key}", self.path) };
         ErrorKind::Config { key, expected: expected.into(), found: found.to_string() }.into()
     }
@@ -49,42 +49,42 @@ impl<'a> Keys<'a> {
     }
 
     /// A count that may be 0.
-    pub(super) fn count(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn count(&self, key: &str) -> Result<Option<usize>> {
         let convert = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
         self.read(key, "a whole number", convert)
     }
 
     /// A size: a positive whole number.
-    pub(super) fn size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
         let expected = "a positive whole number";
         self.required(key, expected, self.optional_size(key)?)
     }
 
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         match self.count(key)? {
             Some(0) => Err(self.wrong(key, "a positive whole number", 0)),
             size => Ok(size),
         }
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.read(key, "a finite number", |v| v.as_f64().filter(|x| x.is_finite()))
     }
 
-    pub(super) fn need_number(&self, key: &str) -> Result<f64> {
+    pub(crate) fn need_number(&self, key: &str) -> Result<f64> {
         self.required(key, "a finite number", self.number(key)?)
     }
 
-    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.read(key, "a string", Value::as_str)
     }
 
     /// A whole number or a list of them, as `eos_token_id` is written.
-    pub(super) fn tokens(&self, key: &str) -> Result<Vec<u32>> {
+    pub(crate) fn tokens(&self, key: &str) -> Result<Vec<u32>> {
         let token = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let convert = |v: &'a Value| match v.as_array() {
             Some(list) => list.iter().map(token).collect(),

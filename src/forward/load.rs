@@ -2,28 +2,28 @@
 
 use ndarray::Array2;
 
-use super::norm::RmsNorm;
 use crate::error::{Error, Locate, Result};
+use crate::forward::norm::RmsNorm;
 use crate::model::{Activation, Expert, Finite, Linear, TensorSource};
 
 /// Tensors below one name prefix.
-pub(super) struct Loader<'a> {
+pub(crate) struct Loader<'a> {
     source: &'a dyn TensorSource,
     prefix: String,
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(source: &'a dyn TensorSource, prefix: impl Into<String>) -> Self {
+    pub(crate) fn new(source: &'a dyn TensorSource, prefix: impl Into<String>) -> Self {
         Self { source, prefix: prefix.into() }
     }
 
     /// Tensors below `name.` of this prefix.
-    pub(super) fn at(&self, name: &str) -> Loader<'a> {
+    pub(crate) fn at(&self, name: &str) -> Loader<'a> {
         Self::new(self.source, format!("{}{name}.", self.prefix))
     }
 
     /// A finite matrix of `(rows, cols)`.
-    pub(super) fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<Array2<f32>> {
+    pub(crate) fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<Array2<f32>> {
         let name = format!("{}{name}", self.prefix);
         let read = || {
             let matrix = self.source.matrix(&name)?;
@@ -37,7 +37,7 @@ impl<'a> Loader<'a> {
     }
 
     /// A finite vector.
-    pub(super) fn vector(&self, name: &str, len: usize) -> Result<ndarray::Array1<f32>> {
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<ndarray::Array1<f32>> {
         let name = format!("{}{name}", self.prefix);
         let read = || {
             let vector = self.source.vector(&name)?;
@@ -51,19 +51,19 @@ impl<'a> Loader<'a> {
     }
 
     /// `name.weight: (out, in)` and, if asked for, `name.bias: (out)`.
-    pub(super) fn linear(&self, name: &str, shape: (usize, usize), bias: bool) -> Result<Linear> {
+    pub(crate) fn linear(&self, name: &str, shape: (usize, usize), bias: bool) -> Result<Linear> {
         let weight = self.matrix(&format!("{name}.weight"), shape)?;
         let bias = bias.then(|| self.vector(&format!("{name}.bias"), shape.0)).transpose()?;
         Ok(Linear { weight, bias })
     }
 
     /// `name.weight: (width)`.
-    pub(super) fn norm(&self, name: &str, width: usize, eps: f32) -> Result<RmsNorm> {
+    pub(crate) fn norm(&self, name: &str, width: usize, eps: f32) -> Result<RmsNorm> {
         Ok(RmsNorm::new(self.vector(&format!("{name}.weight"), width)?, eps))
     }
 
     /// A gated MLP: `gate_proj`, `up_proj`: `(d_ff, d_model)`, `down_proj: (d_model, d_ff)`.
-    pub(super) fn gated(
+    pub(crate) fn gated(
         &self,
         (d, f): (usize, usize),
         act: Activation,
@@ -75,7 +75,7 @@ impl<'a> Loader<'a> {
     }
 
     /// A two-matrix MLP: `wi: (d_ff, d_model)`, `wo: (d_model, d_ff)`.
-    pub(super) fn two(&self, (d, f): (usize, usize), act: Activation) -> Result<Expert> {
+    pub(crate) fn two(&self, (d, f): (usize, usize), act: Activation) -> Result<Expert> {
         let wi = self.linear("wi", (f, d), false)?;
         Expert::new(None, wi, self.linear("wo", (d, f), false)?, act)
     }

@@ -3,7 +3,7 @@
 //! They are written without calls, branches or fused multiply-adds, so that one source becomes
 //! vector code on every target, with the same bits.
 
-pub(super) use crate::linalg::{activate, exp, gated};
+pub(crate) use crate::linalg::{activate, exp, gated};
 
 /// Independent partial sums of a reduction. Their order is part of the result.
 const LANES: usize = 16;
@@ -21,36 +21,36 @@ fn fold(x: &[f32], start: f32, step: impl Fn(f32, f32) -> f32, join: fn(f32, f32
 }
 
 /// `Σ x²`.
-pub(super) fn sum_squares(x: &[f32]) -> f32 {
+pub(crate) fn sum_squares(x: &[f32]) -> f32 {
     fold(x, 0.0, |sum, x| sum + x * x, |a, b| a + b)
 }
 
 /// The largest value; −∞ of nothing. NaN is passed over.
-pub(super) fn max(x: &[f32]) -> f32 {
+pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     fold(x, f32::NEG_INFINITY, larger, larger)
 }
 
 /// `x ← exp(x − max x)`; returns the sum of the result. NaN stays NaN.
-pub(super) fn exp_shifted(x: &mut [f32]) -> f32 {
+pub(crate) fn exp_shifted(x: &mut [f32]) -> f32 {
     let top = max(x);
     x.iter_mut().for_each(|x| *x = exp(*x - top));
     fold(x, 0.0, |sum, x| sum + x, |a, b| a + b)
 }
 
 /// `x ← softmax(x)`.
-pub(super) fn softmax(x: &mut [f32]) {
+pub(crate) fn softmax(x: &mut [f32]) {
     let scale = 1.0 / exp_shifted(x);
     x.iter_mut().for_each(|x| *x *= scale);
 }
 
 /// `1 / (1 + e⁻ˣ)`.
-pub(super) fn sigmoid(x: f32) -> f32 {
+pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
 /// `ln Σ exp(x)` in `f64`: the normaliser of a cross-entropy over a large vocabulary.
-pub(super) fn log_sum_exp(x: &[f32]) -> f64 {
+pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
     let top = max(x);
     let mut sum = 0.0f64;
     for block in x.chunks(1024) {

@@ -11,43 +11,24 @@
 //!
 //! The reference is transformers: logits agree to the rounding of `f32`.
 //!
-mod attend;
 mod attention;
 mod causal;
-mod decoder;
-mod dense;
-mod factored;
+mod encoder_decoder;
 mod family;
-mod feed;
 mod head;
 mod keys;
 mod load;
 mod math;
-mod mla;
-mod mlp;
 mod model;
 mod moe;
 mod norm;
-mod rope;
-mod rotation;
-mod scratch;
-mod spec;
-mod spec_grouped;
-mod switch;
-mod switch_greedy;
-mod t5;
+mod windows;
 
-pub use causal::{Causal, Hidden};
-pub use decoder::DecoderLayer;
-pub use dense::Shared;
+pub use causal::{AttentionSpec, Causal, DecoderLayer, GroupedSpec, LatentSpec, SharedSpec, Spec};
+pub use encoder_decoder::{Switch, SwitchBlock, SwitchSpec};
 pub use family::Family;
-pub use feed::{FeedForward, Mlp, Observation, Observer};
 pub use head::Head;
 pub use model::Model;
-pub use moe::{Choice, Routed, Watched, route, routed_sum, routed_sum_watched};
-pub use norm::RmsNorm;
-pub use rope::{Rope, Scaling};
-pub use rotation::Pairing;
-pub use spec::{AttentionSpec, GroupedSpec, LatentSpec, QkNorm, SharedSpec, Spec};
-pub use switch::{Switch, SwitchSpec};
-pub use t5::SwitchBlock;
+pub use moe::{Choice, FeedForward, Mlp, Observation, Observer, Routed};
+pub use moe::{route, routed_sum};
+pub(crate) use windows::Hidden;

@@ -1,9 +1,9 @@
 //! A model of any native family.
 
-use super::causal::Causal;
-use super::family::Family;
-use super::switch::Switch;
 use crate::error::Result;
+use crate::forward::causal::Causal;
+use crate::forward::encoder_decoder::Switch;
+use crate::forward::family::Family;
 use crate::model::TensorSource;
 use crate::stage::Context;
 

@@ -2,8 +2,8 @@
 
 use ndarray::{Array1, Array2, ArrayView2};
 
-use super::math::sum_squares;
 use crate::error::{Error, Result};
+use crate::forward::math::sum_squares;
 use crate::par;
 
 /// `y = w ⊙ x / sqrt(mean(x²) + eps)`.
@@ -44,7 +44,7 @@ impl RmsNorm {
     ///
     /// # Errors
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when a row does not divide into pieces.
-    pub(super) fn in_place(&self, x: &mut Array2<f32>) -> Result<()> {
+    pub(crate) fn in_place(&self, x: &mut Array2<f32>) -> Result<()> {
         let width = self.width();
         if width == 0 || !x.ncols().is_multiple_of(width) {
             return Err(Error::shape("norm", format!("a multiple of {width}"), x.ncols()));

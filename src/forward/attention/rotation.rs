@@ -19,7 +19,7 @@ pub enum Pairing {
 
 /// The rotation of every row: `(rows, dim)`, cosines then sines.
 #[derive(Debug, Clone)]
-pub(super) struct Rotation {
+pub(crate) struct Rotation {
     table: Array2<f32>,
     half: usize,
 }
@@ -27,7 +27,7 @@ pub(super) struct Rotation {
 impl Rotation {
     /// Cosines and sines for rows that hold `spans`, each a piece of a window: its rows, and how
     /// many tokens of the same window came before.
-    pub(super) fn new(rope: &Rope, spans: &[(Range<usize>, usize)]) -> Self {
+    pub(crate) fn new(rope: &Rope, spans: &[(Range<usize>, usize)]) -> Self {
         let amplitude = rope.amplitude();
         let rows = spans.last().map_or(0, |(rows, _)| rows.end);
         let half = rope.dim / 2;
@@ -47,7 +47,7 @@ impl Rotation {
     }
 
     /// Rotates, in every row of `X: (t, heads · width)`, the dimensions from `start` of each head.
-    pub(super) fn apply(
+    pub(crate) fn apply(
         &self,
         x: &mut Array2<f32>,
         width: usize,
@@ -97,8 +97,8 @@ fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: Pairing) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::keys::Keys;
     use super::*;
+    use crate::forward::keys::Keys;
 
     #[test]
     fn both_pairings_turn_by_the_angle() {

@@ -2,12 +2,12 @@
 
 use serde_json::Value;
 
-use super::family::Family;
-use super::keys::Keys;
-use super::rope::Rope;
-use super::rotation::Pairing;
 use super::spec_grouped;
 use crate::error::{ErrorKind, Result};
+use crate::forward::attention::rope::Rope;
+use crate::forward::attention::rotation::Pairing;
+use crate::forward::family::Family;
+use crate::forward::keys::Keys;
 use crate::model::Activation;
 
 /// Where norms are applied to queries and keys, before the rotation.
@@ -180,7 +180,7 @@ impl Spec {
     }
 }
 
-pub(super) fn activation(keys: Keys<'_>, key: &str) -> Result<Activation> {
+pub(crate) fn activation(keys: Keys<'_>, key: &str) -> Result<Activation> {
     Ok(match keys.text(key)?.unwrap_or("silu") {
         "silu" | "swish" => Activation::Silu,
         "gelu" => Activation::Gelu,

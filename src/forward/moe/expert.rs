@@ -1,13 +1,10 @@
 //! One MLP on a block of tokens: the kernel under routed, shared and dense experts.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
-use super::load::Loader;
-use super::math::sigmoid;
 use super::mlp::{Parts, Projection};
-use super::moe::Kernel;
 use super::scratch::{Pool, Scratch};
-use super::spec::{SharedSpec, Spec};
+use super::sum::Kernel;
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
 use crate::model::{Expert, ExpertView, LinearView};
@@ -15,7 +12,7 @@ use crate::par;
 use crate::stage::Context;
 
 /// Tokens that one task sends through an MLP.
-pub(super) const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 512;
 
 /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
 fn weighted_expert<'a>(
@@ -65,7 +62,7 @@ impl Projection for LinearView<'_> {
 }
 
 /// `out ← out + w ⊙ E(X)` for all tokens, in parallel blocks.
-pub(super) fn add_expert(
+pub(crate) fn add_expert(
     expert: &ExpertView<'_>,
     x: ArrayView2<'_, f32>,
     weights: Option<&[f32]>,
@@ -92,55 +89,4 @@ pub(super) fn add_expert(
         }
     }
     Ok(())
-}
-
-/// The MLP that every token visits beside its routed experts.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Shared {
-    expert: Expert,
-    /// `w: (d_model)` of the factor `sigmoid(w · x)`.
-    gate: Option<Array1<f32>>,
-}
-
-impl Shared {
-    pub(super) fn load(mlp: &Loader<'_>, spec: &Spec) -> Result<Option<Self>> {
-        let (d, act, bias) = (spec.d_model, spec.activation, spec.mlp_bias);
-        Ok(match spec.shared {
-            SharedSpec::None => None,
-            SharedSpec::Plain(f) => {
-                let expert = mlp.at("shared_experts").gated((d, f), act, bias)?;
-                Some(Self { expert, gate: None })
-            }
-            SharedSpec::SigmoidGated(f) => {
-                let expert = mlp.at("shared_expert").gated((d, f), act, bias)?;
-                let gate = mlp.matrix("shared_expert_gate.weight", (1, d))?;
-                Some(Self { expert, gate: Some(gate.index_axis_move(Axis(0), 0)) })
-            }
-        })
-    }
-
-    /// The MLP.
-    pub fn expert(&self) -> &Expert {
-        &self.expert
-    }
-
-    /// `out ← out + S(X)` for `X: (t, d_model)`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the widths do not fit.
-    pub fn add_to(
-        &self,
-        x: ArrayView2<'_, f32>,
-        out: &mut Array2<f32>,
-        cx: &Context,
-    ) -> Result<()> {
-        let weights = match &self.gate {
-            None => None,
-            Some(gate) if gate.len() != x.ncols() => {
-                return Err(Error::shape("shared expert gate", gate.len(), x.ncols()));
-            }
-            Some(gate) => Some(x.dot(gate).mapv(sigmoid).to_vec()),
-        };
-        add_expert(&self.expert.view(), x, weights.as_deref(), out, cx)
-    }
 }

@@ -5,8 +5,8 @@
 
 use std::f64::consts::PI;
 
-use super::keys::Keys;
 use crate::error::{Error, ErrorKind, Result};
+use crate::forward::keys::Keys;
 
 /// How the frequencies of a longer context follow from the trained ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,7 +74,7 @@ impl Rope {
     /// # Errors
     /// [`ErrorKind::Config`] for a missing or ill-typed key, [`ErrorKind::Unsupported`] for another
     /// scaling.
-    pub(super) fn parse(
+    pub(crate) fn parse(
         keys: Keys<'_>,
         (head_dim, part): (usize, f64),
         default_theta: f64,
@@ -215,7 +215,7 @@ impl Rope {
     }
 
     /// Factor on cosine and sine.
-    pub(super) fn amplitude(&self) -> f32 {
+    pub(crate) fn amplitude(&self) -> f32 {
         match self.scaling {
             Scaling::Yarn { attention_factor, .. } => attention_factor,
             _ => 1.0,

@@ -7,7 +7,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Buffers that no task uses at the moment.
 #[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<Vec<Vec<f32>>>);
+pub(crate) struct Pool(Mutex<Vec<Vec<f32>>>);
 
 impl Pool {
     fn free(&self) -> MutexGuard<'_, Vec<Vec<f32>>> {
@@ -16,7 +16,7 @@ impl Pool {
     }
 
     /// A matrix of `(rows, cols)` whose values are unspecified.
-    pub(super) fn take(&self, rows: usize, cols: usize) -> Scratch<'_> {
+    pub(crate) fn take(&self, rows: usize, cols: usize) -> Scratch<'_> {
         let len = rows * cols;
         let mut free = self.free();
         let fits = free.iter().position(|buffer| buffer.len() >= len);
@@ -30,7 +30,7 @@ impl Pool {
 
 /// A matrix from a [`Pool`], to which it returns.
 #[derive(Debug)]
-pub(super) struct Scratch<'a> {
+pub(crate) struct Scratch<'a> {
     pool: &'a Pool,
     values: Vec<f32>,
     rows: usize,
@@ -39,21 +39,21 @@ pub(super) struct Scratch<'a> {
 
 impl Scratch<'_> {
     /// All values, row by row.
-    pub(super) fn values(&mut self) -> &mut [f32] {
+    pub(crate) fn values(&mut self) -> &mut [f32] {
         &mut self.values[..self.rows * self.cols]
     }
 
     /// Row `i`.
-    pub(super) fn row(&self, i: usize) -> &[f32] {
+    pub(crate) fn row(&self, i: usize) -> &[f32] {
         &self.values[i * self.cols..(i + 1) * self.cols]
     }
 
-    pub(super) fn view(&self) -> ArrayView2<'_, f32> {
+    pub(crate) fn view(&self) -> ArrayView2<'_, f32> {
         let values = &self.values[..self.rows * self.cols];
         ArrayView2::from_shape((self.rows, self.cols), values).unwrap_or_else(|_| empty())
     }
 
-    pub(super) fn view_mut(&mut self) -> ArrayViewMut2<'_, f32> {
+    pub(crate) fn view_mut(&mut self) -> ArrayViewMut2<'_, f32> {
         let (rows, cols) = (self.rows, self.cols);
         let empty = ArrayViewMut2::from(&mut [] as &mut [[f32; 0]]);
         ArrayViewMut2::from_shape((rows, cols), self.values()).unwrap_or(empty)

@@ -1,22 +1,27 @@
 //! Switch Transformers: encoder, decoder, and the passes through both.
 
+mod block;
+mod greedy;
+
 use std::ops::Range;
 
 use ndarray::{Array2, s};
 use serde_json::Value;
 
-use super::causal::{Hidden, gather};
-use super::family::Family;
-use super::feed::Observer;
-use super::head::{Head, check_tokens};
-use super::keys::Keys;
-use super::load::Loader;
-use super::norm::RmsNorm;
-use super::spec::activation;
-use super::t5::{SwitchBlock, stack_prefix};
 use crate::error::{Error, ErrorKind, Result};
+use crate::forward::causal::activation;
+use crate::forward::family::Family;
+use crate::forward::head::Head;
+use crate::forward::keys::Keys;
+use crate::forward::load::Loader;
+use crate::forward::moe::Observer;
+use crate::forward::norm::RmsNorm;
+use crate::forward::windows::{Hidden, check_tokens, gather};
 use crate::model::{Activation, Finite, LayerId, Stack, TensorSource};
 use crate::stage::Context;
+
+pub use block::SwitchBlock;
+use block::stack_prefix;
 
 /// A Switch model, without its weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -113,7 +118,7 @@ impl SwitchSpec {
 pub struct Switch<S> {
     source: S,
     spec: SwitchSpec,
-    pub(super) cx: Context,
+    pub(crate) cx: Context,
 }
 
 impl<S: TensorSource> Switch<S> {
@@ -147,7 +152,7 @@ impl<S: TensorSource> Switch<S> {
     }
 
     /// The embedding of a stack: a common one, unless the model is not tied and stores its own.
-    pub(super) fn table(&self, stack: Stack) -> Result<Array2<f32>> {
+    pub(crate) fn table(&self, stack: Stack) -> Result<Array2<f32>> {
         let (own, common) = (stack_prefix(&self.source, stack), self.source.prefix());
         let own = format!("{own}embed_tokens.weight");
         let common = format!("{common}shared.weight");

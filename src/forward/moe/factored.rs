@@ -5,8 +5,8 @@
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
 use super::mlp::{Parts, Projection};
-use super::moe::Kernel;
 use super::scratch::{Pool, Scratch};
+use super::sum::Kernel;
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
 use crate::model::{Factored, FactoredExpert, FactoredLinear, Role, Structure, Weight};
@@ -90,7 +90,7 @@ fn add_lines(
 
 #[cfg(test)]
 mod tests {
-    use super::super::moe::sum_of;
+    use super::super::sum::sum_of;
     use super::*;
     use crate::linalg::Cpu;
     use crate::model::Activation;

@@ -4,10 +4,12 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2};
 
-use super::dense::{Shared, add_expert};
-use super::moe::{Choice, Routed, Watched, route, sum_of};
-use super::norm::RmsNorm;
+use super::expert::add_expert;
+use super::route::{Choice, Routed, route};
+use super::shared::Shared;
+use super::sum::{Watched, sum_of};
 use crate::error::{Locate, Result};
+use crate::forward::norm::RmsNorm;
 use crate::model::{
     Expert, FactoredExpert, FactoredLayer, Finite, LayerId, MergedLayer, MoeLayer, OutputSums,
     TensorSource,
@@ -75,7 +77,7 @@ pub enum Mlp {
 
 impl Mlp {
     /// Reads the routed experts of a layer.
-    pub(super) fn sparse(
+    pub(crate) fn sparse(
         source: &dyn TensorSource,
         id: LayerId,
         shared: Option<Box<Shared>>,
@@ -174,7 +176,7 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    pub(super) fn new(id: LayerId, norm: RmsNorm, mlp: Mlp) -> Self {
+    pub(crate) fn new(id: LayerId, norm: RmsNorm, mlp: Mlp) -> Self {
         Self { id, norm, mlp }
     }
 

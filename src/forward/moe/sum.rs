@@ -1,91 +1,14 @@
-//! The MoE block: routing, gathering the tokens of each expert over all windows, and the sum.
-
-use std::ops::Range;
+//! The sum over experts: the tokens of each are gathered over all windows.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
-use super::dense::BLOCK;
+use super::expert::BLOCK;
 use super::scratch::{Pool, Scratch};
 use crate::error::{Error, Locate, Result};
 use crate::linalg::Compute;
-use crate::model::{Expert, MergedLayer, OutputSums, Router, Routing, close_dropped};
+use crate::model::{Expert, OutputSums};
 use crate::par;
 use crate::stage::Context;
-
-/// Which router of a merged layer chooses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Choice {
-    /// The `n`-row router and the map to merged experts: the exact semantics, and those of a layer
-    /// that was not merged.
-    #[default]
-    Mapped,
-    /// The router narrowed to the merged experts (stock exports); the `n`-row one without it.
-    Narrowed,
-}
-
-/// Where the tokens of a layer go.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Routed {
-    /// `(t, n)` router logits, as the router gives them.
-    pub logits: Array2<f32>,
-    /// Chosen router rows and applied weights.
-    pub routing: Routing,
-    /// `(t, k)` whether the expert had room for the token; `None` without a capacity.
-    pub kept: Option<Array2<bool>>,
-    /// For each expert of the layer the tokens that visit it, ascending, and their weights.
-    /// Members of a group that fire together add up; dropped tokens are not listed.
-    pub visits: Vec<Vec<(usize, f32)>>,
-}
-
-/// Routes every row of `X: (t, d_model)`.
-///
-/// `capacity`: how many tokens of one window an expert takes, in order of position (Switch). It
-/// counts by router row, before the map.
-///
-/// # Errors
-/// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when `X` has another width, with the layer.
-pub fn route(
-    layer: &MergedLayer,
-    choice: Choice,
-    x: ArrayView2<'_, f32>,
-    windows: &[Range<usize>],
-    capacity: Option<usize>,
-    cx: &Context,
-) -> Result<Routed> {
-    let (router, map) = layer.choosing(choice == Choice::Narrowed);
-    let logits = router.logits(x, cx.compute()).in_layer(layer.id)?;
-    let routing = if map.contains(&None) {
-        let mut open = logits.clone();
-        close_dropped(&mut open, &map);
-        router.route(open.view())
-    } else {
-        router.route(logits.view())
-    };
-    let routing = routing.in_layer(layer.id)?;
-    let kept = capacity.map(|capacity| within_capacity(&routing, router, windows, capacity));
-    let room = |t, slot| kept.as_ref().is_none_or(|kept| kept[[t, slot]]);
-    let visits = routing.visits_where(&map, layer.grouping.groups(), room);
-    Ok(Routed { logits, routing, kept, visits })
-}
-
-fn within_capacity(
-    routing: &Routing,
-    router: &Router,
-    windows: &[Range<usize>],
-    capacity: usize,
-) -> Array2<bool> {
-    let mut kept = Array2::from_elem(routing.experts.dim(), true);
-    for window in windows {
-        let mut load = vec![0usize; router.experts()];
-        for t in window.clone() {
-            for (slot, &e) in routing.experts.row(t).iter().enumerate() {
-                load[e as usize] += 1;
-                kept[[t, slot]] = load[e as usize] <= capacity;
-            }
-        }
-    }
-    kept
-}
 
 /// `Σ_e w_e(x) E_e(x)` for every row of `X: (t, d_model)`: `(t, d_model)`. `visits` as in
 /// [`Routed::visits`].
@@ -104,26 +27,11 @@ pub fn routed_sum(
     Ok(sum_of(experts, visits, x, false, cx)?.0)
 }
 
-/// [`routed_sum`], the same bits, and for each expert norms and sum of its outputs before the
-/// weights: what saliency is made of, without a second product. The weights are divided out again,
-/// in `f64`, but for those so small that their outputs are computed anew.
-///
-/// # Errors
-/// As [`routed_sum`].
-pub fn routed_sum_watched(
-    experts: &[Expert],
-    visits: &[Vec<(usize, f32)>],
-    x: ArrayView2<'_, f32>,
-    cx: &Context,
-) -> Result<Watched> {
-    sum_of(experts, visits, x, true, cx)
-}
-
 /// The sum, and what each expert gave before the weights.
-pub type Watched = (Array2<f32>, Vec<OutputSums>);
+pub(crate) type Watched = (Array2<f32>, Vec<OutputSums>);
 
 /// What an expert does with a block of tokens.
-pub(super) trait Kernel: Sync {
+pub(crate) trait Kernel: Sync {
     /// `w ⊙ E(X)` for a block `X: (t, d_model)` and one weight per token: `(t, d_model)`.
     fn weighted<'a>(
         &self,
@@ -134,8 +42,10 @@ pub(super) trait Kernel: Sync {
     ) -> Result<Scratch<'a>>;
 }
 
-/// [`routed_sum`] of experts of any kind, or [`routed_sum_watched`].
-pub(super) fn sum_of<E: Kernel>(
+/// [`routed_sum`] of experts of any kind and, if `watched`, for each expert norms and sum of its
+/// outputs before the weights: what saliency is made of, without a second product. The weights are
+/// divided out again, in `f64`, but for those so small that their outputs are computed anew.
+pub(crate) fn sum_of<E: Kernel>(
     experts: &[E],
     visits: &[Vec<(usize, f32)>],
     x: ArrayView2<'_, f32>,
@@ -251,9 +161,10 @@ fn scatter<E: Sync>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::route::{Choice, route};
     use super::*;
     use crate::linalg::Cpu;
-    use crate::model::{Activation, Grouping, LayerId, Linear, RoutingRule};
+    use crate::model::{Activation, Grouping, LayerId, Linear, MergedLayer, Router, RoutingRule};
     use ndarray::Array1;
 
     fn values(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
@@ -313,8 +224,7 @@ mod tests {
             routed.visits[expert][3].1 = weight;
         }
         let plain = routed_sum(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
-        let (sum, seen) =
-            routed_sum_watched(&layer.experts, &routed.visits, x.view(), &cx).unwrap();
+        let (sum, seen) = sum_of(&layer.experts, &routed.visits, x.view(), true, &cx).unwrap();
         assert_eq!(sum, plain, "watching changes no bit");
         for ((expert, visits), seen) in layer.experts.iter().zip(&routed.visits).zip(&seen) {
             let tokens: Vec<usize> = visits.iter().map(|(t, _)| *t).collect();

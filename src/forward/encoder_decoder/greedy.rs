@@ -2,9 +2,9 @@
 
 use ndarray::s;
 
-use super::causal::gather;
-use super::switch::Switch;
+use super::Switch;
 use crate::error::Result;
+use crate::forward::windows::gather;
 use crate::model::{Stack, TensorSource};
 
 impl<S: TensorSource> Switch<S> {

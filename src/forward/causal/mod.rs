@@ -1,18 +1,25 @@
 //! Decoder-only models: whole passes, streamed over layers; generation with a cache.
 
+mod layer;
+mod spec;
+mod spec_grouped;
+
 use std::ops::Range;
 
-use ndarray::{Array2, Axis, s};
+use ndarray::{Array2, s};
 
-use super::attention::Cache;
-use super::decoder::DecoderLayer;
-use super::feed::Observer;
-use super::head::{Head, check_tokens};
-use super::load::Loader;
-use super::spec::Spec;
 use crate::error::{Error, Result};
+use crate::forward::attention::Cache;
+use crate::forward::head::Head;
+use crate::forward::load::Loader;
+use crate::forward::moe::Observer;
+use crate::forward::windows::{Hidden, check_tokens, gather};
 use crate::model::{Finite, TensorSource};
 use crate::stage::Context;
+
+pub use layer::DecoderLayer;
+pub use spec::{AttentionSpec, GroupedSpec, LatentSpec, SharedSpec, Spec};
+pub(crate) use spec::{QkNorm, activation};
 
 /// A decoder-only model over a source of weights. It holds none itself: every pass reads the
 /// embedding, then layer by layer, then the output projection, and drops each after use.
@@ -21,15 +28,6 @@ pub struct Causal<S> {
     source: S,
     spec: Spec,
     cx: Context,
-}
-
-/// Hidden states `(t, d_model)` of all windows, stacked, and the rows of each.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Hidden {
-    /// The states.
-    pub states: Array2<f32>,
-    /// The rows of each window, consecutive.
-    pub windows: Vec<Range<usize>>,
 }
 
 impl<S: TensorSource> Causal<S> {
@@ -202,17 +200,4 @@ impl<S: TensorSource> Causal<S> {
         }
         Ok(new)
     }
-}
-
-/// Rows of the embedding table for all windows, stacked.
-pub(super) fn gather(table: &Array2<f32>, windows: &[impl AsRef<[u32]>]) -> Hidden {
-    let mut end = 0;
-    let mut rows = Vec::new();
-    let mut ranges = Vec::with_capacity(windows.len());
-    for window in windows.iter().map(AsRef::as_ref) {
-        rows.extend(window.iter().map(|&t| t as usize));
-        ranges.push(end..rows.len());
-        end = rows.len();
-    }
-    Hidden { states: table.select(Axis(0), &rows), windows: ranges }
 }

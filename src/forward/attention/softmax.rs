@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, Axis, s};
 
-use super::math::softmax;
 use crate::error::{Error, Result};
+use crate::forward::math::softmax;
 use crate::par;
 use crate::stage::Context;
 
@@ -15,25 +15,25 @@ const QUERIES: usize = 128;
 /// Rows of queries that look at rows of keys. In causal attention the last query stands at the last
 /// key, so `keys` may begin with tokens that have no query any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Span {
-    pub(super) queries: Range<usize>,
-    pub(super) keys: Range<usize>,
+pub(crate) struct Span {
+    pub(crate) queries: Range<usize>,
+    pub(crate) keys: Range<usize>,
 }
 
 /// Head counts and widths; `kv_heads` divides `heads`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Heads {
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) d_key: usize,
-    pub(super) d_value: usize,
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) d_key: usize,
+    pub(crate) d_value: usize,
     /// Factor on the scores.
-    pub(super) scale: f32,
+    pub(crate) scale: f32,
 }
 
 /// What a query may look at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mask {
+pub(crate) enum Mask {
     /// Itself and what came before, at most `window` tokens in all.
     Causal { window: Option<usize> },
     /// Every key.
@@ -55,10 +55,10 @@ impl Mask {
 
 /// A term on the scores of each head by distance, key position minus query position.
 #[derive(Debug, Clone)]
-pub(super) struct Bias {
+pub(crate) struct Bias {
     /// `(heads, 2 · reach + 1)`: distances `−reach..=reach`.
-    pub(super) table: Array2<f32>,
-    pub(super) reach: usize,
+    pub(crate) table: Array2<f32>,
+    pub(crate) reach: usize,
 }
 
 impl Bias {
@@ -72,7 +72,7 @@ impl Bias {
 
 /// `softmax(scale · Q Kᵀ + bias) V` per head: `Q: (t, heads · d_key)`, `K: (s, kv_heads · d_key)`,
 /// `V: (s, kv_heads · d_value)`; returns `(t, heads · d_value)`.
-pub(super) fn attend(
+pub(crate) fn attend(
     [q, k, v]: [ArrayView2<'_, f32>; 3],
     spans: &[Span],
     heads: Heads,

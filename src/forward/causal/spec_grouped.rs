@@ -2,13 +2,13 @@
 
 use serde_json::Value;
 
-use super::family::Family;
-use super::keys::Keys;
-use super::rotation::Pairing;
 use super::spec::{GroupedSpec, QkNorm};
 use crate::error::Result;
+use crate::forward::attention::rotation::Pairing;
+use crate::forward::family::Family;
+use crate::forward::keys::Keys;
 
-pub(super) fn parse(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
+pub(crate) fn parse(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
     let heads = keys.size("num_attention_heads")?;
     let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
     if !heads.is_multiple_of(kv_heads) {
@@ -44,7 +44,7 @@ pub(super) fn parse(family: Family, keys: Keys<'_>) -> Result<GroupedSpec> {
 }
 
 /// The part of a head that is rotated where no `partial_rotary_factor` says so.
-pub(super) fn rotated_part(family: Family, keys: Keys<'_>, d_rotated: usize) -> Result<f64> {
+pub(crate) fn rotated_part(family: Family, keys: Keys<'_>, d_rotated: usize) -> Result<f64> {
     Ok(match family {
         Family::Glm4Moe => 0.5,
         Family::MinimaxM2 => match keys.optional_size("rotary_dim")? {

@@ -3,11 +3,11 @@
 
 use ndarray::{Array2, ArrayView2, s};
 
-use super::load::Loader;
-use super::norm::RmsNorm;
 use super::rotation::Rotation;
-use super::spec::LatentSpec;
 use crate::error::Result;
+use crate::forward::causal::LatentSpec;
+use crate::forward::load::Loader;
+use crate::forward::norm::RmsNorm;
 use crate::linalg::Compute;
 use crate::model::Linear;
 
@@ -16,7 +16,7 @@ const LATENT_EPS: f32 = 1e-6;
 
 /// The projections of one layer.
 #[derive(Debug)]
-pub(super) struct Latent {
+pub(crate) struct Latent {
     query: Query,
     kv_down: Linear,
     kv_norm: RmsNorm,
@@ -31,7 +31,7 @@ enum Query {
 }
 
 impl Latent {
-    pub(super) fn load(loader: &Loader<'_>, spec: &LatentSpec, d: usize) -> Result<Self> {
+    pub(crate) fn load(loader: &Loader<'_>, spec: &LatentSpec, d: usize) -> Result<Self> {
         let s = spec;
         let wide = s.heads * (s.d_nope + s.d_rope);
         let query = match s.q_rank {
@@ -54,7 +54,7 @@ impl Latent {
     }
 
     /// Queries and keys `(t, heads · (d_nope + d_rope))`, values `(t, heads · d_value)`.
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &self,
         x: ArrayView2<'_, f32>,
         rotation: &Rotation,

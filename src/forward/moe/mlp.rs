@@ -2,14 +2,14 @@
 
 use ndarray::{ArrayView1, ArrayView2};
 
-use super::math::{activate, gated};
 use super::scratch::{Pool, Scratch};
 use crate::error::Result;
+use crate::forward::math::{activate, gated};
 use crate::linalg::Compute;
 use crate::model::Activation;
 
 /// `y = W x + b`.
-pub(super) trait Projection {
+pub(crate) trait Projection {
     /// `X Wᵀ`.
     fn multiply<'a>(
         &self,
@@ -23,11 +23,11 @@ pub(super) trait Projection {
 }
 
 /// The projections of an MLP.
-pub(super) struct Parts<'p, P> {
-    pub(super) gate: Option<&'p P>,
-    pub(super) up: &'p P,
-    pub(super) down: &'p P,
-    pub(super) activation: Activation,
+pub(crate) struct Parts<'p, P> {
+    pub(crate) gate: Option<&'p P>,
+    pub(crate) up: &'p P,
+    pub(crate) down: &'p P,
+    pub(crate) activation: Activation,
 }
 
 impl<P: Projection> Parts<'_, P> {
@@ -35,7 +35,7 @@ impl<P: Projection> Parts<'_, P> {
     ///
     /// The weight is applied to the hidden activations, which are fewer than the outputs where
     /// experts are narrow, and to the bias of the down projection.
-    pub(super) fn weighted<'a>(
+    pub(crate) fn weighted<'a>(
         &self,
         x: ArrayView2<'_, f32>,
         weights: Option<&[f32]>,

@@ -4,15 +4,16 @@ use std::ops::Range;
 
 use ndarray::{Array2, s};
 
-use super::attention::{Attention, Cache};
-use super::dense::Shared;
-use super::feed::{FeedForward, Mlp, Observer};
-use super::load::Loader;
-use super::norm::RmsNorm;
-use super::rope::Rope;
-use super::rotation::Rotation;
 use super::spec::Spec;
-use crate::error::{Error, Locate, Result};
+use crate::error::{Locate, Result};
+use crate::forward::attention::rope::Rope;
+use crate::forward::attention::rotation::Rotation;
+use crate::forward::attention::{Attention, Cache};
+use crate::forward::load::Loader;
+use crate::forward::moe::Shared;
+use crate::forward::moe::{FeedForward, Mlp, Observer};
+use crate::forward::norm::RmsNorm;
+use crate::forward::windows::{batches, check_windows};
 use crate::model::{LayerId, TensorSource};
 use crate::stage::Context;
 
@@ -29,9 +30,6 @@ pub struct DecoderLayer {
     attention: Attention,
     feed: FeedForward,
 }
-
-/// Rows that go through attention together: bounds the memory of queries, keys and values.
-const ROWS: usize = 4096;
 
 impl DecoderLayer {
     /// Reads layer `index`; the source may then release what it mapped.
@@ -57,7 +55,7 @@ impl DecoderLayer {
             Mlp::sparse(source, id, shared, None)?
         } else {
             let Some(f) = spec.d_dense else {
-                let keys = super::keys::Keys::root(source.config());
+                let keys = crate::forward::keys::Keys::root(source.config());
                 return Err(keys.wrong("intermediate_size", "the width of dense MLPs", "nothing"));
             };
             Mlp::Dense(Box::new(mlp.gated((d, f), spec.activation, spec.mlp_bias)?))
@@ -127,7 +125,7 @@ impl DecoderLayer {
     }
 
     /// Both halves for the next tokens of one window, whose past is in the cache.
-    pub(super) fn step(
+    pub(crate) fn step(
         &self,
         hidden: &mut Array2<f32>,
         cache: &mut Cache,
@@ -139,29 +137,4 @@ impl DecoderLayer {
         *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
         self.feed.forward(hidden, &[rows], None, cx)
     }
-}
-
-/// Windows must follow each other without gaps, be non-empty, and cover all rows.
-pub(super) fn check_windows(windows: &[Range<usize>], rows: usize) -> Result<()> {
-    let mut end = 0;
-    for window in windows {
-        if window.start != end || window.end <= window.start {
-            let found = format!("{window:?}");
-            return Err(Error::range("window", format!("rows from {end}, at least one"), found));
-        }
-        end = window.end;
-    }
-    if end == rows { Ok(()) } else { Err(Error::shape("windows over all rows", rows, end)) }
-}
-
-/// Consecutive windows of about [`ROWS`] rows in all.
-pub(super) fn batches(windows: &[Range<usize>]) -> impl Iterator<Item = &[Range<usize>]> {
-    let mut rest = windows;
-    std::iter::from_fn(move || {
-        let first = rest.first()?.start;
-        let fits = rest.iter().take_while(|w| w.end - first <= ROWS).count();
-        let (batch, later) = rest.split_at(fits.max(1));
-        rest = later;
-        Some(batch)
-    })
 }

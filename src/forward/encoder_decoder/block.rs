@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, s};
 
-use super::attend::{Bias, Heads, Mask, Span, attend};
-use super::decoder::{batches, check_windows};
-use super::feed::{FeedForward, Mlp};
-use super::load::Loader;
-use super::norm::RmsNorm;
-use super::switch::SwitchSpec;
+use super::SwitchSpec;
 use crate::error::{Error, Locate, Result};
+use crate::forward::attention::softmax::{Bias, Heads, Mask, Span, attend};
+use crate::forward::load::Loader;
+use crate::forward::moe::{FeedForward, Mlp};
+use crate::forward::norm::RmsNorm;
+use crate::forward::windows::{batches, check_windows};
 use crate::model::{LayerId, Linear, Stack, TensorSource};
 use crate::stage::Context;
 
@@ -35,14 +35,14 @@ fn bucket(distance: isize, both_ways: bool, buckets: usize, max_distance: usize)
 
 /// Relative position bias of a stack, which its first block stores for all: `(buckets, heads)`.
 #[derive(Debug, Clone)]
-pub(super) struct RelativeBias {
+pub(crate) struct RelativeBias {
     weight: Array2<f32>,
     both_ways: bool,
     max_distance: usize,
 }
 
 impl RelativeBias {
-    pub(super) fn load(source: &dyn TensorSource, spec: &SwitchSpec, stack: Stack) -> Result<Self> {
+    pub(crate) fn load(source: &dyn TensorSource, spec: &SwitchSpec, stack: Stack) -> Result<Self> {
         let prefix = format!("{}block.0.layer.0.SelfAttention.", stack_prefix(source, stack));
         let name = "relative_attention_bias.weight";
         let weight = Loader::new(source, prefix).matrix(name, (spec.buckets, spec.heads))?;
@@ -51,7 +51,7 @@ impl RelativeBias {
     }
 
     /// The terms for windows of at most `reach + 1` tokens.
-    pub(super) fn up_to(&self, reach: usize) -> Bias {
+    pub(crate) fn up_to(&self, reach: usize) -> Bias {
         let (buckets, heads) = self.weight.dim();
         let table = Array2::from_shape_fn((heads, 2 * reach + 1), |(h, i)| {
             let distance = i as isize - reach as isize;
@@ -61,7 +61,7 @@ impl RelativeBias {
     }
 }
 
-pub(super) fn stack_prefix(source: &dyn TensorSource, stack: Stack) -> String {
+pub(crate) fn stack_prefix(source: &dyn TensorSource, stack: Stack) -> String {
     let name = if stack == Stack::Encoder { "encoder" } else { "decoder" };
     format!("{}{name}.", source.prefix())
 }

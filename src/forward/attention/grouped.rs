@@ -1,0 +1,69 @@
+//! Queries, keys and values of grouped-query attention.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::rotation::{Pairing, Rotation};
+use crate::error::Result;
+use crate::forward::causal::{GroupedSpec, QkNorm};
+use crate::forward::load::Loader;
+use crate::forward::norm::RmsNorm;
+use crate::linalg::Compute;
+use crate::model::Linear;
+
+/// `q, k, v = W x + b`, norm, clip, rotation.
+#[derive(Debug)]
+pub(crate) struct Grouped {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    norms: Option<[RmsNorm; 2]>,
+    clip: Option<f32>,
+    head_dim: usize,
+    pairing: Pairing,
+}
+
+impl Grouped {
+    pub(crate) fn load(loader: &Loader<'_>, s: &GroupedSpec, d: usize, eps: f32) -> Result<Self> {
+        let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let norms = match s.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some([s.head_dim; 2]),
+            QkNorm::Whole => Some([wide, narrow]),
+        };
+        let norm = |[q, k]: [usize; 2]| -> Result<[RmsNorm; 2]> {
+            Ok([loader.norm("q_norm", q, eps)?, loader.norm("k_norm", k, eps)?])
+        };
+        Ok(Self {
+            q: loader.linear("q_proj", (wide, d), s.qkv_bias)?,
+            k: loader.linear("k_proj", (narrow, d), s.qkv_bias)?,
+            v: loader.linear("v_proj", (narrow, d), s.qkv_bias)?,
+            norms: norms.map(norm).transpose()?,
+            clip: s.clip,
+            head_dim: s.head_dim,
+            pairing: s.pairing,
+        })
+    }
+
+    pub(crate) fn forward(
+        &self,
+        x: ArrayView2<'_, f32>,
+        rotation: &Rotation,
+        compute: &dyn Compute,
+    ) -> Result<[Array2<f32>; 3]> {
+        let mut q = self.q.view().forward(x, compute)?;
+        let mut k = self.k.view().forward(x, compute)?;
+        let mut v = self.v.view().forward(x, compute)?;
+        if let Some([q_norm, k_norm]) = &self.norms {
+            q_norm.in_place(&mut q)?;
+            k_norm.in_place(&mut k)?;
+        }
+        if let Some(clip) = self.clip {
+            for x in [&mut q, &mut k, &mut v] {
+                x.mapv_inplace(|x| x.clamp(-clip.abs(), clip.abs()));
+            }
+        }
+        rotation.apply(&mut q, self.head_dim, 0, self.pairing)?;
+        rotation.apply(&mut k, self.head_dim, 0, self.pairing)?;
+        Ok([q, k, v])
+    }
+}
