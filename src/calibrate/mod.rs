@@ -6,17 +6,8 @@
 //! read when it is opened: [`StatsFile::layer`] reads what one layer's stages asked for.
 
 mod collect;
-mod collect_rows;
 mod file;
-mod header;
-mod json_stats;
-mod layer;
-mod parts;
-mod tensor;
 pub mod text;
-mod writer;
 
 pub use collect::{Batch, Collector};
-pub use file::StatsFile;
-pub use json_stats::{statistics_from_json, statistics_to_json};
-pub use writer::{StatsWriter, write_stats};
+pub use file::{StatsFile, StatsWriter, statistics_from_json, statistics_to_json, write_stats};

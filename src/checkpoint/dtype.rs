@@ -7,7 +7,7 @@ use crate::error::{ErrorKind, Result};
 
 /// An element type, by its safetensors name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Dtype {
+pub(crate) struct Dtype {
     name: &'static str,
     bits: usize,
 }
@@ -36,43 +36,43 @@ const KNOWN: &[(&str, usize)] = &[
 ];
 
 /// What expert and router tensors may be stored as.
-pub(super) const FLOATS: &str = "F32, F16, BF16";
+pub(crate) const FLOATS: &str = "F32, F16, BF16";
 
 impl Dtype {
     /// What quantised weights are written as.
-    pub(super) const BF16: Self = Self { name: "BF16", bits: 16 };
+    pub(crate) const BF16: Self = Self { name: "BF16", bits: 16 };
     /// What row numbers are written as.
-    pub(super) const I32: Self = Self { name: "I32", bits: 32 };
+    pub(crate) const I32: Self = Self { name: "I32", bits: 32 };
 
     /// The type of that name.
-    pub(super) fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         let (name, bits) = KNOWN.iter().find(|(known, _)| *known == name)?;
         Some(Self { name, bits: *bits })
     }
 
     /// All names.
-    pub(super) fn names() -> String {
+    pub(crate) fn names() -> String {
         KNOWN.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
     }
 
     /// Its name.
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         self.name
     }
 
     /// Bytes of a tensor of that shape; `None` on overflow or when they are not whole.
-    pub(super) fn bytes(self, shape: &[usize]) -> Option<usize> {
+    pub(crate) fn bytes(self, shape: &[usize]) -> Option<usize> {
         let bits = shape.iter().try_fold(self.bits, |product, &side| product.checked_mul(side))?;
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 
     /// What its tensors should be aligned to.
-    pub(super) fn alignment(self) -> usize {
+    pub(crate) fn alignment(self) -> usize {
         (self.bits / 8).max(1)
     }
 
     /// Whether this crate computes with it.
-    pub(super) fn is_float(self) -> bool {
+    pub(crate) fn is_float(self) -> bool {
         matches!(self.name, "F32" | "F16" | "BF16")
     }
 
@@ -80,7 +80,7 @@ impl Dtype {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] unless [`Dtype::is_float`].
-    pub(super) fn decode(self, bytes: &[u8]) -> Result<Vec<f32>> {
+    pub(crate) fn decode(self, bytes: &[u8]) -> Result<Vec<f32>> {
         match self.name {
             "F32" => {
                 let (chunks, _) = bytes.as_chunks::<4>();
@@ -101,7 +101,7 @@ impl Dtype {
     /// # Errors
     /// [`ErrorKind::Unsupported`] unless [`Dtype::is_float`]; [`ErrorKind::OutOfRange`] when a
     /// finite value rounds to infinity.
-    pub(super) fn encode(self, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
+    pub(crate) fn encode(self, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
         let start = out.len();
         match self.name {
             "F32" => {

@@ -15,12 +15,12 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// A tensor of one file.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Entry {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
     /// Its bytes, counted from the start of the file.
-    pub(super) range: Range<usize>,
+    pub(crate) range: Range<usize>,
 }
 
 #[derive(Deserialize)]
@@ -31,7 +31,7 @@ struct Declared {
 }
 
 /// The tensors of a file in the order of their data.
-pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Entry>> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Vec<Entry>> {
     let (text, data) = split(bytes)?;
     let members: Members<&serde_json::value::RawValue> =
         serde_json::from_str(text).map_err(|e| malformed(FORMAT, format!("header: {e}")))?;

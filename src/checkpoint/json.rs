@@ -9,7 +9,7 @@ use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor}
 use crate::error::{Error, ErrorKind, Locate, Result};
 
 /// The members of a JSON object in file order, repeated keys kept.
-pub(super) struct Members<T>(pub(super) Vec<(String, T)>);
+pub(crate) struct Members<T>(pub(crate) Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -52,6 +52,6 @@ pub(crate) fn read_json<T: DeserializeOwned>(
 }
 
 /// An error about a file's format.
-pub(super) fn malformed(format: &'static str, reason: impl fmt::Display) -> Error {
+pub(crate) fn malformed(format: &'static str, reason: impl fmt::Display) -> Error {
     ErrorKind::Format { format, reason: reason.to_string() }.into()
 }

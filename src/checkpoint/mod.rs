@@ -16,49 +16,19 @@
 //! [`Written::dropped`] lists, and without `quantization_config`.
 
 mod config;
-mod config_text;
-mod dequantise;
 mod dtype;
-mod encode;
-mod factors;
-mod folder;
-mod fp8;
 mod header;
 mod json;
 mod layout;
-mod layout_table;
-mod mmap;
-mod mxfp4;
-mod native;
-mod open;
-mod outline;
-mod part;
 mod quant;
 mod read;
-mod rule;
-mod scan;
-mod scan_fused;
-mod scan_layer;
-mod source;
-mod stamp;
-mod store;
 mod write;
-mod write_check;
-mod write_config;
-mod write_file;
-mod write_finish;
-mod write_layer;
-mod write_plan;
-mod write_size;
-mod write_target;
 
 pub use config::Config;
-pub use encode::{Encoded, Encoder};
-pub use factors::Factoring;
 pub(crate) use json::read_json;
-pub use open::{Checkpoint, LayerInfo};
-pub use outline::{Fate, Outline, OutlineTensor};
-pub use part::Part;
-pub use write::{Export, MANIFEST, WritePlan, Writer, Written};
-pub use write_size::Sizes;
-pub use write_target::Partial;
+pub use layout::Factoring;
+pub use read::{Checkpoint, LayerInfo};
+pub use write::{
+    Encoded, Encoder, Export, Fate, MANIFEST, Outline, OutlineTensor, Part, Partial, Sizes,
+    WritePlan, Writer, Written,
+};

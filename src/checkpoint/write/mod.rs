@@ -1,0 +1,23 @@
+//! Writing a merged checkpoint: the request, the layout of the target that follows from it, and
+//! the files, layer by layer.
+
+mod check;
+mod dequantise;
+mod encode;
+mod file;
+mod finish;
+mod folder_listing;
+mod layer;
+mod layout_plan;
+mod partial_target;
+mod size;
+mod target;
+mod target_config;
+mod writer;
+
+pub use encode::{Encoded, Encoder};
+pub use folder_listing::{Fate, Outline, OutlineTensor};
+pub use partial_target::Part;
+pub use size::Sizes;
+pub use target::Partial;
+pub use writer::{Export, MANIFEST, WritePlan, Writer, Written};
