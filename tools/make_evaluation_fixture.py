@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Golden cross-entropies for tests/evaluate.rs, by unmodified transformers.
+"""Golden cross-entropies for tests/it/models/evaluate.rs, by unmodified transformers.
 
     python tools/make_evaluation_fixture.py          # writes tests/fixtures/evaluate.json
     python tools/make_evaluation_fixture.py MODEL TEXT_DIR [WINDOW [MAX_WINDOWS]]

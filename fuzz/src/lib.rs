@@ -19,7 +19,7 @@ use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::forward::Model;
 use mcsmoe::pipeline::{Output, PlanOptions, Recipe, plan};
 
-#[path = "../../tests/common/checkpoints.rs"]
+#[path = "../../tests/support/checkpoints.rs"]
 pub mod checkpoints;
 mod seeds;
 

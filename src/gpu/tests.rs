@@ -34,7 +34,7 @@ fn the_drivers_errors_keep_their_kind() {
     assert_eq!(fault(&refused), DeviceFault::Refused { reason: "too large".into() });
 }
 
-/// The rest needs an adapter; `tests/compute_parity.rs` decides whether its absence is a failure.
+/// The rest needs an adapter; `tests/it/laws/compute.rs` decides whether its absence is a failure.
 #[test]
 fn buffers_come_back_and_a_lost_device_says_so() {
     let Ok(gpu) = Gpu::new() else { return };

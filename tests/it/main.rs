@@ -1,0 +1,91 @@
+//! The integration tests, all in one program: it is compiled and linked once.
+//!
+//! A new test is a file in the folder of its subject and one line below; a new subject is a folder
+//! and a block below. What two files need is in `tests/support/`. Some: `cargo test --test it
+//! laws::merge`. A program of its own, `tests/NAME.rs`, is only for a test that no other may share
+//! a process with, such as one that counts allocations.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+/// The files that the crate reads and writes.
+mod files {
+    mod checkpoint;
+    mod fixture;
+    mod quantised;
+    mod statistics;
+}
+
+/// Values computed by the reference implementations, frozen in `tests/fixtures`.
+mod golden {
+    mod align;
+    mod decompose;
+    mod group;
+    mod linkage;
+    mod merge;
+    mod similarity;
+}
+
+/// Damaged and hostile files, failing disks, and large folders.
+mod hardening {
+    #[cfg(unix)]
+    mod faults;
+    mod large;
+    mod mutations;
+}
+
+/// What holds for every input.
+mod laws {
+    mod align;
+    mod compute;
+    mod decompose;
+    mod factorise;
+    mod group;
+    mod layer;
+    mod merge;
+    mod recover;
+    mod removal;
+    mod similarity;
+}
+
+/// Tokens through whole models.
+mod models {
+    mod calibrate;
+    mod evaluate;
+    mod forward;
+    mod forward_switch;
+}
+
+/// The repository itself: its structure, its dependencies, its shaders.
+mod repository {
+    mod architecture;
+    mod msrv;
+    mod shaders;
+}
+
+/// A checkpoint in, a smaller one out.
+mod runs {
+    mod budget;
+    mod compress;
+    #[cfg(feature = "gpu")]
+    mod gpu;
+    mod one_pass;
+    mod pipeline;
+    mod plan;
+    mod recovery;
+    mod resume;
+    mod structure;
+    mod verify;
+}
+
+/// The command-line tool, the report page, and the documents.
+mod tool {
+    #[cfg(feature = "cli")]
+    mod cli;
+    #[cfg(feature = "cli")]
+    mod documents;
+    #[cfg(feature = "report")]
+    mod report;
+}

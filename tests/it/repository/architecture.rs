@@ -1,0 +1,145 @@
+//! The dependency rule of the house: rooms never import each other; only the roof knows them all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const CELLAR: &[&str] = &["error", "par", "linalg"];
+/// Implements `linalg::Compute`; only a context chooses it.
+const GPU: &str = "gpu";
+const GROUND: &[&str] = &["error", "par", "linalg", "model"];
+const ROOMS: &[&str] = &[
+    "checkpoint",
+    "forward",
+    "calibrate",
+    "similarity",
+    "group",
+    "align",
+    "merge",
+    "recover",
+    "decompose",
+];
+
+/// What a module may import from the crate; `None` is the roof, which may import everything.
+fn allowed(module: &str) -> Option<Vec<&'static str>> {
+    let set = match module {
+        "error" => &[][..],
+        "par" => &["error"],
+        "linalg" => CELLAR,
+        "model" => GROUND,
+        GPU => CELLAR,
+        "stage" => return Some([GROUND, &[GPU]].concat()),
+        room if ROOMS.contains(&room) => {
+            return Some([GROUND, &["stage"]].concat());
+        }
+        // Draws what the pipeline tells; it runs nothing.
+        "report" => return Some([GROUND, &["checkpoint", "pipeline"]].concat()),
+        "pipeline" | "lib" | "prelude" => return None,
+        other => panic!(
+            "src/{other} has no place in the house: name it in tests/it/repository/architecture.rs"
+        ),
+    };
+    Some(set.to_vec())
+}
+
+/// Files below `dir` with one of the extensions.
+fn texts(dir: &Path, extensions: &[&str], found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            texts(&path, extensions, found);
+        } else if path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)) {
+            found.push(path);
+        }
+    }
+}
+
+/// The first path segment behind every `crate::` of a file, also inside `use crate::{a, b}`.
+fn imports(text: &str) -> Vec<String> {
+    let word = |s: &str| {
+        s.trim().split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("").to_owned()
+    };
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("crate::") {
+        let line = text[..at].rfind('\n').map_or(0, |n| n + 1);
+        if text[line..at].trim_start().starts_with("//") {
+            continue;
+        }
+        let rest = &text[at + "crate::".len()..];
+        match rest.strip_prefix('{') {
+            None => found.push(word(rest)),
+            Some(list) => {
+                let mut depth = 1;
+                let mut item = String::new();
+                for c in list.chars() {
+                    match c {
+                        '{' => depth += 1,
+                        '}' => depth -= 1,
+                        ',' if depth == 1 => found.push(word(&std::mem::take(&mut item))),
+                        _ => item.push(c),
+                    }
+                    if depth == 0 {
+                        break;
+                    }
+                }
+                found.push(word(&item));
+            }
+        }
+    }
+    // Names with a capital are re-exports of the crate root, which are the error types only.
+    found.retain(|name| !name.is_empty());
+    found
+}
+
+#[test]
+fn rooms_never_import_each_other() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    texts(&src, &["rs"], &mut files);
+    assert!(files.len() > 20, "the scan found only {} files", files.len());
+    let mut doors = Vec::new();
+    for file in files {
+        let relative = file.strip_prefix(&src).unwrap();
+        let module = relative.components().next().unwrap().as_os_str().to_str().unwrap();
+        let module = module.trim_end_matches(".rs");
+        if module == "bin" {
+            continue;
+        }
+        let Some(allowed) = allowed(module) else { continue };
+        for import in imports(&fs::read_to_string(&file).unwrap()) {
+            let error_type = ["DeviceFault", "Error", "ErrorKind", "Locate", "Place", "Result"]
+                .contains(&&*import);
+            if import != module && !error_type && !allowed.contains(&&*import) {
+                doors.push(format!("{} imports crate::{import}", relative.display()));
+            }
+        }
+    }
+    assert!(doors.is_empty(), "forbidden doors:\n{}", doors.join("\n"));
+}
+
+#[test]
+fn the_scan_sees_nested_lists_and_skips_comments() {
+    let text = "use crate::{error::Result, model::{A, B}};\n\
+                /// [`crate::group`]\nlet x = crate::merge::f();";
+    assert_eq!(imports(text), ["error", "model", "merge"]);
+}
+
+#[test]
+fn lines_stay_within_100_columns() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for dir in ["src", "tests", "benches", "examples", "docs", "tools", "fuzz/src"] {
+        if root.join(dir).is_dir() {
+            texts(&root.join(dir), &["rs", "md", "py"], &mut files);
+        }
+    }
+    for name in ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "justfile"] {
+        files.extend(Some(root.join(name)).filter(|path| path.is_file()));
+    }
+    for file in files {
+        for (n, line) in fs::read_to_string(&file).unwrap().lines().enumerate() {
+            // A row of a Markdown table cannot be wrapped.
+            let table = line.starts_with('|') && file.extension().is_some_and(|e| e == "md");
+            assert!(table || line.chars().count() <= 100, "{}:{}", file.display(), n + 1);
+        }
+    }
+}
