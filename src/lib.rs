@@ -36,8 +36,9 @@
 //! 7. [`recover`] refits what was merged to the original layer's output ([`stage::Recoverer`]).
 //! 8. [`checkpoint`] writes the target; it appears whole or not at all.
 //!
-//! [`decompose`] writes matrices as low rank plus dense rows ([`stage::Decomposer`]), the paper's
-//! second half: `compress` in a recipe, between recovery and writing.
+//! [`decompose`] makes merged experts smaller ([`stage::Compressor`]), matrices as low rank plus
+//! dense rows ([`stage::Decomposer`]): the paper's second half, `compress` in a recipe, between
+//! recovery and writing.
 //!
 //! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
 //! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.

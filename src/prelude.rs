@@ -11,6 +11,7 @@ pub use crate::model::{
 pub use crate::pipeline::{Keep, Pipeline, Recipe, Report, merge_then_compress};
 #[doc(no_inline)]
 pub use crate::stage::{
-    AlignPair, Aligner, Context, Decomposer, Grouper, LayerSummary, LayerView, Members, Merger,
-    Moments, Needs, RankBudget, Recoverer, Recovery, RouterMerger, Similarity, Stage,
+    AlignPair, Aligner, Compressed, Compression, Compressor, Context, Decomposer, ExpertStorage,
+    Grouper, LayerSummary, LayerView, Members, Merger, Moments, Needs, RankBudget, Recoverer,
+    Recovery, RouterMerger, Similarity, Stage,
 };

@@ -15,6 +15,7 @@
 
 pub mod analysis;
 mod complement;
+mod compress;
 mod low_rank;
 mod low_rank_sparse;
 mod neurons;
@@ -28,6 +29,10 @@ mod whitened;
 mod whitening;
 
 pub use complement::Complement;
+pub use compress::{
+    BySensitivity, CompressionBudget, MatrixBudget, NeuronPruning, PerMatrix, SharedDeltas,
+    allocate_bytes,
+};
 pub use low_rank::LowRank;
 pub use low_rank_sparse::LowRankSparse;
 pub use neurons::{around_neurons, kept_neurons, neuron_scores, reduced};

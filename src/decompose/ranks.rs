@@ -8,6 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::model::Finite;
 use crate::stage::{Context, Moments};
 
+pub use crate::stage::Spectrum;
+
 /// `r = ⌈ρ m n / (m + n)⌉`: the low rank holds the share `ρ` of the matrix's parameters.
 ///
 /// Source: the paper's code, which derives `ρ = r₀ (m + n)/(m n)` from a wanted rank `r₀`; a
@@ -46,20 +48,6 @@ fn in_unit(what: &str, x: f64) -> Result<()> {
         true => Ok(()),
         false => Err(Error::range(what, "a number in (0, 1]", x)),
     }
-}
-
-/// What a matrix has to offer: its singular values, and what an error in it costs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spectrum {
-    /// `(m, n)`.
-    pub shape: (usize, usize),
-    /// All `min(m, n)` singular values of `W`, or of `W S` when it is whitened; largest first.
-    pub sigma: Vec<f64>,
-    /// How much an error counts: the expert's usage, or its mass of squared router weights.
-    pub weight: f64,
-    /// What one number costs, in the unit of the budget: 1 where that is in parameters, the size
-    /// of the data type where it is in bytes.
-    pub unit: usize,
 }
 
 impl Spectrum {

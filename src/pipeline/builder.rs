@@ -2,17 +2,12 @@
 
 use std::sync::Arc;
 
-use super::compressor::Compressor;
-use super::matrix_budget::{CompressionBudget, MatrixBudget};
-use super::neurons::Neurons;
 use super::policy::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
-use super::shared_deltas::SharedDeltas;
 use crate::align::Reference;
-use crate::decompose::LowRankSparse;
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu, Factorise};
 use crate::stage::{
-    Aligner, Context, Decomposer, Grouper, Merger, Recoverer, RouterMerger, Similarity,
+    Aligner, Compressor, Context, Grouper, Merger, Recoverer, RouterMerger, Similarity,
 };
 
 /// A merge, ready to run: one stage of each kind, the budget and its constraints.
@@ -28,7 +23,7 @@ pub struct Pipeline {
     pub(super) recoverer: Option<Box<dyn Recoverer>>,
     pub(super) recover_tokens: Option<usize>,
     pub(super) recover_on: RecoverOn,
-    pub(super) compressor: Option<Compressor>,
+    pub(super) compressor: Option<Box<dyn Compressor>>,
     pub(super) keep: Keep,
     pub(super) constraints: Constraints,
     pub(super) routing_groups: RoutingGroupPolicy,
@@ -51,7 +46,7 @@ pub struct PipelineBuilder {
     recoverer: Option<Box<dyn Recoverer>>,
     recover_tokens: Option<usize>,
     recover_on: RecoverOn,
-    compressor: Option<Compressor>,
+    compressor: Option<Box<dyn Compressor>>,
     keep: Option<Keep>,
     constraints: Constraints,
     routing_groups: RoutingGroupPolicy,
@@ -122,37 +117,10 @@ impl PipelineBuilder {
         self
     }
 
-    /// Replaces every matrix of every merged expert, after recovery, by its `L R + S` within the
-    /// budget: in factors in a native folder, else multiplied out. With samples, or on the text
-    /// that recovery follows, methods that weigh errors by inputs get those of the tokens routed to
-    /// the expert.
-    pub fn compressor(
-        mut self,
-        decomposer: impl Decomposer + 'static,
-        budget: impl Into<CompressionBudget>,
-    ) -> Self {
-        let (decomposer, budget) = (Box::new(decomposer), budget.into());
-        self.compressor = Some(Compressor::Each { decomposer, budget });
-        self
-    }
-
-    /// [`compressor`](Self::compressor) with [`LowRankSparse`], of which the lines stay that matter
-    /// most to the loss: [`LowRankSparse::by_sensitivity`], with the gradients in the statistics,
-    /// added up over the members of a group in their common order.
-    pub fn sensitive(mut self, method: LowRankSparse, budget: MatrixBudget) -> Self {
-        self.compressor = Some(Compressor::Sensitive { method, budget });
-        self
-    }
-
-    /// Compresses every merged expert, after recovery, by whole hidden units instead.
-    pub fn neurons(mut self, neurons: Neurons) -> Self {
-        self.compressor = Some(Compressor::Neurons(neurons));
-        self
-    }
-
-    /// Splits every merged and recovered layer into a base and deltas instead.
-    pub fn shared_deltas(mut self, shared: SharedDeltas) -> Self {
-        self.compressor = Some(Compressor::Shared(shared));
+    /// Makes every merged and recovered expert smaller: in factors in a native folder, else
+    /// multiplied out. See [`crate::decompose`] for those of this crate.
+    pub fn compressor(mut self, compressor: impl Compressor + 'static) -> Self {
+        self.compressor = Some(Box::new(compressor));
         self
     }
 

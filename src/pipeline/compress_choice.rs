@@ -3,15 +3,13 @@
 use serde::{Deserialize, Serialize};
 
 use super::builder::PipelineBuilder;
-use super::matrix_budget::MatrixBudget;
-use super::neurons::Neurons;
-use super::shared_deltas::SharedDeltas;
-use super::size::{Portion, Size, SizeBudget};
 use crate::decompose::{
-    Complement, LineScore, LowRank, LowRankSparse, SharedBasis, SparseOnly, TruncatedSvd, Whitened,
+    BySensitivity, Complement, LineScore, LowRank, LowRankSparse, MatrixBudget, NeuronPruning,
+    PerMatrix, SharedBasis, SharedDeltas, SparseOnly, TruncatedSvd, Whitened,
 };
 use crate::error::{Error, Result};
 use crate::model::Structure;
+use crate::stage::{Portion, Size, SizeBudget};
 
 /// In what factors the matrices of merged experts are kept; see [`crate::decompose`]. `rank` is 32
 /// and `rows`, the share of dense rows, 0.1 (the paper) unless given; with `structure = "columns"`
@@ -82,7 +80,7 @@ pub enum CompressChoice {
         #[serde(default)]
         structure: Structure,
     },
-    /// Whole hidden units of gate, up and down; see [`Neurons`].
+    /// Whole hidden units of gate, up and down; see [`NeuronPruning`].
     Neurons {
         /// Share of hidden units, in (0, 1].
         keep: f64,
@@ -145,37 +143,44 @@ impl CompressChoice {
         Ok(match self {
             Self::LowRankSparse { rank, rows, score, structure } => {
                 let method = LowRankSparse { score, structure, ..LowRankSparse::default() };
-                b.compressor(method, budget(rank, Some(rows), structure)?)
+                b.compressor(PerMatrix::new(method, budget(rank, Some(rows), structure)?))
             }
             Self::LowRankSensitive { rank, rows, structure } => {
                 let method = LowRankSparse { structure, ..LowRankSparse::default() };
-                b.sensitive(method, budget(rank, Some(rows), structure)?)
+                let budget = budget(rank, Some(rows), structure)?;
+                b.compressor(BySensitivity { method, budget })
             }
-            Self::Svd { rank } => {
-                b.compressor(TruncatedSvd::default(), budget(rank, None, Structure::Rows)?)
-            }
-            Self::WhitenedSvd { rank } => {
-                b.compressor(Whitened::default(), budget(rank, None, Structure::Rows)?)
-            }
+            Self::Svd { rank } => b.compressor(PerMatrix::new(
+                TruncatedSvd::default(),
+                budget(rank, None, Structure::Rows)?,
+            )),
+            Self::WhitenedSvd { rank } => b.compressor(PerMatrix::new(
+                Whitened::default(),
+                budget(rank, None, Structure::Rows)?,
+            )),
             Self::Complement { rank, rows, structure } => {
                 let method = Complement { structure, ..Complement::default() };
-                b.compressor(method, budget(rank, Some(rows), structure)?)
+                b.compressor(PerMatrix::new(method, budget(rank, Some(rows), structure)?))
             }
             Self::Sparse { rows, score, structure } => {
                 let method = SparseOnly { score, structure };
-                b.compressor(method, MatrixBudget { rank: 0, rows: Some(rows), structure })
+                b.compressor(PerMatrix::new(
+                    method,
+                    MatrixBudget { rank: 0, rows: Some(rows), structure },
+                ))
             }
             Self::Neurons { keep, rank } => {
-                b.neurons(Neurons { keep, rank, how: Complement::default() })
+                b.compressor(NeuronPruning { keep, rank, how: Complement::default() })
             }
             Self::SharedBasis { rank, shared_right } => {
                 let how = SharedBasis { shared_right, ..SharedBasis::default() };
                 let MatrixBudget { rank, .. } = budget(rank, None, Structure::Rows)?;
-                b.shared_deltas(SharedDeltas { rank, how })
+                b.compressor(SharedDeltas { rank, how })
             }
-            Self::Size { size, of, least_rank } => {
-                b.compressor(LowRank::default(), SizeBudget { size, of, least_rank })
-            }
+            Self::Size { size, of, least_rank } => b.compressor(PerMatrix::new(
+                LowRank::default(),
+                SizeBudget { size, of, least_rank },
+            )),
         })
     }
 }

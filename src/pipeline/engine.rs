@@ -4,13 +4,14 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::compress::Given;
+use super::compress;
 use super::observe::{Observer, Phase};
 use super::policy::{AlignWhen, Alignment, Plan};
 use super::report::{self, Change, Kind, LayerReport, OutputError};
 use super::seen::Seen;
 use super::singular;
 use crate::align;
+use crate::checkpoint::Factoring;
 use crate::error::{Error, Locate, Result};
 use crate::model::{
     Expert, ExpertTensors, ExpertView, Grouping, LayerId, MergedLayer, MoeLayer, Permutation,
@@ -18,7 +19,8 @@ use crate::model::{
 };
 use crate::par;
 use crate::stage::{
-    Context, LayerSummary, LayerView, Members, Merger, Needs, Recovery, RouterMerger, Similarity,
+    Compression, Context, LayerSummary, LayerView, Members, Merger, Needs, Recovery, RouterMerger,
+    Similarity,
 };
 
 /// Where layers and their statistics come from.
@@ -120,6 +122,13 @@ impl Measured {
         };
         Ok(Self { summary: LayerSummary { id, similarity, stats, candidates: None }, permutations })
     }
+
+    /// For each group the share of the layer's (token, slot) pairs that went to its members.
+    pub(super) fn usage(&self, grouping: &Grouping) -> Vec<f64> {
+        let usage = self.summary.stats.usage();
+        let of = |g: usize| grouping.members(g).iter().map(|&e| usage[e]).sum();
+        (0..grouping.groups()).map(of).collect()
+    }
 }
 
 fn permuted(layer: &MoeLayer, permutations: &[Permutation], cx: &Context) -> Result<MoeLayer> {
@@ -162,7 +171,8 @@ pub(super) fn merge_layer(
     let id = measured.summary.id;
     stats.validate(layer.experts().len(), layer.router().weight().ncols())?;
     let before = Before::of(&layer, stats, plan, cx)?;
-    let ranks = plan.compressor.map(|c| c.original(&layer, grouping, cx)).transpose()?;
+    let ranks =
+        plan.compressor.map(|_| compress::original_ranks(&layer, grouping, cx)).transpose()?;
     let mut spectra = singular::original(layer.experts(), plan.measure_spectra, cx)?;
     let view = LayerView::of(&layer, stats);
     let (groups, permutations) = merge_groups(&view, measured, grouping, plan, cx)?;
@@ -189,9 +199,14 @@ pub(super) fn merge_layer(
     let mut compression = None;
     if let (Some(compressor), Some(ranks)) = (plan.compressor, ranks) {
         let inputs = stats.samples.as_ref().map(|s| s.inputs.view());
-        let (gradients, narrowed) = (gradients.as_ref(), plan.router.is_some());
-        let given = Given { inputs, gradients, narrowed, ranks: plan.ranks };
-        let (layer, found) = compressor.compress(merged, &ranks, given, cx)?;
+        let task = Compression {
+            inputs,
+            narrowed: plan.router.is_some(),
+            usage: &measured.usage(grouping),
+            gradients: gradients.as_ref(),
+            allocated: plan.ranks.and_then(|ranks| ranks.get(&id)).map(Factoring::experts),
+        };
+        let (layer, found) = compress::compress(compressor, merged, &ranks, &task, cx)?;
         (merged, compression) = (layer, Some(found));
         singular::compressed(&mut spectra, &merged.experts, cx)?;
     }

@@ -6,7 +6,6 @@ use std::path::Path;
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
 use super::calibrate::calibrate_to_file_observed;
-use super::compressor::Ranks;
 use super::engine::Source;
 use super::fingerprint;
 use super::journal::{Journal, Line};
@@ -15,14 +14,14 @@ use super::passes::Decided;
 use super::policy::{AlignWhen, LayerShape, RoutingGroupPolicy};
 use super::report::{Change, LayerReport, Report, WrittenReport};
 use super::run::Output;
-use super::size::Room;
+use super::size::{Ranks, Room};
 use super::tokens::{CalibrateOptions, Tokens};
 use crate::align;
 use crate::calibrate::StatsFile;
-use crate::checkpoint::{Checkpoint, Export, Partial, WritePlan, Writer, Written};
+use crate::checkpoint::{Checkpoint, Export, Factoring, Partial, WritePlan, Writer, Written};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats};
-use crate::stage::Needs;
+use crate::stage::{ExpertStorage, Needs};
 
 impl Pipeline {
     /// Statistics of the text, in the partial folder.
@@ -230,11 +229,16 @@ impl Pipeline {
         for layer in source.layers() {
             let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
             let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
-            let kept = compressor.factoring(layer.id, groups, layer.gated, dim, ranks);
-            if let Some(kept) = kept.in_layer(layer.id)? {
+            let storage = compressor.storage(dim).in_layer(layer.id)?;
+            let same = storage.matrices(layer.gated);
+            let same = same.map(|kept| Factoring::new(vec![kept; groups]));
+            let allocated = ranks.and_then(|ranks| ranks.get(&layer.id)).cloned();
+            if let Some(kept) = same.or(allocated) {
                 plan.factored.insert(layer.id, kept);
             }
-            plan.d_ff = compressor.reduced(layer.d_ff)?.or(plan.d_ff);
+            if let ExpertStorage::HiddenUnits(units) = storage {
+                plan.d_ff = Some(units);
+            }
         }
         Ok(())
     }

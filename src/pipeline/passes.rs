@@ -1,13 +1,12 @@
 //! A pipeline at work: measure, decide, merge; on layers in memory, and what checkpoints share.
 
 use super::builder::{Pipeline, PipelineBuilder};
-use super::compressor::{Compressor, Ranks};
 use super::decide::decide;
 use super::engine::{self, Measured, Source};
 use super::observe::{Observer, Phase, Silent};
 use super::policy::{LayerShape, Plan, check_narrowed};
 use super::report::{CompressionReport, LayerReport, Report};
-use super::size::Room;
+use super::size::{Ranks, Room};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{
     Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats, Target,
@@ -119,12 +118,12 @@ impl Pipeline {
     }
 
     pub(super) fn plan(&self, samples: bool) -> Plan<'_> {
-        let weighs = self.compressor.as_ref().is_some_and(Compressor::uses_moments);
+        let weighs = self.compressor.as_ref().is_some_and(|c| c.uses_inputs());
         Plan {
             merger: &*self.merger,
             router: self.router.as_deref(),
             recoverer: self.recoverer.as_deref(),
-            compressor: self.compressor.as_ref(),
+            compressor: self.compressor.as_deref(),
             ranks: None,
             moments: samples && weighs,
             alignment: self.alignment.as_ref(),
@@ -168,7 +167,7 @@ impl Pipeline {
     ) -> Result<()> {
         let Some(compressor) = &self.compressor else { return Ok(()) };
         let mut active = layers.filter(|(id, _)| !self.is_protected(*id));
-        active.try_for_each(|(id, dim)| compressor.check(dim).in_layer(id))
+        active.try_for_each(|(id, dim)| compressor.storage(dim).map(drop).in_layer(id))
     }
 
     /// First pass and decision.

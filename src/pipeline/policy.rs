@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::compressor::{Compressor, Ranks};
+use super::size::Ranks;
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};
-use crate::stage::{Aligner, Merger, Needs, Recoverer, RouterMerger};
+use crate::stage::{Aligner, Compressor, Merger, Needs, Recoverer, RouterMerger};
 
 /// How many experts stay.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -113,7 +113,7 @@ pub(super) struct Plan<'a> {
     /// What brings the merged layer back towards the original's output; needs samples.
     pub(super) recoverer: Option<&'a dyn Recoverer>,
     /// What compresses the merged and recovered layer.
-    pub(super) compressor: Option<&'a Compressor>,
+    pub(super) compressor: Option<&'a dyn Compressor>,
     /// What a size budget leaves of the matrices.
     pub(super) ranks: Option<&'a Ranks>,
     /// Whether the compressor gets second moments; needs samples.
@@ -131,7 +131,7 @@ impl Plan<'_> {
             | self.router.map_or(Needs::NONE, |r| r.needs())
             | in_groups.map_or(Needs::NONE, |a| a.aligner.needs())
             | self.recoverer.map_or(Needs::NONE, |r| r.needs() | Needs::SAMPLES)
-            | self.compressor.map_or(Needs::NONE, Compressor::needs)
+            | self.compressor.map_or(Needs::NONE, |c| c.needs())
             | if self.measure_error || self.moments { Needs::SAMPLES } else { Needs::NONE }
     }
 

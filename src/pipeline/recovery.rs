@@ -7,8 +7,7 @@ use ndarray::s;
 
 use super::bookmark::Bookmarks;
 use super::builder::Pipeline;
-use super::compress::Given;
-use super::compressor::Ranks;
+use super::compress;
 use super::engine::{self, Measured};
 use super::job::Job;
 use super::observe::Phase;
@@ -18,13 +17,14 @@ use super::policy::Plan;
 use super::report::{LayerReport, OutputError};
 use super::seen::Seen;
 use super::singular;
+use super::size::Ranks;
 use super::streams::Streams;
 use super::tokens::{CalibrateOptions, Tokens};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Factoring};
 use crate::error::{Error, Locate, Result};
 use crate::forward::Choice;
 use crate::model::{Grouping, LayerId, MergedLayer, MoeLayer, RoutingStats};
-use crate::stage::Recovery;
+use crate::stage::{Compression, Recovery};
 
 impl Pipeline {
     /// Second pass along the text: merges, recovers and hands on layer by layer, from the layer
@@ -94,8 +94,9 @@ impl Pipeline {
         kept: Option<&Ranks>,
     ) -> Result<(MergedLayer, LayerReport)> {
         let Observed { layer, seen, stats, measured, grouping } = observed;
-        let compressor = self.compressor.as_ref();
-        let ranks = compressor.map(|c| c.original(&layer, grouping, &self.cx)).transpose()?;
+        let compressor = self.compressor.as_deref();
+        let ranks = compressor.map(|_| compress::original_ranks(&layer, grouping, &self.cx));
+        let ranks = ranks.transpose()?;
         let mut spectra = singular::original(layer.experts(), self.measure_spectra, &self.cx)?;
         let plan = self.along_text();
         let merged = engine::merge_layer(layer, stats, measured, grouping, &plan, &self.cx)?;
@@ -111,8 +112,15 @@ impl Pipeline {
             singular::merged(&mut spectra, &merged.experts, &self.cx)?;
             if let (Some(compressor), Some(ranks)) = (compressor, ranks) {
                 let seen = Some(inputs.slice(s![..task.fitted(), ..]));
-                let given = Given { inputs: seen, narrowed, ranks: kept, ..Given::default() };
-                let done = compressor.compress(merged, &ranks, given, &self.cx)?;
+                let allocated = kept.and_then(|kept| kept.get(&merged.id));
+                let task = Compression {
+                    inputs: seen,
+                    narrowed,
+                    usage: &measured.usage(grouping),
+                    gradients: None,
+                    allocated: allocated.map(Factoring::experts),
+                };
+                let done = compress::compress(compressor, merged, &ranks, &task, &self.cx)?;
                 (merged, report.compression) = (done.0, Some(done.1));
                 singular::compressed(&mut spectra, &merged.experts, &self.cx)?;
             }

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use super::builder::Pipeline;
 use super::calibration::{Calibration, Given};
-use super::compressor::Compressor;
 use super::fingerprint::Fingerprint;
 use super::job::Job;
 use super::journal::Journal;
@@ -19,7 +18,7 @@ use crate::calibrate::{Collector, StatsFile};
 use crate::checkpoint::{Checkpoint, LayerInfo, Partial};
 use crate::error::{ErrorKind, Locate, Result};
 use crate::model::{LayerId, Target};
-use crate::stage::Needs;
+use crate::stage::{ExpertStorage, Needs};
 
 /// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
 /// `target`. `calibration` is a routing statistics file, or text or token ids that are run through
@@ -230,18 +229,32 @@ impl Pipeline {
         let (active, target) = self.checked(&shapes)?;
         let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
         self.check_compression(source.layers().iter().map(matrices))?;
+        if export == ExportChoice::Native {
+            self.check_native(source)?;
+        }
         Ok(Checked { shapes, active, target })
+    }
+
+    /// Refuses parts that no native folder can hold.
+    fn check_native(&self, source: &Checkpoint) -> Result<()> {
+        let Some(compressor) = &self.compressor else { return Ok(()) };
+        for layer in source.layers() {
+            if compressor.storage((layer.d_ff, layer.d_model))? == ExpertStorage::Shared {
+                let reason = format!(
+                    "native folders hold no base that experts share, as compressor `{}` makes: \
+                     export stock or expanded",
+                    compressor.name()
+                );
+                return Err(ErrorKind::Recipe { reason }.into());
+            }
+        }
+        Ok(())
     }
 
     fn check_export(&self, export: ExportChoice) -> Result<()> {
         if self.size_budget().is_some() && export != ExportChoice::Native {
             let reason = "a size budget is met by the factors of a native export; the others hold \
                           matrices multiplied out";
-            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
-        }
-        if matches!(self.compressor, Some(Compressor::Shared(_))) && export == ExportChoice::Native
-        {
-            let reason = "native folders hold no base that experts share: export stock or expanded";
             return Err(ErrorKind::Recipe { reason: reason.into() }.into());
         }
         let reason = match (export, self.router.is_some()) {

@@ -5,10 +5,12 @@
 //! Every trait is implemented for `&T` and `Box<T>`, so stages compose and can be boxed by the
 //! pipeline's builder. A stage never learns which stage ran before it.
 
+mod compress;
 mod context;
 mod decompose;
 mod needs;
 mod recovery;
+mod size_budget;
 mod view;
 
 use std::fmt::Debug;
@@ -20,10 +22,12 @@ use crate::model::{
     Budget, Expert, Factored, Grouping, LayerId, MergedLayer, Permutation, Router, SimilarityMatrix,
 };
 
+pub use compress::{Compressed, Compression, ExpertStorage};
 pub use context::Context;
 pub use decompose::{Kept, Moments, RankBudget};
 pub use needs::Needs;
 pub use recovery::Recovery;
+pub use size_budget::{Portion, Size, SizeBudget, Spectrum};
 pub use view::{AlignPair, Candidate, LayerSummary, LayerView, Members};
 
 /// What all stages have.
@@ -147,6 +151,59 @@ pub trait Recoverer: Stage {
     ) -> Result<MergedLayer>;
 }
 
+/// Makes the experts of a merged and recovered layer smaller.
+pub trait Compressor: Stage {
+    /// The compressed experts, as many as the layer has, of what [`Compressor::storage`] promises.
+    /// The layer's router and grouping stay as they are.
+    ///
+    /// # Errors
+    /// Those of the method; see each implementation.
+    fn compress(
+        &self,
+        layer: &MergedLayer,
+        task: &Compression<'_>,
+        cx: &Context,
+    ) -> Result<Compressed>;
+
+    /// What is stored of every merged expert whose up matrix is `(d_ff, d_model)`; asked before any
+    /// weight is read, because the headers of a folder are written first. Dense matrices of the
+    /// same shapes unless overridden.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) when such matrices cannot be kept to
+    /// what the compressor was told.
+    fn storage(&self, _up: (usize, usize)) -> Result<ExpertStorage> {
+        Ok(ExpertStorage::Dense)
+    }
+
+    /// Whether [`Compression::inputs`] make a difference where there are samples. A compressor that
+    /// cannot do without has [`Needs::SAMPLES`].
+    fn uses_inputs(&self) -> bool {
+        true
+    }
+
+    /// A target size that all layers share, of a compressor whose storage is
+    /// [`ExpertStorage::Allocated`]: every merged layer is then [surveyed](Compressor::survey)
+    /// before the first is compressed.
+    fn size_budget(&self) -> Option<&SizeBudget> {
+        None
+    }
+
+    /// What the matrices of a layer have to offer the size budget: expert by expert gate (if any),
+    /// up, down. Called only if there is such a budget.
+    ///
+    /// # Errors
+    /// Those of the method.
+    fn survey(
+        &self,
+        _layer: &MergedLayer,
+        _task: &Compression<'_>,
+        _cx: &Context,
+    ) -> Result<Vec<Vec<Spectrum>>> {
+        Ok(Vec::new())
+    }
+}
+
 /// A weight matrix as a product of two thin ones, plus a few dense rows or columns.
 pub trait Decomposer: Stage {
     /// `W: (m, n) ≈ L R + S` within the budget. `moments` are those of the inputs of `W`; methods
@@ -200,6 +257,13 @@ forward!(RouterMerger,
     merge_router(layer: &LayerView<'_>, grouping: &Grouping, cx: &Context) -> Result<Router>);
 forward!(Recoverer,
     recover(task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer>);
+forward!(Compressor,
+    compress(layer: &MergedLayer, task: &Compression<'_>, cx: &Context) -> Result<Compressed>;
+    storage(up: (usize, usize)) -> Result<ExpertStorage>;
+    uses_inputs() -> bool;
+    size_budget() -> Option<&SizeBudget>;
+    survey(layer: &MergedLayer, task: &Compression<'_>, cx: &Context)
+        -> Result<Vec<Vec<Spectrum>>>);
 forward!(Decomposer,
     decompose(weight: ArrayView2<'_, f32>, moments: Option<&Moments>, budget: &RankBudget,
         cx: &Context) -> Result<Factored>;
@@ -219,6 +283,7 @@ mod tests {
         thread_safe::<dyn Merger>();
         thread_safe::<dyn RouterMerger>();
         thread_safe::<dyn Recoverer>();
+        thread_safe::<dyn Compressor>();
         thread_safe::<dyn Decomposer>();
         thread_safe::<Context>();
     }

@@ -2,7 +2,8 @@
 
 use clap::ValueEnum;
 use mcsmoe::model::Structure;
-use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep, Portion, Size};
+use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep};
+use mcsmoe::stage::{Portion, Size};
 
 use crate::args::Global;
 use crate::exit::{Failure, Outcome};

@@ -5,12 +5,12 @@ use std::path::Path;
 use crate::support::fixture;
 use mcsmoe::Result;
 use mcsmoe::checkpoint::Checkpoint;
-use mcsmoe::decompose::LowRank;
+use mcsmoe::decompose::{LowRank, PerMatrix};
 use mcsmoe::pipeline::{
-    CalibrateOptions, Calibration, CompressChoice, EvaluateOptions, ExportChoice, Keep, Portion,
-    Recipe, Report, Size, SizeBudget, Tokens, calibrate_to_file, evaluate, merge_then_compress,
+    CalibrateOptions, Calibration, CompressChoice, EvaluateOptions, ExportChoice, Keep, Recipe,
+    Report, Tokens, calibrate_to_file, evaluate, merge_then_compress,
 };
-use mcsmoe::stage::Needs;
+use mcsmoe::stage::{Needs, Portion, Size, SizeBudget};
 
 fn recipe(keep: usize, size: Size, of: Portion) -> Recipe {
     let mut recipe = Recipe::preset("mc-smoe-budget", Keep::Experts(keep)).unwrap();
@@ -139,7 +139,8 @@ fn in_memory_the_ranks_are_those_of_the_folder() {
     let stats = stats.unwrap();
     let recipe = recipe(4, Size::Percent(20.0), Portion::Experts);
     let pipeline = recipe.builder().unwrap();
-    let pipeline = pipeline.compressor(LowRank::default(), SizeBudget::percent(20.0));
+    let compressor = PerMatrix::new(LowRank::default(), SizeBudget::percent(20.0));
+    let pipeline = pipeline.compressor(compressor);
     let pipeline = pipeline.build().unwrap();
     let layers: Vec<_> = source.layers().iter().map(|l| source.read_layer(l.id).unwrap()).collect();
     let needs = pipeline.needs() | Needs::SAMPLES;

@@ -1,9 +1,8 @@
 //! What a compression may keep of matrices.
 
-use super::size::SizeBudget;
 use crate::error::Result;
 use crate::model::Structure;
-use crate::stage::RankBudget;
+use crate::stage::{RankBudget, SizeBudget};
 
 /// What is kept of every matrix `(m, n)` of every merged expert.
 #[derive(Debug, Clone, Copy, PartialEq)]

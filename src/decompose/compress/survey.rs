@@ -2,37 +2,59 @@
 
 use ndarray::ArrayView2;
 
-use super::compress::{matrices, moments, visiting};
-use crate::decompose::ranks::Spectrum;
-use crate::error::{Locate, Result};
-use crate::model::{Expert, ExpertView, MergedLayer, Role, RoutingStats};
+use super::layer_inputs::{by_expert, matrices, matrix, moments, visiting};
+use crate::error::{Error, Locate, Result};
+use crate::model::{Expert, MergedLayer, Role};
 use crate::par;
-use crate::stage::Context;
+use crate::stage::{Compression, Context, Spectrum};
 
 /// Damping of the moments behind whitened spectra.
 const DAMPING: f64 = 1e-6;
 
-/// The spectra of all matrices of a merged layer, expert by expert.
-pub(super) fn spectra(
+/// The spectra of all matrices of a merged layer, expert by expert: gate (if any), up, down.
+///
+/// With samples `σ` are the singular values of `W S`, whose tail is the mean squared error of the
+/// matrix's own output, and the weight is `Σ g² · s`: the squared router weights of the tokens that
+/// visit the expert, and how much of an error reaches the layer's output, to first order; `s` is 1
+/// for down, and for gate and up the mean over hidden units `a` of
+/// `‖W_down[:, a]‖² · E[(∂h_a/∂z_a)²]`. Without samples `σ` are those of `W` and the weight is
+/// `usage / ‖W‖²`: relative errors count alike.
+///
+/// Source: ours.
+pub(super) fn survey(
     layer: &MergedLayer,
-    stats: &RoutingStats,
-    counted: &RoutingStats,
+    task: &Compression<'_>,
+    cx: &Context,
+) -> Result<Vec<Vec<Spectrum>>> {
+    let spectra = match task.inputs.filter(|x| x.nrows() > 0) {
+        None => by_usage(layer, task.usage, cx)?,
+        Some(x) => by_samples(layer, task.narrowed, x, cx)?,
+    };
+    Ok(by_expert(spectra, layer.experts.len()))
+}
+
+fn by_usage(layer: &MergedLayer, usage: &[f64], cx: &Context) -> Result<Vec<Spectrum>> {
+    let (jobs, inner) = (matrices(&layer.experts), cx.per_task());
+    if usage.len() != layer.experts.len() {
+        return Err(Error::shape("usage of merged experts", layer.experts.len(), usage.len()));
+    }
+    par::map(jobs.len(), |i| {
+        let (e, role) = jobs[i];
+        let weight = matrix(layer.experts[e].view(), role);
+        let square: f64 = weight.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let count = if square > 0.0 { usage[e] / square } else { 0.0 };
+        Spectrum::of(weight, None, DAMPING, count, &inner).in_expert(e)
+    })
+}
+
+fn by_samples(
+    layer: &MergedLayer,
+    narrowed: bool,
+    x: ArrayView2<'_, f32>,
     cx: &Context,
 ) -> Result<Vec<Spectrum>> {
-    let jobs = matrices(&layer.experts);
-    let inner = cx.per_task();
-    let inputs = stats.samples.as_ref().map(|s| s.inputs.view()).filter(|x| x.nrows() > 0);
-    let Some(x) = inputs else {
-        let usage = usage(layer, counted);
-        return par::map(jobs.len(), |i| {
-            let (e, role) = jobs[i];
-            let weight = matrix(layer.experts[e].view(), role);
-            let square: f64 = weight.iter().map(|&x| f64::from(x).powi(2)).sum();
-            let count = if square > 0.0 { usage[e] / square } else { 0.0 };
-            Spectrum::of(weight, None, DAMPING, count, &inner).in_expert(e)
-        });
-    };
-    let visits = layer.visits(layer.narrowed.is_some(), x, cx.compute())?;
+    let (jobs, inner) = (matrices(&layer.experts), cx.per_task());
+    let visits = layer.visits(narrowed, x, cx.compute())?;
     let mass: Vec<f64> = visits
         .iter()
         .map(|visits| visits.iter().map(|(_, w)| f64::from(*w).powi(2)).sum())
@@ -51,17 +73,6 @@ pub(super) fn spectra(
         };
         of_one().in_expert(e)
     })
-}
-
-fn matrix<'a>(view: ExpertView<'a>, role: Role) -> ArrayView2<'a, f32> {
-    view.linear(role).unwrap_or(view.up).weight
-}
-
-/// The share of the layer's tokens that each merged expert gets.
-fn usage(layer: &MergedLayer, counted: &RoutingStats) -> Vec<f64> {
-    let usage = counted.usage();
-    let members = |g: usize| layer.grouping.members(g);
-    (0..layer.experts.len()).map(|g| members(g).iter().map(|&e| usage[e]).sum()).collect()
 }
 
 /// How much of a unit squared error in a matrix's output reaches the expert's: 1 for down, else
