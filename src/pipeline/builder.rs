@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::policy::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu, Factorise};
+use crate::pipeline::options::{
+    AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy,
+};
 use crate::stage::{
     Aligner, Compressor, Context, Grouper, Merger, Recoverer, RouterMerger, Similarity,
 };
@@ -15,23 +17,23 @@ use crate::stage::{
 /// Built by [`Pipeline::builder`] or from a recipe. Running it never changes it.
 #[derive(Debug)]
 pub struct Pipeline {
-    pub(super) similarity: Box<dyn Similarity>,
-    pub(super) alignment: Option<Alignment>,
-    pub(super) grouper: Box<dyn Grouper>,
-    pub(super) merger: Box<dyn Merger>,
-    pub(super) router: Option<Box<dyn RouterMerger>>,
-    pub(super) recoverer: Option<Box<dyn Recoverer>>,
-    pub(super) recover_tokens: Option<usize>,
-    pub(super) recover_on: RecoverOn,
-    pub(super) compressor: Option<Box<dyn Compressor>>,
-    pub(super) keep: Keep,
-    pub(super) constraints: Constraints,
-    pub(super) routing_groups: RoutingGroupPolicy,
-    pub(super) top_k: Option<usize>,
-    pub(super) measure_error: bool,
-    pub(super) measure_spectra: Option<bool>,
-    pub(super) cx: Context,
-    pub(super) recipe: Option<serde_json::Value>,
+    pub(crate) similarity: Box<dyn Similarity>,
+    pub(crate) alignment: Option<Alignment>,
+    pub(crate) grouper: Box<dyn Grouper>,
+    pub(crate) merger: Box<dyn Merger>,
+    pub(crate) router: Option<Box<dyn RouterMerger>>,
+    pub(crate) recoverer: Option<Box<dyn Recoverer>>,
+    pub(crate) recover_tokens: Option<usize>,
+    pub(crate) recover_on: RecoverOn,
+    pub(crate) compressor: Option<Box<dyn Compressor>>,
+    pub(crate) keep: Keep,
+    pub(crate) constraints: Constraints,
+    pub(crate) routing_groups: RoutingGroupPolicy,
+    pub(crate) top_k: Option<usize>,
+    pub(crate) measure_error: bool,
+    pub(crate) measure_spectra: Option<bool>,
+    pub(crate) cx: Context,
+    pub(crate) recipe: Option<serde_json::Value>,
 }
 
 /// Collects the stages of a [`Pipeline`]. Similarity, grouper, merger and budget are required.
@@ -180,7 +182,7 @@ impl PipelineBuilder {
         self
     }
 
-    pub(super) fn recipe(mut self, recipe: serde_json::Value) -> Self {
+    pub(crate) fn recipe(mut self, recipe: serde_json::Value) -> Self {
         self.recipe = Some(recipe);
         self
     }

@@ -10,7 +10,7 @@ use crate::stage::{Compressed, Compression, Compressor, Context, ExpertStorage, 
 
 /// Stable ranks of a layer's matrices before merging: for every group, and in it for gate (if any),
 /// up and down, the mean over the group's members.
-pub(super) fn original_ranks(
+pub(crate) fn original_ranks(
     layer: &MoeLayer,
     grouping: &Grouping,
     cx: &Context,
@@ -36,7 +36,7 @@ pub(super) fn original_ranks(
 /// Those of the compressor; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange), with the
 /// compressor's name, when it returns something else than its
 /// [`storage`](Compressor::storage) says.
-pub(super) fn compress(
+pub(crate) fn compress(
     compressor: &dyn Compressor,
     mut layer: MergedLayer,
     original: &[f64],

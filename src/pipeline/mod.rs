@@ -9,68 +9,44 @@
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
 //! original, by token and by layer), [`loops`] (repetition in what it writes).
 
-mod bookmark;
+mod activations;
 mod builder;
-mod calibrate;
-mod calibration;
-mod choice;
-mod compare;
 mod compress;
-mod compress_choice;
-mod decide;
-mod engine;
 mod evaluate;
-mod fingerprint;
-mod greedy;
-mod job;
-mod journal;
-mod observe;
-mod once;
-mod part;
-mod pass;
-mod passes;
+mod layer;
+mod options;
 mod plan;
-mod policy;
-mod presets;
+mod progress;
 mod recipe;
-mod recovery;
 mod report;
 mod run;
-mod seen;
-mod singular;
 mod size;
-mod states;
-mod stream;
-mod streams;
-mod subject;
-mod survey;
-mod tokens;
 mod verify;
 
+pub use activations::calibration::Calibration;
+pub use activations::collect::{calibrate, calibrate_to_file, calibrate_to_file_observed};
+pub use activations::tokens::{CalibrateOptions, Tokens};
 pub use builder::{Pipeline, PipelineBuilder};
-pub use calibrate::{calibrate, calibrate_to_file, calibrate_to_file_observed};
-pub use calibration::Calibration;
-pub use choice::{
+pub use evaluate::compare::{Comparison, LayerError, compare};
+pub use evaluate::generation::{LoopOptions, Loops, generate, loops};
+pub use evaluate::perplexity::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
+pub use layer::spectra::SpectrumReport;
+pub use options::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
+pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
+pub use progress::{Observer, Phase, Silent};
+pub use recipe::choices::{
     AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
     SimilarityChoice,
 };
-pub use compare::{Comparison, LayerError, compare};
-pub use compress_choice::CompressChoice;
-pub use evaluate::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
-pub use greedy::{LoopOptions, Loops, generate, loops};
-pub use observe::{Observer, Phase, Silent};
-pub use part::PartReport;
-pub use passes::Merged;
-pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
-pub use policy::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
+pub use recipe::compress_choice::CompressChoice;
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{
     Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, StableRanks,
     WrittenReport,
 };
+pub use run::distributed::PartReport;
+pub use run::in_memory::Merged;
 pub use run::{Output, merge_then_compress};
-pub use singular::SpectrumReport;
-pub use tokens::{CalibrateOptions, Tokens};
 pub use verify::{Check, TensorFate, Verdict, Verification, verify};
 
 /// Indented JSON.

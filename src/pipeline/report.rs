@@ -5,10 +5,10 @@ use std::path::Path;
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-use super::singular::SpectrumReport;
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::Result;
 use crate::model::{Expert, Grouping, LayerId, RoutingRule};
+use crate::pipeline::layer::spectra::SpectrumReport;
 
 /// A count before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -79,7 +79,7 @@ pub struct CompressionReport {
 
 impl CompressionReport {
     /// Over all layers: sums, and means of the stable ranks.
-    pub(super) fn total(layers: &[LayerReport]) -> Option<Self> {
+    pub(crate) fn total(layers: &[LayerReport]) -> Option<Self> {
         let all: Vec<&Self> = layers.iter().filter_map(|l| l.compression.as_ref()).collect();
         let sum = |of: fn(&Self) -> Change<u64>| Change {
             before: all.iter().map(|c| of(c).before).sum(),
@@ -204,7 +204,7 @@ impl Report {
     }
 
     /// Sums a per-layer figure over all layers.
-    pub(super) fn total(
+    pub(crate) fn total(
         layers: &[LayerReport],
         of: impl Fn(&LayerReport) -> Change<u64>,
     ) -> Change<u64> {
@@ -214,33 +214,33 @@ impl Report {
 }
 
 /// `2 k · (parameters of one expert) + 2 n d_model`: the routed experts and the router.
-pub(super) fn flops_per_token(kind: Kind, rule: &RoutingRule, router_rows: usize) -> u64 {
+pub(crate) fn flops_per_token(kind: Kind, rule: &RoutingRule, router_rows: usize) -> u64 {
     let experts = 2 * rule.top_k as u64 * kind.parameters;
     experts + 2 * router_rows as u64 * kind.d_model
 }
 
 /// What the report needs to know of a layer's experts, which are all of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Kind {
-    pub(super) parameters: u64,
-    pub(super) d_model: u64,
+pub(crate) struct Kind {
+    pub(crate) parameters: u64,
+    pub(crate) d_model: u64,
 }
 
 impl Kind {
-    pub(super) fn of(expert: &Expert) -> Self {
+    pub(crate) fn of(expert: &Expert) -> Self {
         let d_model = expert.view().d_model() as u64;
         Self { parameters: expert.parameters() as u64, d_model }
     }
 }
 
 /// Rounded similarities, row by row: six digits are what a picture or a comparison can use.
-pub(super) fn rounded(similarity: ArrayView2<'_, f64>) -> Vec<Vec<f32>> {
+pub(crate) fn rounded(similarity: ArrayView2<'_, f64>) -> Vec<Vec<f32>> {
     let round = |s: &f64| ((s * 1e6).round() / 1e6) as f32;
     similarity.rows().into_iter().map(|row| row.iter().map(round).collect()).collect()
 }
 
 /// Groups and dropped experts of a layer.
-pub(super) fn groups_of(grouping: &Grouping, usage: &[f64]) -> (Vec<GroupReport>, Vec<usize>) {
+pub(crate) fn groups_of(grouping: &Grouping, usage: &[f64]) -> (Vec<GroupReport>, Vec<usize>) {
     let group = |g: usize| {
         let members = grouping.members(g);
         let usage = members.iter().map(|&i| usage[i]).sum();

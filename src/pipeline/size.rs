@@ -7,22 +7,22 @@
 use std::collections::BTreeMap;
 
 use super::builder::Pipeline;
-use super::engine::{self, Source};
-use super::observe::{Observer, Phase};
-use super::passes::Decided;
-use super::policy::Plan;
 use crate::checkpoint::{Checkpoint, Factoring, WritePlan};
 use crate::decompose::allocate_bytes;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Expert, LayerId, MoeLayer};
+use crate::pipeline::layer::process::{self, Source};
+use crate::pipeline::options::Plan;
+use crate::pipeline::progress::{Observer, Phase};
+use crate::pipeline::run::in_memory::Decided;
 use crate::stage::{Compression, Compressor, Portion, SizeBudget, Spectrum};
 
 /// What a size budget leaves of every matrix, layer by layer.
-pub(super) type Ranks = BTreeMap<LayerId, Factoring>;
+pub(crate) type Ranks = BTreeMap<LayerId, Factoring>;
 
 /// What a budget has to spend, and what is spent already.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Room {
+pub(crate) struct Room {
     /// Bytes of the target, or of its experts.
     target: u64,
     /// Of these, what no rank changes: other tensors, protected layers, biases.
@@ -33,7 +33,7 @@ pub(super) struct Room {
 
 impl Room {
     /// In a native folder, whose plan has no factors yet.
-    pub(super) fn of_folder(
+    pub(crate) fn of_folder(
         budget: &SizeBudget,
         source: &Checkpoint,
         plan: &WritePlan,
@@ -65,7 +65,7 @@ impl Room {
     }
 
     /// In memory, where every number takes four bytes and the experts are all there is.
-    pub(super) fn of_layers(
+    pub(crate) fn of_layers(
         budget: &SizeBudget,
         layers: &[MoeLayer],
         decided: &Decided,
@@ -96,12 +96,12 @@ impl Room {
 
 impl Pipeline {
     /// The size budget, if the compressor has one.
-    pub(super) fn size_budget(&self) -> Option<&SizeBudget> {
+    pub(crate) fn size_budget(&self) -> Option<&SizeBudget> {
         self.compressor.as_ref()?.size_budget()
     }
 
     /// The pass of its own: merges every decided layer, surveys it, and allocates.
-    pub(super) fn ranks(
+    pub(crate) fn ranks(
         &self,
         source: &dyn Source,
         decided: &Decided,
@@ -120,10 +120,10 @@ impl Pipeline {
         };
         let mut surveyed = Vec::new();
         for (at, id) in decided.ids.iter().enumerate() {
-            engine::announce(observer, &decided.ids, at, Phase::Budget);
+            process::announce(observer, &decided.ids, at, Phase::Budget);
             let (measured, grouping) = decided.at(at)?;
             let one = || {
-                let (merged, _) = engine::merge(source, measured, grouping, &plan, &self.cx)?;
+                let (merged, _) = process::merge(source, measured, grouping, &plan, &self.cx)?;
                 let stats = source.stats(*id, plan.merge_needs())?;
                 let task = Compression {
                     inputs: stats.samples.as_ref().map(|s| s.inputs.view()),

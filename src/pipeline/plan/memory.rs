@@ -6,9 +6,9 @@ use super::PlanOptions;
 use super::fit::FitSize;
 use super::shape::{Layer, Shape};
 use crate::group::Removal;
-use crate::pipeline::choice::{AlignChoice, GroupChoice, RecoverChoice};
-use crate::pipeline::policy::{AlignWhen, RecoverOn};
+use crate::pipeline::options::{AlignWhen, RecoverOn};
 use crate::pipeline::recipe::Recipe;
+use crate::pipeline::recipe::choices::{AlignChoice, GroupChoice, RecoverChoice};
 use crate::stage::Needs;
 
 /// Bytes that the process holds before a layer is read, and the allocator above what is in use.

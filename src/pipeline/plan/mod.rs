@@ -17,14 +17,14 @@ pub use self::rates::Rates;
 pub use self::runtimes::{Answer, RuntimePlan};
 
 use self::shape::Shape;
-use super::builder::Pipeline;
-use super::recipe::{ExportChoice, Recipe};
-use super::report::{self, Change, Kind};
-use super::run::{Checked, Output};
-use super::tokens::SAMPLES;
 use crate::checkpoint::{Checkpoint, Outline, WritePlan};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId, Target};
+use crate::pipeline::activations::tokens::SAMPLES;
+use crate::pipeline::builder::Pipeline;
+use crate::pipeline::recipe::{ExportChoice, Recipe};
+use crate::pipeline::report::{self, Change, Kind};
+use crate::pipeline::run::{Checked, Output};
 
 /// What a plan assumes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

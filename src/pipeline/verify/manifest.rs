@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::checkpoint::{MANIFEST, WritePlan, read_json};
 use crate::error::{Error, Locate, Result};
 use crate::par;
-use crate::pipeline::fingerprint;
+use crate::pipeline::run::resume::fingerprint;
 
 /// A file as it was written.
 #[derive(Debug, Deserialize)]

@@ -1,0 +1,183 @@
+//! Text on its way through the original model and through the layers merged so far, side by side,
+//! and what a layer is seen to get and give in them.
+
+use ndarray::{Array2, s};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::forward::{Observation, Observer};
+use crate::model::LayerId;
+use crate::pipeline::activations::forward_pass::{Block, Pass};
+use crate::pipeline::activations::samples::{Seen, joined};
+use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
+use crate::pipeline::options::RecoverOn;
+use crate::pipeline::run::resume::hidden_states::Marked;
+use crate::stage::Context;
+
+/// One stream or two. Where both run, they are at the same layer.
+pub(crate) struct Streams<'a> {
+    /// Through the original model.
+    pub(crate) original: Option<Pass<'a, Checkpoint>>,
+    /// Through the layers merged so far.
+    pub(crate) merged: Option<Pass<'a, Checkpoint>>,
+}
+
+impl<'a> Streams<'a> {
+    /// Embeds the text of each stream; both end behind the last of `ids`.
+    pub(crate) fn open(
+        source: &'a Checkpoint,
+        (original, merged): (Option<&'a Tokens>, Option<&'a Tokens>),
+        ids: &[LayerId],
+        options: &'a CalibrateOptions,
+    ) -> Result<Self> {
+        let open = |tokens| Pass::new(source, tokens, options, |id| ids.contains(&id));
+        Ok(Self {
+            original: original.map(open).transpose()?,
+            merged: merged.map(open).transpose()?,
+        })
+    }
+
+    /// The streams that a recoverer learns from, on `tokens`.
+    pub(crate) fn to_recover(
+        source: &'a Checkpoint,
+        on: RecoverOn,
+        tokens: &'a Tokens,
+        ids: &[LayerId],
+        options: &'a CalibrateOptions,
+    ) -> Result<Self> {
+        let streams = (on.taps().then_some(tokens), on.follows().then_some(tokens));
+        Self::open(source, streams, ids, options)
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Pass<'a, Checkpoint>> {
+        self.original.iter_mut().chain(&mut self.merged)
+    }
+
+    /// Goes on to the next layer, without reading it; `None` when there is none.
+    pub(crate) fn advance(&mut self) -> Result<Option<LayerId>> {
+        let mut next = None;
+        for pass in self.all() {
+            next = pass.advance()?;
+        }
+        Ok(next)
+    }
+
+    /// Reads a layer, for both streams.
+    pub(crate) fn read(&self, id: LayerId) -> Result<Block> {
+        let pass = self.original.as_ref().or(self.merged.as_ref());
+        pass.ok_or_else(|| Error::range("streams of text", "at least one", 0))?.read(id)
+    }
+
+    /// Runs all through a layer that stays as it is.
+    pub(crate) fn forward(&mut self, block: &Block, cx: &Context) -> Result<()> {
+        let mut all = self.all();
+        all.try_for_each(|pass| {
+            pass.each(|hidden, encoded| block.forward(hidden, encoded, None, cx))
+        })
+    }
+
+    /// Runs the original's stream, if there is one, through a layer that `observer` watches.
+    pub(crate) fn watch(
+        &mut self,
+        block: &Block,
+        observer: &mut dyn Observer,
+        cx: &Context,
+    ) -> Result<()> {
+        let Some(pass) = &mut self.original else { return Ok(()) };
+        pass.each(|hidden, encoded| block.forward(hidden, encoded, Some(&mut *observer), cx))
+    }
+
+    /// Runs the original's stream through a layer, and sees what the layer gets and gives there.
+    pub(crate) fn tap(&mut self, block: &Block, cx: &Context) -> Result<Option<Seen>> {
+        let mut tap = Tap::new(None);
+        self.watch(block, &mut tap, cx)?;
+        Ok(self.original.as_ref().map(|_| tap.seen))
+    }
+
+    /// Runs the merged stream up to the experts of a layer, and sees what they get. What they give
+    /// was `tapped` from the original's stream, or is computed.
+    pub(crate) fn look(
+        &mut self,
+        block: &Block,
+        tapped: Option<Seen>,
+        cx: &Context,
+    ) -> Result<Option<Seen>> {
+        let Some(pass) = &mut self.merged else { return Ok(tapped) };
+        let mut seen = Seen::default();
+        pass.each(|hidden, encoded| {
+            block.attend(hidden, encoded, cx)?;
+            let x = block.feed().input(hidden.states.view())?;
+            if tapped.is_none() {
+                seen.targets.extend(block.feed().routed(x.view(), &hidden.windows, cx)?);
+            }
+            seen.inputs.push(x);
+            seen.windows.push(hidden.windows.clone());
+            Ok(())
+        })?;
+        if let Some(tapped) = tapped {
+            seen.targets = rebatched(&tapped.targets, &seen.inputs)?;
+        }
+        Ok(Some(seen))
+    }
+}
+
+impl Marked for Streams<'_> {
+    fn remaining(&self) -> usize {
+        self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.original.iter().chain(&self.merged).map(Pass::bytes).sum()
+    }
+
+    fn jump_behind(&mut self, id: LayerId) -> Result<()> {
+        self.all().try_for_each(|pass| pass.jump_behind(id))
+    }
+
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()> {
+        self.all().try_for_each(|pass| pass.batches(f))
+    }
+}
+
+/// `rows` in batches of the same sizes as `like`.
+fn rebatched(rows: &[Array2<f32>], like: &[Array2<f32>]) -> Result<Vec<Array2<f32>>> {
+    let all = joined(&rows.iter().map(|rows| rows.view()).collect::<Vec<_>>())?;
+    let total = like.iter().map(Array2::nrows).sum::<usize>();
+    if all.nrows() != total {
+        return Err(Error::shape("tokens of both streams", total, all.nrows()));
+    }
+    let mut first = 0;
+    let batch = |like: &Array2<f32>| {
+        first += like.nrows();
+        all.slice(s![first - like.nrows()..first, ..]).to_owned()
+    };
+    Ok(like.iter().map(batch).collect())
+}
+
+/// Writes down what a layer gets and gives.
+pub(crate) struct Tap<'a> {
+    /// Ascending windows; `None` for all.
+    wanted: Option<&'a [usize]>,
+    passed: usize,
+    pub(crate) seen: Seen,
+}
+
+impl<'a> Tap<'a> {
+    pub(crate) fn new(wanted: Option<&'a [usize]>) -> Self {
+        Self { wanted, passed: 0, seen: Seen::default() }
+    }
+}
+
+impl Observer for Tap<'_> {
+    fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
+        let first = self.passed;
+        self.passed += seen.windows.len();
+        let wanted = |i: usize| self.wanted.is_none_or(|all| all.binary_search(&i).is_ok());
+        let windows = seen.windows.iter().enumerate().filter(|(i, _)| wanted(first + i));
+        let windows: Vec<_> = windows.map(|(_, rows)| rows.clone()).collect();
+        if !windows.is_empty() {
+            self.seen.push(seen.inputs, seen.output, &windows)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+//! A checkpoint that text runs through, and the text as the model's kind wants it.
+
+use std::path::Path;
+
+use ndarray::{ArrayView2, s};
+
+use crate::calibrate::text::{Limits, Select, SpanCorruption, Text, TextOptions, sentinels};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Locate, Result};
+use crate::forward::{Head, Hidden, Model, Observer};
+use crate::model::TensorSource;
+use crate::stage::Context;
+
+use crate::pipeline::evaluate::perplexity::EvaluateOptions;
+
+/// An open model.
+pub(crate) struct Subject<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) model: Model<&'a Checkpoint>,
+}
+
+/// What runs through the model, window by window.
+pub(crate) enum Items {
+    /// Tokens; all but the first are predicted.
+    Causal(Vec<Vec<u32>>),
+    /// Inputs and targets; all targets are predicted.
+    Pairs(Vec<(Vec<u32>, Vec<u32>)>),
+}
+
+/// The end of a run: the states of every window, and what each of their rows is to predict.
+pub(crate) struct Ran {
+    pub(crate) hidden: Hidden,
+    pub(crate) head: Head,
+}
+
+impl<'a> Subject<'a> {
+    pub(crate) fn open(checkpoint: &'a Checkpoint, cx: &Context) -> Result<Self> {
+        let model = Model::open_on(checkpoint, cx.clone());
+        let model = model.in_file(&checkpoint.dir().join("config.json"))?;
+        Ok(Self { checkpoint, model })
+    }
+
+    /// Number of token ids, and the longest window.
+    pub(crate) fn limits(&self) -> Limits {
+        match &self.model {
+            Model::Causal(model) => {
+                Limits { vocab: model.spec().vocab, longest: model.spec().rope.longest_window() }
+            }
+            // Relative positions: any length, up to what span corruption can draw.
+            Model::Switch(model) => Limits { vocab: model.spec().vocab, longest: 10_000 },
+        }
+    }
+
+    /// Tokens of a window where nothing else is asked for.
+    pub(crate) fn window(&self) -> usize {
+        self.usual().min(self.limits().longest)
+    }
+
+    fn usual(&self) -> usize {
+        if self.model.switch().is_some() { 256 } else { 512 }
+    }
+
+    /// Reads the text that an evaluation asks for.
+    pub(crate) fn text(
+        &self,
+        path: &Path,
+        limits: Limits,
+        options: &EvaluateOptions,
+    ) -> Result<Text> {
+        let window = options.window.unwrap_or(self.usual().min(limits.longest));
+        let options = TextOptions {
+            window,
+            select: Select::Windows(options.max_windows),
+            seed: options.seed,
+        };
+        Text::read(path, self.checkpoint.dir(), limits, &options)
+    }
+
+    /// The windows as the model wants them. The seed of window `w` of file `f` is
+    /// `seed + 1000 f + w`.
+    pub(crate) fn items(&self, text: &Text, seed: u64) -> Result<Items> {
+        let Model::Switch(_) = self.model else {
+            return Ok(Items::Causal(text.windows().map(<[u32]>::to_vec).collect()));
+        };
+        let corruption = self.corruption()?;
+        let mut pairs = Vec::new();
+        for (f, file) in text.files().iter().enumerate() {
+            for (w, window) in file.windows.iter().enumerate() {
+                let seed = seed.wrapping_add(1000 * f as u64 + w as u64);
+                pairs.push(corruption.corrupt(window, seed)?);
+            }
+        }
+        Ok(Items::Pairs(pairs))
+    }
+
+    /// The span corruption that the checkpoint's tokenizer has sentinels for.
+    pub(crate) fn corruption(&self) -> Result<SpanCorruption> {
+        let sentinels = sentinels(self.checkpoint.dir())?;
+        let end = self.checkpoint.config().integer("eos_token_id")?.unwrap_or(1);
+        Ok(SpanCorruption::new(sentinels, end as u32))
+    }
+
+    /// All windows through the model, one layer in memory at a time.
+    pub(crate) fn run(&self, items: &Items, observer: Option<&mut dyn Observer>) -> Result<Ran> {
+        let ran = match (&self.model, items) {
+            (Model::Switch(model), Items::Pairs(pairs)) => {
+                Ran { hidden: model.run(pairs, observer)?, head: model.head()? }
+            }
+            (Model::Causal(model), Items::Causal(windows)) => {
+                Ran { hidden: model.run(windows, observer)?, head: model.head()? }
+            }
+            _ => return Err(crate::Error::shape("kind of windows", "the model's", "another's")),
+        };
+        // The embedding and the output projection, which belong to no layer.
+        TensorSource::release(self.checkpoint, "");
+        Ok(ran)
+    }
+}
+
+impl Items {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Causal(windows) => windows.len(),
+            Self::Pairs(pairs) => pairs.len(),
+        }
+    }
+
+    /// What the scored rows of window `w` are to predict.
+    pub(crate) fn targets(&self, w: usize) -> &[u32] {
+        match self {
+            Self::Causal(windows) => &windows[w][1..],
+            Self::Pairs(pairs) => &pairs[w].1,
+        }
+    }
+}
+
+impl Ran {
+    /// The states that predict the targets of window `w`: `(targets, d_model)`.
+    pub(crate) fn states(&self, w: usize, targets: usize) -> ArrayView2<'_, f32> {
+        let start = self.hidden.windows[w].start;
+        self.hidden.states.slice(s![start..start + targets, ..])
+    }
+}
