@@ -53,6 +53,11 @@ impl Head {
         self.weight.nrows()
     }
 
+    /// Rows whose logits may be held at once.
+    pub(super) fn rows_at_once(&self) -> usize {
+        (HELD / self.vocab().max(1)).clamp(1, 1024)
+    }
+
     /// Logits of every row of `hidden: (t, d_model)`: `(t, vocab)`.
     ///
     /// # Errors
@@ -93,7 +98,7 @@ impl Head {
             return Err(Error::shape("targets", hidden.nrows(), targets.len()));
         }
         check_tokens(targets, self.vocab())?;
-        let rows = (HELD / self.vocab().max(1)).clamp(1, 1024);
+        let rows = self.rows_at_once();
         let mut all = Vec::with_capacity(targets.len());
         for (hidden, targets) in hidden.axis_chunks_iter(Axis(0), rows).zip(targets.chunks(rows)) {
             let logits = self.logits(hidden, cx.compute())?;

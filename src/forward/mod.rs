@@ -24,7 +24,8 @@ mod moe;
 mod norm;
 mod windows;
 
-pub use causal::{AttentionSpec, Causal, DecoderLayer, GroupedSpec, LatentSpec, SharedSpec, Spec};
+pub use causal::{AttentionSpec, Causal, DecoderLayer, GroupedSpec, LatentSpec, SampleOptions};
+pub use causal::{SharedSpec, Spec};
 pub use encoder_decoder::{Switch, SwitchBlock, SwitchSpec};
 pub use family::Family;
 pub use head::Head;

@@ -56,6 +56,7 @@ mod models {
     mod evaluate;
     mod forward;
     mod forward_switch;
+    mod sample;
 }
 
 /// The repository itself: its structure, its dependencies, its shaders.

@@ -2,6 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
 
+use super::softmax::Span;
 use crate::error::{Error, Result};
 
 /// Keys and values of the tokens of one window that were already seen, in one layer.
@@ -24,6 +25,61 @@ impl Cache {
         };
         let [k, v] = self.keys_values.insert(joined);
         Ok([k.view(), v.view()])
+    }
+}
+
+/// Keys and values of many sequences side by side in one layer, all at the same position.
+#[derive(Debug, Clone)]
+pub(crate) struct SequenceCache {
+    sequences: usize,
+    /// Positions that there is room for, in every sequence.
+    room: usize,
+    filled: usize,
+    /// `(sequences · room, width)` each, the positions of a sequence one after the other.
+    keys_values: Option<[Array2<f32>; 2]>,
+}
+
+impl SequenceCache {
+    pub(crate) fn new(sequences: usize, room: usize) -> Self {
+        Self { sequences, room, filled: 0, keys_values: None }
+    }
+
+    /// Number of positions held.
+    pub(crate) fn len(&self) -> usize {
+        self.filled
+    }
+
+    /// Adds the next position: one row a sequence.
+    pub(crate) fn extend(&mut self, new: [Array2<f32>; 2]) -> Result<()> {
+        let rows = new[0].nrows();
+        if rows != self.sequences || self.filled >= self.room {
+            let expected = (self.sequences, self.room);
+            return Err(Error::shape("cache of sequences", expected, (rows, self.filled + 1)));
+        }
+        let room = self.room;
+        let [k, v] = self.keys_values.get_or_insert_with(|| {
+            [&new[0], &new[1]].map(|x| Array2::zeros((rows * room, x.ncols())))
+        });
+        for (all, new) in [&mut *k, &mut *v].into_iter().zip(&new) {
+            for (i, row) in new.rows().into_iter().enumerate() {
+                all.row_mut(i * room + self.filled).assign(&row);
+            }
+        }
+        self.filled += 1;
+        Ok(())
+    }
+
+    pub(crate) fn views(&self) -> Result<[ArrayView2<'_, f32>; 2]> {
+        let found = self.keys_values.as_ref();
+        let [k, v] = found.ok_or_else(|| Error::shape("cache of sequences", "a position", 0))?;
+        Ok([k.view(), v.view()])
+    }
+
+    /// Which keys the row of each sequence looks at.
+    pub(crate) fn spans(&self) -> Vec<Span> {
+        let span =
+            |i: usize| Span { queries: i..i + 1, keys: i * self.room..i * self.room + self.filled };
+        (0..self.sequences).map(span).collect()
     }
 }
 

@@ -17,7 +17,7 @@ use crate::forward::load::Loader;
 use crate::linalg::Compute;
 use crate::model::Linear;
 use crate::stage::Context;
-pub(crate) use cache::Cache;
+pub(crate) use cache::{Cache, SequenceCache};
 use grouped::Grouped;
 use latent::Latent;
 use rotation::Rotation;
@@ -89,6 +89,23 @@ impl Attention {
         let [q, k, v] = self.project(x, rotation, cx.compute())?;
         let [k, v] = cache.extend([k, v])?;
         let spans = [Span { queries: 0..q.nrows(), keys: 0..k.nrows() }];
+        let mixed = attend([q.view(), k, v], &spans, self.heads, self.mask, None, cx)?;
+        self.out.view().forward(mixed.view(), cx.compute())
+    }
+
+    /// Attention of the next token of every sequence to itself and to what the cache holds of the
+    /// same sequence.
+    pub(crate) fn step_each(
+        &self,
+        x: ArrayView2<'_, f32>,
+        rotation: &Rotation,
+        cache: &mut SequenceCache,
+        cx: &Context,
+    ) -> Result<Array2<f32>> {
+        let [q, k, v] = self.project(x, rotation, cx.compute())?;
+        cache.extend([k, v])?;
+        let spans = cache.spans();
+        let [k, v] = cache.views()?;
         let mixed = attend([q.view(), k, v], &spans, self.heads, self.mask, None, cx)?;
         self.out.view().forward(mixed.view(), cx.compute())
     }

@@ -8,7 +8,7 @@ use super::spec::Spec;
 use crate::error::{Locate, Result};
 use crate::forward::attention::rope::Rope;
 use crate::forward::attention::rotation::Rotation;
-use crate::forward::attention::{Attention, Cache};
+use crate::forward::attention::{Attention, Cache, SequenceCache};
 use crate::forward::load::Loader;
 use crate::forward::moe::Shared;
 use crate::forward::moe::{FeedForward, Mlp, Observer};
@@ -136,5 +136,21 @@ impl DecoderLayer {
         let x = self.attention_norm.forward(hidden.view())?;
         *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
         self.feed.forward(hidden, &[rows], None, cx)
+    }
+
+    /// Both halves for the next token of every sequence, one row each.
+    pub(super) fn step_each(
+        &self,
+        hidden: &mut Array2<f32>,
+        cache: &mut SequenceCache,
+        cx: &Context,
+    ) -> Result<()> {
+        let position = cache.len();
+        let rows: Vec<Range<usize>> = (0..hidden.nrows()).map(|i| i..i + 1).collect();
+        let spans: Vec<_> = rows.iter().map(|row| (row.clone(), position)).collect();
+        let rotation = Rotation::new(&self.rope, &spans);
+        let x = self.attention_norm.forward(hidden.view())?;
+        *hidden += &self.attention.step_each(x.view(), &rotation, cache, cx).in_layer(self.id)?;
+        self.feed.forward(hidden, &rows, None, cx)
     }
 }

@@ -1,6 +1,7 @@
 //! Decoder-only models: whole passes, streamed over layers; generation with a cache.
 
 mod layer;
+mod sample;
 mod spec;
 mod spec_grouped;
 
@@ -18,6 +19,7 @@ use crate::model::{Finite, TensorSource};
 use crate::stage::Context;
 
 pub use layer::DecoderLayer;
+pub use sample::SampleOptions;
 pub use spec::{AttentionSpec, GroupedSpec, LatentSpec, SharedSpec, Spec};
 pub(crate) use spec::{QkNorm, activation};
 
@@ -45,6 +47,10 @@ impl<S: TensorSource> Causal<S> {
         &self.spec
     }
 
+    pub(super) fn context(&self) -> &Context {
+        &self.cx
+    }
+
     /// Embeds the tokens of every window: the start of a pass.
     ///
     /// # Errors
@@ -55,7 +61,7 @@ impl<S: TensorSource> Causal<S> {
         Ok(gather(&self.table()?, windows))
     }
 
-    fn check(&self, window: &[u32]) -> Result<()> {
+    pub(super) fn check(&self, window: &[u32]) -> Result<()> {
         let longest = self.spec.rope.longest_window();
         if window.is_empty() || window.len() > longest {
             let expected = format!("1 to {longest} tokens (max_position_embeddings)");
@@ -64,7 +70,7 @@ impl<S: TensorSource> Causal<S> {
         check_tokens(window, self.spec.vocab)
     }
 
-    fn table(&self) -> Result<Array2<f32>> {
+    pub(super) fn table(&self) -> Result<Array2<f32>> {
         let loader = Loader::new(&self.source, self.source.prefix());
         loader.matrix("embed_tokens.weight", (self.spec.vocab, self.spec.d_model))
     }
