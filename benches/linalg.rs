@@ -1,13 +1,17 @@
 //! What a device must be able to do. Ids: `linalg/<operation>/<device>/<shape>`; `--features gpu`
 //! adds the rows of the preferred adapter. The data is made, and comes back, within the time: that
 //! is what a caller waits for.
+//!
+//! `linalg/exp-after/<operation>` is the C library's `exp` on the thread of a product or an SVD:
+//! both take as long as `linalg/exp-after/nothing`, or the operation leaves data in the upper
+//! halves of the vector registers.
 
 #![allow(missing_docs, clippy::unwrap_used)] // A bench fails by panicking.
 
 use std::hint::black_box;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use mcsmoe::linalg::{Activation, Compute, Cpu, LinearView, Mlp, Product, Term};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use mcsmoe::linalg::{Activation, Compute, Cpu, LinearView, Mlp, Product, Term, svd};
 use ndarray::Array2;
 
 /// Rows, depth, columns.
@@ -76,5 +80,29 @@ fn operations(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, operations);
+/// Exponentials of the C library that are timed behind an operation.
+const EXPONENTIALS: u64 = 1000;
+
+fn exponentials(c: &mut Criterion) {
+    let a = matrix(512, 512, 1);
+    let mut out = Array2::zeros((512, 512));
+    let mut product =
+        || Cpu::sequential().gemm(1.0, a.view(), a.view(), 0.0, out.view_mut()).unwrap();
+    let mut decomposition = || drop(black_box(svd(a.view()).unwrap()));
+    let operations: [(&str, &mut dyn FnMut()); 3] =
+        [("nothing", &mut || ()), ("gemm", &mut product), ("svd", &mut decomposition)];
+    let mut group = c.benchmark_group("linalg/exp-after");
+    group.sample_size(10).throughput(Throughput::Elements(EXPONENTIALS));
+    for (name, operation) in operations {
+        group.bench_function(name, |bench| {
+            bench.iter_batched(
+                &mut *operation,
+                |()| (0..EXPONENTIALS).map(|i| black_box(i as f64 * -1e-3).exp()).sum::<f64>(),
+                BatchSize::PerIteration,
+            );
+        });
+    }
+}
+
+criterion_group!(benches, operations, exponentials);
 criterion_main!(benches);

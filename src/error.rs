@@ -132,6 +132,12 @@ pub enum ErrorKind {
         /// Its size and time now.
         found: String,
     },
+    /// A rule that this crate keeps for itself does not hold: a defect of the crate.
+    #[error("internal error (please report it): {what}")]
+    Bug {
+        /// The rule that is broken, and where.
+        what: String,
+    },
     /// The operating system refused.
     #[error("{operation}: {source}")]
     Io {
@@ -229,6 +235,11 @@ impl Error {
         ErrorKind::Io { operation, source }.into()
     }
 
+    /// A [`ErrorKind::Bug`]: an invariant of this crate is broken.
+    pub fn bug(what: impl Into<String>) -> Self {
+        ErrorKind::Bug { what: what.into() }.into()
+    }
+
     fn fill(mut self, set: impl FnOnce(&mut Place)) -> Self {
         set(&mut self.0.place);
         self
@@ -260,9 +271,10 @@ impl fmt::Display for Error {
     }
 }
 
+/// The same text as [`Display`](fmt::Display), because `fn main() -> mcsmoe::Result<()>` prints it.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Error").field("kind", &self.0.kind).field("place", &self.0.place).finish()
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -338,6 +350,7 @@ mod tests {
             error.to_string(),
             "layers.2: expert 3: expert: expected shape [4, 8], found [8, 4]"
         );
+        assert_eq!(format!("{error:?}"), error.to_string());
         assert_eq!(error.place().expert, Some(3));
         assert!(matches!(error.kind(), ErrorKind::Shape { .. }));
     }

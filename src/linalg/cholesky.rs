@@ -13,6 +13,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::to_faer;
 use super::cpu::cut;
+use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::par;
 
@@ -69,8 +70,10 @@ pub(super) fn solve_spd_in(
     let solved = par::map(m.div_ceil(COLUMNS), |b| {
         let columns = s![.., b * COLUMNS..((b + 1) * COLUMNS).min(m)];
         let mut x = to_faer(rhs.slice(columns));
-        solve_lower_triangular_in_place(lower, x.as_mut(), Par::Seq);
-        solve_upper_triangular_in_place(lower.transpose(), x.as_mut(), Par::Seq);
+        with_clean_registers(|| {
+            solve_lower_triangular_in_place(lower, x.as_mut(), Par::Seq);
+            solve_upper_triangular_in_place(lower.transpose(), x.as_mut(), Par::Seq);
+        });
         Ok(x)
     })?;
     let x = Array2::from_shape_fn((n, m), |(i, j)| solved[j / COLUMNS][(i, j % COLUMNS)]);
@@ -104,7 +107,8 @@ fn factorise(gram: &mut Array2<f64>) -> Result<()> {
         let corner = corner.into_const();
         par::map_mut(&mut cut(panel.rb_mut(), COLUMNS, size), |_, (_, _, rows)| {
             // L₁ with L₁ L₀ᵀ = G₁, so L₀ L₁ᵀ = G₁ᵀ.
-            solve_lower_triangular_in_place(corner, rows.rb_mut().transpose_mut(), Par::Seq);
+            let rows = rows.rb_mut().transpose_mut();
+            with_clean_registers(|| solve_lower_triangular_in_place(corner, rows, Par::Seq));
             Ok(())
         })?;
         subtract_own(right, panel.into_const())?;
@@ -138,7 +142,7 @@ fn subtract_own(gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
         let left = panel.subrows(*row, tile.nrows());
         let right = panel.subrows(*column, tile.ncols()).transpose();
         let tile = tile.rb_mut();
-        match row == column {
+        with_clean_registers(|| match row == column {
             true => triangular::matmul(
                 tile,
                 BlockStructure::TriangularLower,
@@ -151,7 +155,7 @@ fn subtract_own(gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
                 Par::Seq,
             ),
             false => matmul(tile, Accum::Add, left, right, -1.0, Par::Seq),
-        }
+        });
         Ok(())
     })?;
     Ok(())
@@ -161,13 +165,11 @@ fn subtract_own(gram: MatMut<'_, f64>, panel: MatRef<'_, f64>) -> Result<()> {
 fn factorise_block(block: MatMut<'_, f64>) -> Result<()> {
     let scratch =
         factor::cholesky_in_place_scratch::<f64>(block.nrows(), Par::Seq, Default::default());
-    factor::cholesky_in_place(
-        block,
-        Default::default(),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Default::default(),
-    )
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    with_clean_registers(|| {
+        factor::cholesky_in_place(block, Default::default(), Par::Seq, stack, Default::default())
+    })
     .map(|_| ())
     .map_err(|e| failure(format!("the matrix is not positive definite ({e:?})")))
 }

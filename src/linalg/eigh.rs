@@ -7,6 +7,7 @@ use faer::{Mat, Par};
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
+use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
 
 /// `A = V diag(values) Vᵀ`.
@@ -62,14 +63,13 @@ fn factor(a: ArrayView2<'_, f64>, vectors: Option<&mut Mat<f64>>) -> Result<Vec<
     let mode = if vectors.is_some() { ComputeEigenvectors::Yes } else { ComputeEigenvectors::No };
     let scratch = evd::self_adjoint_evd_scratch::<f64>(n, mode, Par::Seq, Default::default());
     let mut values = Diag::<f64>::zeros(n);
-    evd::self_adjoint_evd(
-        to_faer(a).as_ref(),
-        values.as_mut(),
-        vectors.map(|v| v.as_mut()),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Default::default(),
-    )
+    let (a, vectors) = (to_faer(a), vectors.map(|v| v.as_mut()));
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    with_clean_registers(|| {
+        let (a, values) = (a.as_ref(), values.as_mut());
+        evd::self_adjoint_evd(a, values, vectors, Par::Seq, stack, Default::default())
+    })
     .map_err(|e| ErrorKind::Numerical {
         operation: "symmetric eigenvalues",
         reason: format!("{e:?}"),

@@ -23,6 +23,7 @@ mod kernel;
 mod lapack;
 mod mlp;
 mod qr;
+mod registers;
 mod rsvd;
 mod svd;
 mod triangular;

@@ -7,6 +7,7 @@ use faer::{Conj, Mat, Par};
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
+use super::registers::with_clean_registers;
 use crate::error::Result;
 
 /// `A = Q R` with `A: (m, n)`, `k = min(m, n)`.
@@ -34,26 +35,29 @@ pub fn qr(a: ArrayView2<'_, f32>) -> Result<Qr> {
     let mut basis = to_faer(a);
     let mut coefficients = Mat::zeros(block, k);
     let scratch = factor::qr_in_place_scratch::<f32>(m, n, block, Par::Seq, Default::default());
-    factor::qr_in_place(
-        basis.as_mut(),
-        coefficients.as_mut(),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Default::default(),
-    );
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    with_clean_registers(|| {
+        let (basis, coefficients) = (basis.as_mut(), coefficients.as_mut());
+        factor::qr_in_place(basis, coefficients, Par::Seq, stack, Default::default());
+    });
     let upper = |(i, j)| if i <= j { basis[(i, j)] } else { 0.0 };
     let r = Array2::from_shape_fn((k, n), upper);
     let mut q = Mat::identity(m, k);
     let scratch =
         reflect::apply_block_householder_sequence_on_the_left_in_place_scratch::<f32>(m, block, k);
-    reflect::apply_block_householder_sequence_on_the_left_in_place_with_conj(
-        basis.get(.., ..k),
-        coefficients.as_ref(),
-        Conj::No,
-        q.as_mut(),
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-    );
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    with_clean_registers(|| {
+        reflect::apply_block_householder_sequence_on_the_left_in_place_with_conj(
+            basis.get(.., ..k),
+            coefficients.as_ref(),
+            Conj::No,
+            q.as_mut(),
+            Par::Seq,
+            stack,
+        );
+    });
     Ok(Qr { q: to_array(q.as_ref()), r })
 }
 

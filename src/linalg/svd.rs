@@ -8,6 +8,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::{check_finite, to_array, to_faer};
 use super::compute::Compute;
+use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
 
 /// `A = U diag(s) Vᵀ`, all of it or the leading part.
@@ -108,15 +109,11 @@ fn factor(
     let scratch = faer_svd::svd_scratch::<f32>(m, n, mode, mode, Par::Seq, Default::default());
     let mut values = Diag::<f32>::zeros(m.min(n));
     let (u, v) = vectors.map_or((None, None), |(u, v)| (Some(u.as_mut()), Some(v.as_mut())));
-    faer_svd::svd(
-        to_faer(a).as_ref(),
-        values.as_mut(),
-        u,
-        v,
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Default::default(),
-    )
+    let (a, mut memory) = (to_faer(a), MemBuffer::new(scratch));
+    let stack = MemStack::new(&mut memory);
+    with_clean_registers(|| {
+        faer_svd::svd(a.as_ref(), values.as_mut(), u, v, Par::Seq, stack, Default::default())
+    })
     .map_err(|e| ErrorKind::Numerical { operation: "SVD", reason: format!("{e:?}") })?;
     Ok(values.column_vector().iter().map(|s| s.max(0.0)).collect())
 }

@@ -6,6 +6,7 @@ use faer::linalg::triangular_solve as solve;
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
+use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Solves `L X = B` for a lower triangular `L: (n, n)` and `B: (n, m)`: `X: (n, m)`.
@@ -44,11 +45,10 @@ fn solve_with(
         return Err(failure(format!("entry {i} of the diagonal is 0")));
     }
     let (factor, mut x) = (to_faer(lower), to_faer(rhs));
-    if transposed {
-        solve::solve_upper_triangular_in_place(factor.transpose(), x.as_mut(), Par::Seq);
-    } else {
-        solve::solve_lower_triangular_in_place(factor.as_ref(), x.as_mut(), Par::Seq);
-    }
+    with_clean_registers(|| match transposed {
+        true => solve::solve_upper_triangular_in_place(factor.transpose(), x.as_mut(), Par::Seq),
+        false => solve::solve_lower_triangular_in_place(factor.as_ref(), x.as_mut(), Par::Seq),
+    });
     let x = to_array(x.as_ref());
     match x.iter().all(|x| x.is_finite()) {
         true => Ok(x),

@@ -9,6 +9,7 @@ use crate::calibrate::text::Limits;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Locate, Result};
 use crate::forward::{Choice, Model, Observation, route, routed_sum};
+use crate::linalg::{exp, vectorised};
 use crate::model::{Finite, LayerId, TensorSource};
 use crate::par;
 use crate::pipeline::evaluate::model::{Items, Ran, Subject};
@@ -146,7 +147,7 @@ fn predictions(items: &Items, p: &Ran, q: &Ran, cx: &Context) -> Result<Vec<Vec<
             p_logits.check_finite("logits of the original")?;
             q_logits.check_finite("logits of the other")?;
             tokens.extend(par::map(targets.len(), |i| {
-                Ok(token(p_logits.row(i), q_logits.row(i), targets[i] as usize))
+                token(p_logits.row(i), q_logits.row(i), targets[i] as usize)
             })?);
         }
         windows.push(tokens);
@@ -154,44 +155,122 @@ fn predictions(items: &Items, p: &Ran, q: &Ran, cx: &Context) -> Result<Vec<Vec<
     Ok(windows)
 }
 
-fn token(p: ArrayView1<'_, f32>, q: ArrayView1<'_, f32>, target: usize) -> Token {
-    let ((p_best, p_norm), (q_best, q_norm)) = (normaliser(p), normaliser(q));
-    let log = |z: f32, norm: f64| f64::from(z) - norm;
-    let term = |(&p, &q): (&f32, &f32)| {
-        let (p, q) = (log(p, p_norm), log(q, q_norm));
-        p.exp() * (p - q)
+/// Likelihoods and divergence of one token: one pass over the vocabulary for the largest logits,
+/// one for the sums. Exponentials are those of [`exp`], of single precision; what they are
+/// multiplied with, and sums, are in `f64`.
+fn token(p: ArrayView1<'_, f32>, q: ArrayView1<'_, f32>, target: usize) -> Result<Token> {
+    let (Some(p), Some(q)) = (p.to_slice(), q.to_slice()) else {
+        return Err(Error::bug("logits of a token do not lie one behind the other"));
     };
-    Token {
-        p_nll: -log(p[target], p_norm),
-        q_nll: -log(q[target], q_norm),
-        kl: p.iter().zip(q).map(term).sum::<f64>().max(0.0),
-        agree: p_best == q_best,
+    let (p_top, q_top) = (largest(p), largest(q));
+    let sums = vectorised(
+        #[inline(always)]
+        || sums(p, p_top, q, q_top),
+    );
+    let log_norm = |top: f32, sum: f64| f64::from(top) + sum.ln();
+    let (p_norm, q_norm) = (log_norm(p_top, sums.p), log_norm(q_top, sums.q));
+    // Σ P (ln P − ln Q) with ln P = p − ‖p‖ and Σ P = 1.
+    let kl = sums.difference / sums.p + (q_norm - p_norm);
+    Ok(Token {
+        p_nll: p_norm - f64::from(p[target]),
+        q_nll: q_norm - f64::from(q[target]),
+        kl: kl.max(0.0),
+        agree: first(p, p_top) == first(q, q_top),
+    })
+}
+
+/// Independent partial sums; their order is part of the result.
+const LANES: usize = 16;
+
+/// Sums over the vocabulary; exponents are relative to the largest logit of their model.
+struct Sums {
+    /// `Σ eᵖ`.
+    p: f64,
+    /// `Σ e^q`.
+    q: f64,
+    /// `Σ eᵖ (p − q)`.
+    difference: f64,
+}
+
+#[inline(always)]
+fn sums(p: &[f32], p_top: f32, q: &[f32], q_top: f32) -> Sums {
+    let mut lanes = [[0.0f64; LANES]; 3];
+    let ((p_blocks, p_rest), (q_blocks, q_rest)) = (p.as_chunks::<LANES>(), q.as_chunks::<LANES>());
+    for (p, q) in p_blocks.iter().zip(q_blocks) {
+        add(&mut lanes, p, p_top, q, q_top);
+    }
+    add(&mut lanes, p_rest, p_top, q_rest, q_top);
+    let [p, q, difference] = lanes.map(|lanes| lanes.iter().sum());
+    Sums { p, q, difference }
+}
+
+/// Adds the terms of a block, one a lane.
+#[inline(always)]
+fn add(lanes: &mut [[f64; LANES]; 3], p: &[f32], p_top: f32, q: &[f32], q_top: f32) {
+    let [p_sums, q_sums, differences] = lanes;
+    for (lane, (&p, &q)) in p.iter().zip(q).enumerate() {
+        let p_exp = f64::from(exp(p - p_top));
+        p_sums[lane] += p_exp;
+        q_sums[lane] += f64::from(exp(q - q_top));
+        differences[lane] += p_exp * (f64::from(p) - f64::from(q));
     }
 }
 
-/// The most likely token, the first of equals, and `ln Σ exp(z)`.
-fn normaliser(z: ArrayView1<'_, f32>) -> (usize, f64) {
-    let better =
-        |best: (usize, f32), (i, &z): (usize, &f32)| if z > best.1 { (i, z) } else { best };
-    let (best, largest) = z.iter().enumerate().fold((0, f32::NEG_INFINITY), better);
-    let largest = f64::from(largest);
-    let sum: f64 = z.iter().map(|&z| (f64::from(z) - largest).exp()).sum();
-    (best, largest + sum.ln())
+/// The largest logit.
+fn largest(z: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            let (blocks, rest) = z.as_chunks::<LANES>();
+            for block in blocks {
+                lanes.iter_mut().zip(block).for_each(|(lane, &z)| *lane = larger(*lane, z));
+            }
+            lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger)
+        },
+    )
+}
+
+/// The most likely token, the first of equals.
+fn first(z: &[f32], top: f32) -> Option<usize> {
+    z.iter().position(|&z| z == top)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ndarray::array;
+    use ndarray::{Array1, array};
 
     #[test]
     fn divergence_of_two_coins() {
         let (p, q) = (array![0.75f32.ln(), 0.25f32.ln()], array![1.0f32, 1.0]);
-        let found = token(p.view(), q.view(), 1);
+        let found = token(p.view(), q.view(), 1).unwrap();
         let expected = 0.75 * 1.5f64.ln() + 0.25 * 0.5f64.ln();
         assert!((found.kl - expected).abs() < 1e-6 && found.agree);
         assert!((found.p_nll - 4f64.ln()).abs() < 1e-6 && (found.q_nll - 2f64.ln()).abs() < 1e-12);
-        assert!(!token(q.view(), array![1.0f32, 2.0].view(), 0).agree);
-        assert_eq!(token(p.view(), p.view(), 0).kl, 0.0);
+        assert!(!token(q.view(), array![1.0f32, 2.0].view(), 0).unwrap().agree);
+        assert_eq!(token(p.view(), p.view(), 0).unwrap().kl, 0.0);
+    }
+
+    #[test]
+    fn a_vocabulary_of_many_words_has_the_sums_of_the_c_library() {
+        // Neither a multiple of the lanes nor small; the second differs by a little.
+        let p = Array1::from_shape_fn(1003, |i| ((i * 7919) % 1013) as f32 / 60.0 - 8.0);
+        let q = Array1::from_shape_fn(1003, |i| p[i] + ((i * 31) % 17) as f32 / 500.0);
+        let log_norm = |z: &Array1<f32>| z.iter().map(|&z| f64::from(z).exp()).sum::<f64>().ln();
+        let (p_norm, q_norm) = (log_norm(&p), log_norm(&q));
+        let term = |(&p, &q): (&f32, &f32)| {
+            let (p, q) = (f64::from(p) - p_norm, f64::from(q) - q_norm);
+            p.exp() * (p - q)
+        };
+        let kl: f64 = p.iter().zip(&q).map(term).sum();
+        let found = token(p.view(), q.view(), 7).unwrap();
+        assert!((found.kl - kl).abs() < 1e-7, "{} {kl}", found.kl);
+        assert!((found.p_nll - (p_norm - f64::from(p[7]))).abs() < 1e-7);
+        assert!((found.q_nll - (q_norm - f64::from(q[7]))).abs() < 1e-7);
+        // Of equal logits the first one counts.
+        let (p, q) = (array![1.0f32, 3.0, 3.0], array![0.0f32, 0.0, 9.0]);
+        assert!(!token(p.view(), q.view(), 0).unwrap().agree);
     }
 }
