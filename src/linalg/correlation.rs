@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis, Zip};
 
-use super::compute::Compute;
+use super::device::compute::Compute;
 use crate::error::{Error, Result};
 
 /// Added to `σ_x σ_y`, as in the paper's code: a column that never changes correlates with nothing.

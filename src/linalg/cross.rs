@@ -6,7 +6,7 @@ use faer::reborrow::ReborrowMut;
 use faer::{Accum, MatMut, MatRef};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Zip};
 
-use super::cpu::tiled;
+use super::device::cpu::tiled;
 use crate::error::{Error, Result};
 
 /// Rows that are widened to `f64` at a time.

@@ -4,8 +4,8 @@
 use faer::{Accum, MatMut};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
-use super::cpu::tiled;
 use super::cross::widened;
+use super::device::cpu::tiled;
 use crate::error::{Error, Result};
 use crate::par;
 

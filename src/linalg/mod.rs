@@ -7,51 +7,30 @@
 //! is all of them as an object: [`PureRust`], or `Lapack` with the feature `lapack`. [`exp`](exp())
 //! is the one scalar kernel that several rooms vectorise.
 
-mod activation;
 mod assign;
-mod bridge;
-mod cholesky;
-mod compute;
+mod backend;
 mod correlation;
-mod cpu;
 mod cross;
-mod eigh;
+mod device;
 mod exp;
-mod factorise;
 mod kernel;
-#[cfg(feature = "lapack")]
-mod lapack;
-mod mlp;
-mod qr;
 mod registers;
-mod rsvd;
-mod svd;
-mod triangular;
-mod truncated;
 
-pub use activation::Activation;
-pub(crate) use activation::{activate, gated};
 pub use assign::{Assignment, assign, assign_within};
-pub use cholesky::{cholesky, solve_spd};
-pub use compute::{Compute, Held, Product, Term};
+#[cfg(feature = "lapack")]
+pub use backend::Lapack;
+pub use backend::{
+    Eigh, Factorise, PureRust, Qr, Randomized, RandomizedSvd, Svd, SvdMethod, cholesky,
+    eigenvalues, eigh, qr, rsvd, singular_values, solve_lower, solve_lower_transposed, solve_spd,
+    svd, truncated_svd,
+};
+pub(crate) use backend::{mean_eigenvalue, renew};
 pub use correlation::correlation;
-pub use cpu::Cpu;
-#[cfg(feature = "gpu")]
-pub(crate) use cpu::check_terms;
 pub(crate) use cross::add_pairs;
 pub use cross::{add_cross, add_own};
-pub use eigh::{Eigh, eigenvalues, eigh};
-pub use exp::{exp, vectorised};
-pub use factorise::{Factorise, PureRust};
-pub(crate) use factorise::{mean_eigenvalue, renew};
-pub(crate) use kernel::{Kernel, Rows};
-#[cfg(feature = "lapack")]
-pub use lapack::Lapack;
-pub use mlp::{LinearView, Mlp};
+pub use device::{Activation, Compute, Cpu, Held, LinearView, Mlp, Product, Term};
+pub(crate) use device::{activate, gated};
 #[cfg(feature = "gpu")]
-pub(crate) use mlp::{add_bias, check_weights, hidden_by_parts, mlp_by_parts};
-pub use qr::{Qr, qr};
-pub use rsvd::{Randomized, RandomizedSvd, rsvd};
-pub use svd::{Svd, singular_values, svd};
-pub use triangular::{solve_lower, solve_lower_transposed};
-pub use truncated::{SvdMethod, truncated_svd};
+pub(crate) use device::{add_bias, check_terms, check_weights, hidden_by_parts, mlp_by_parts};
+pub use exp::{exp, vectorised};
+pub(crate) use kernel::{Kernel, Rows};

@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::expert::Expert;
-use super::factored::Factored;
+use super::expert::Factored;
 use super::grouping::Grouping;
 use super::router::Router;
 use crate::error::{Error, Locate, Result};

@@ -4,24 +4,22 @@
 mod budget;
 mod check;
 mod expert;
-mod factored;
-mod factored_expert;
 mod grouping;
 mod importance;
 mod layer;
 mod permutation;
 mod router;
 mod similarity;
-mod slope;
 mod stats;
 mod tensors;
 mod visits;
 
 pub use budget::{Budget, Target};
 pub use check::{Finite, non_finite};
-pub use expert::{Expert, ExpertView, Linear, Role};
-pub use factored::{Factored, Structure};
-pub use factored_expert::{FactoredExpert, FactoredLayer, FactoredLinear, Weight};
+pub use expert::{
+    Expert, ExpertView, Factored, FactoredExpert, FactoredLayer, FactoredLinear, Linear, Role,
+    Structure, Weight,
+};
 pub use grouping::{Grouping, Numbering};
 pub use importance::Importance;
 pub use layer::{LayerId, MergedLayer, MoeLayer, Stack};

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2};
 
-use super::factored_expert::FactoredLayer;
+use super::expert::FactoredLayer;
 use super::layer::{LayerId, MergedLayer};
 use crate::error::Result;
 

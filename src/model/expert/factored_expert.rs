@@ -2,13 +2,13 @@
 
 use ndarray::{Array1, Array2};
 
-use super::expert::{Expert, Linear, Role};
+use super::dense::{Expert, Linear, Role};
 use super::factored::Factored;
-use super::grouping::Grouping;
-use super::layer::LayerId;
-use super::router::Router;
 use crate::error::{Error, Result};
 use crate::linalg::{Activation, Compute};
+use crate::model::grouping::Grouping;
+use crate::model::layer::LayerId;
+use crate::model::router::Router;
 
 /// A weight `(m, n)`, whole or in factors.
 #[derive(Debug, Clone, PartialEq)]
@@ -132,7 +132,7 @@ impl FactoredExpert {
     }
 }
 
-/// A [`MergedLayer`](super::MergedLayer) whose experts are in factors.
+/// A [`MergedLayer`](crate::model::MergedLayer) whose experts are in factors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FactoredLayer {
     /// Which layer it is.

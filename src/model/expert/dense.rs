@@ -3,10 +3,10 @@
 use ndarray::{Array1, Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
-use super::check::Finite;
-use super::permutation::Permutation;
 use crate::error::{Error, Result};
 use crate::linalg::{Activation, Compute, LinearView, Mlp, Term};
+use crate::model::check::Finite;
+use crate::model::permutation::Permutation;
 
 /// Which of an expert's matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::exp::{exp, vectorised};
+use crate::linalg::exp::{exp, vectorised};
 
 /// The non-linearity `act` of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -6,11 +6,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
-use super::compute::Compute;
 use super::factorise::Factorise;
 use super::svd::Svd;
 use super::truncated::{from_subspace, gram_svd};
 use crate::error::{Error, Result};
+use crate::linalg::device::compute::Compute;
 
 /// Settings of the subspace iteration.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -65,7 +65,7 @@ const NOISE: f64 = 1e-6;
 /// `‖A‖`, which norms in `f32` cannot resolve.
 ///
 /// Cost: `2 m n l` operations a product, four to eight of them, through [`Compute::gemm`] or, on a
-/// device that holds `A` meanwhile, [`Held::multiply`](super::Held::multiply);
+/// device that holds `A` meanwhile, [`Held::multiply`](crate::linalg::Held::multiply);
 /// `4 (m + n) l²` for QR on one thread. Memory: `3 (m + n) l` numbers beside `A`.
 ///
 /// # Errors
@@ -174,7 +174,7 @@ fn exact(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::svd::singular_values;
+    use crate::linalg::singular_values;
     use crate::linalg::{Cpu, PureRust};
 
     fn flat(m: usize, n: usize) -> Array2<f32> {

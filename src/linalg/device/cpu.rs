@@ -12,8 +12,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 use rayon::prelude::*;
 
 use super::compute::{Compute, Term};
-use super::registers::with_clean_registers;
 use crate::error::{Error, Result};
+use crate::linalg::registers::with_clean_registers;
 
 /// The processor that runs this program. Parallel over the rayon pool of the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +106,7 @@ impl Compute for Cpu {
 }
 
 /// `out ← [out +] alpha · a b`; the shapes were checked by the caller.
-pub(super) fn product<T: ComplexField + Copy + Send + Sync>(
+pub(in crate::linalg) fn product<T: ComplexField + Copy + Send + Sync>(
     mut out: ArrayViewMut2<'_, T>,
     accum: Accum,
     a: ArrayView2<'_, T>,
@@ -135,7 +135,7 @@ pub(super) fn product<T: ComplexField + Copy + Send + Sync>(
 }
 
 /// [`product`] of what `faer` sees, which may have gaps.
-pub(super) fn tiled<T: ComplexField + Copy + Send + Sync>(
+pub(in crate::linalg) fn tiled<T: ComplexField + Copy + Send + Sync>(
     whole: MatMut<'_, T>,
     accum: Accum,
     left: MatRef<'_, T>,
@@ -157,10 +157,14 @@ pub(super) fn tiled<T: ComplexField + Copy + Send + Sync>(
 }
 
 /// First row, first column, and the part of a matrix that begins there.
-pub(super) type Tile<'a, T> = (usize, usize, MatMut<'a, T>);
+pub(in crate::linalg) type Tile<'a, T> = (usize, usize, MatMut<'a, T>);
 
 /// Cuts a matrix into tiles of at most so many rows and columns, row by row of tiles.
-pub(super) fn cut<T>(whole: MatMut<'_, T>, tall: usize, wide: usize) -> Vec<Tile<'_, T>> {
+pub(in crate::linalg) fn cut<T>(
+    whole: MatMut<'_, T>,
+    tall: usize,
+    wide: usize,
+) -> Vec<Tile<'_, T>> {
     let (mut rest, mut i, mut tiles) = (whole, 0, Vec::new());
     while rest.nrows() > 0 {
         let at = tall.min(rest.nrows());

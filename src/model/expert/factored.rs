@@ -3,9 +3,9 @@
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::check::Finite;
 use crate::error::{Error, Result};
 use crate::linalg::Compute;
+use crate::model::check::Finite;
 
 /// Which lines of the matrix the sparse part holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! Derivatives of the activations, for recoverers that train experts.
 
-use crate::linalg::Activation;
+use super::activation::Activation;
 
 impl Activation {
     /// `act′(x)`; where `act` has a corner, 0.

@@ -6,8 +6,8 @@ use faer::linalg::triangular_solve as solve;
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
-use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::linalg::registers::with_clean_registers;
 
 /// Solves `L X = B` for a lower triangular `L: (n, n)` and `B: (n, m)`: `X: (n, m)`.
 ///

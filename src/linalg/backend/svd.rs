@@ -7,9 +7,9 @@ use faer::{Mat, Par};
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::{check_finite, to_array, to_faer};
-use super::compute::Compute;
-use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::linalg::device::compute::Compute;
+use crate::linalg::registers::with_clean_registers;
 
 /// `A = U diag(s) Vᵀ`, all of it or the leading part.
 ///

@@ -7,8 +7,8 @@ use faer::{Mat, Par};
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
-use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::linalg::registers::with_clean_registers;
 
 /// `A = V diag(values) Vᵀ`.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,11 +4,11 @@ use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
-use super::compute::Compute;
 use super::factorise::Factorise;
 use super::rsvd::{Randomized, rsvd};
 use super::svd::Svd;
 use crate::error::{Error, Result};
+use crate::linalg::device::compute::Compute;
 
 /// How the leading singular triplets are found.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]

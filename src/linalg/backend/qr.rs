@@ -7,8 +7,8 @@ use faer::{Conj, Mat, Par};
 use ndarray::{Array2, ArrayView2};
 
 use super::bridge::{check_finite, to_array, to_faer};
-use super::registers::with_clean_registers;
 use crate::error::Result;
+use crate::linalg::registers::with_clean_registers;
 
 /// `A = Q R` with `A: (m, n)`, `k = min(m, n)`.
 #[derive(Debug, Clone, PartialEq)]

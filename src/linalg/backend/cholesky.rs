@@ -12,9 +12,9 @@ use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::bridge::to_faer;
-use super::cpu::cut;
-use super::registers::with_clean_registers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::linalg::device::cpu::cut;
+use crate::linalg::registers::with_clean_registers;
 use crate::par;
 
 /// Rows and columns that are factorised at a time. These sizes are fixed, so that the bits do not
