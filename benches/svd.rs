@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use mcsmoe::linalg::{Compute, Cpu, Factorise, PureRust, Randomized, SvdMethod, truncated_svd};
+use mcsmoe::linalg::{Compute, Cpu, LinalgBackend, PureRust, Randomized, SvdMethod, truncated_svd};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -26,19 +26,19 @@ fn decompositions(c: &mut Criterion) {
     backend(c, "lapack", &mcsmoe::linalg::Lapack);
 }
 
-fn backend(c: &mut Criterion, name: &str, factorise: &dyn Factorise) {
+fn backend(c: &mut Criterion, name: &str, backend: &dyn LinalgBackend) {
     let (a, cpu) = (flat(2048, 768), Cpu::new());
     let mut gram = Array2::zeros((768, 768));
     cpu.add_gram(a.view(), &mut gram).unwrap();
-    c.bench_function(&format!("{name}/svd/2048x768"), |b| b.iter(|| factorise.svd(a.view())));
-    c.bench_function(&format!("{name}/eigh/768x768"), |b| b.iter(|| factorise.eigh(gram.view())));
-    let run = || factorise.cholesky(gram.view());
+    c.bench_function(&format!("{name}/svd/2048x768"), |b| b.iter(|| backend.svd(a.view())));
+    c.bench_function(&format!("{name}/eigh/768x768"), |b| b.iter(|| backend.eigh(gram.view())));
+    let run = || backend.cholesky(gram.view());
     c.bench_function(&format!("{name}/cholesky/768x768"), |b| b.iter(run));
     let thin = flat(2048, 128);
-    c.bench_function(&format!("{name}/qr/2048x128"), |b| b.iter(|| factorise.qr(thin.view())));
+    c.bench_function(&format!("{name}/qr/2048x128"), |b| b.iter(|| backend.qr(thin.view())));
     let randomized = SvdMethod::Randomized(Randomized::default());
     for (way, method) in [("gram", SvdMethod::Gram), ("randomized", randomized)] {
-        let run = || truncated_svd(a.view(), 64, method, 0, &cpu, factorise);
+        let run = || truncated_svd(a.view(), 64, method, 0, &cpu, backend);
         c.bench_function(&format!("{name}/{way}/2048x768/64"), |b| b.iter(run));
     }
 }

@@ -75,7 +75,7 @@ fn gemm(device: &dyn Compute, [m, k, n]: [usize; 3], repeats: usize) -> Outcome 
     let (a, b) = (matrix(m, k, 1), matrix(n, k, 2));
     let mut out = Array2::zeros((m, n));
     let seconds = least(repeats, || device.gemm(1.0, a.view(), b.t(), 0.0, out.view_mut()))?;
-    let resident = match device.hold(a.view())? {
+    let resident = match device.upload(a.view())? {
         None => seconds,
         Some(held) => least(repeats, || held.multiply(false, b.t(), out.view_mut()))?,
     };

@@ -65,7 +65,7 @@ pub fn map_mut<T: Send, U: Send>(
 ///
 /// # Errors
 /// That of `take`, which is then the cause of both; else that of `make`.
-pub fn beside<T: Send, R>(
+pub fn producer_consumer<T: Send, R>(
     waiting: usize,
     take: impl FnMut(T) -> Result<()> + Send,
     make: impl FnOnce(&SyncSender<T>) -> Result<R>,
@@ -177,13 +177,13 @@ mod tests {
             taken.push(i);
             Ok(())
         };
-        let made = beside(0, take, |send| {
+        let made = producer_consumer(0, take, |send| {
             (0..5).try_for_each(|i| send.send(i)).unwrap();
             Ok(9)
         });
         assert_eq!((made.unwrap(), taken), (9, vec![0, 1, 2, 3, 4]));
         let bad = |what: &str| Error::range(what, "nothing", 0);
-        let both = beside(
+        let both = producer_consumer(
             0,
             |_: usize| Err(bad("taking")),
             |send| {
@@ -192,7 +192,7 @@ mod tests {
             },
         );
         assert!(both.unwrap_err().to_string().starts_with("taking"));
-        let made = beside(1, |_: usize| Ok(()), |_| Err::<(), _>(bad("making")));
+        let made = producer_consumer(1, |_: usize| Ok(()), |_| Err::<(), _>(bad("making")));
         assert!(made.unwrap_err().to_string().starts_with("making"));
     }
 }

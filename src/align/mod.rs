@@ -19,5 +19,7 @@ mod weight_matching;
 
 pub use activation_matching::ActivationMatching;
 pub use identity::Identity;
-pub use reference::{ALONE, Reference, align_groups, align_layer, align_members, frame_of};
+pub use reference::{
+    PARALLEL_THRESHOLD, Reference, align_groups, align_layer, align_members, reference_of,
+};
 pub use weight_matching::WeightMatching;

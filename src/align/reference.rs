@@ -1,4 +1,4 @@
-//! Who keeps its order of hidden units, and who is lined up with whom.
+//! The reference of an alignment: which expert keeps its order of hidden units.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use crate::stage::{AlignPair, Aligner, Context, LayerView, Needs};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
-    /// Expert 0 of the layer, for every group: one common frame. The paper's code aligns this way
+    /// Expert 0 of the layer, for every group: one common order. The paper's code aligns this way
     /// before it merges.
     #[default]
     FirstExpert,
@@ -23,13 +23,13 @@ pub enum Reference {
     Medoid,
 }
 
-/// Up to this many hidden units as many pairs are aligned at a time as there are threads, each on
-/// one thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
+/// Hidden units up to which as many pairs are aligned at a time as there are threads, each on one
+/// thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
 /// `d_ff²` `f32`, 64 MiB here: the memory is `threads × 64 MiB` or two large gains. Two and not
 /// one, because the assignment runs on one thread and would leave the others idle.
-pub const ALONE: usize = 4096;
+pub const PARALLEL_THRESHOLD: usize = 4096;
 
-/// Lines up every group of a layer: a permutation per expert of the layer, in order.
+/// Aligns every group of a layer: a permutation per expert of the layer, in order.
 ///
 /// Each group's reference gets the identity, and so do dropped experts and groups of one; with
 /// [`Reference::FirstExpert`] the reference need not be a member. `similarity` is the table of the
@@ -53,22 +53,22 @@ pub fn align_groups(
     if grouping.experts() != experts.len() {
         return Err(Error::shape("grouping to align", experts.len(), grouping.experts()));
     }
-    let mut frames: Vec<Option<usize>> = vec![None; experts.len()];
+    let mut references: Vec<Option<usize>> = vec![None; experts.len()];
     for g in 0..grouping.groups() {
         let members = grouping.members(g);
         if members.len() > 1 {
-            let frame = frame_of(reference, grouping, g, similarity)?;
-            members.into_iter().for_each(|i| frames[i] = Some(frame));
+            let kept = reference_of(reference, grouping, g, similarity)?;
+            members.into_iter().for_each(|i| references[i] = Some(kept));
         }
     }
-    line_up(aligner, &frames, layer, &experts, ALONE, cx)
+    align_units(aligner, &references, layer, &experts, PARALLEL_THRESHOLD, cx)
 }
 
-/// The expert that group `g` is lined up with; it need not be a member.
+/// The expert whose order of hidden units group `g` takes over; it need not be a member.
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] when the medoid is asked for without a similarity table.
-pub fn frame_of(
+pub fn reference_of(
     reference: Reference,
     grouping: &Grouping,
     g: usize,
@@ -83,18 +83,18 @@ pub fn frame_of(
     })
 }
 
-/// Lines up some experts of a layer with one, without the others: a permutation for each of
-/// `indices`. `frame` is the index of the expert that keeps its order, and the expert itself;
+/// Aligns some experts of a layer with one, without the others: a permutation for each of
+/// `indices`. `reference` is the index of the expert that keeps its order, and the expert itself;
 /// `layer` need not hold experts.
 ///
-/// Cost and memory: as [`align_groups`] up to `d_ff` = [`ALONE`].
+/// Cost and memory: as [`align_groups`] up to `d_ff` = [`PARALLEL_THRESHOLD`].
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] without samples where they are needed, else those of the aligner, with
 /// the expert.
 pub fn align_members(
     aligner: &dyn Aligner,
-    frame: (usize, ExpertView<'_>),
+    reference: (usize, ExpertView<'_>),
     indices: &[usize],
     experts: &[ExpertView<'_>],
     layer: &LayerView<'_>,
@@ -102,10 +102,10 @@ pub fn align_members(
 ) -> Result<Vec<Permutation>> {
     let pairs = Pairs::new(aligner, layer)?;
     let task = cx.per_task();
-    par::map(indices.len(), |i| pairs.align(frame, (indices[i], experts[i]), &task))
+    par::map(indices.len(), |i| pairs.align(reference, (indices[i], experts[i]), &task))
 }
 
-/// Lines up all experts of a layer, before similarities are computed: a permutation per expert.
+/// Aligns all experts of a layer, before similarities are computed: a permutation per expert.
 ///
 /// [`Reference::FirstExpert`] and [`Reference::LowestIndex`] are the same here. Since there is no
 /// similarity table yet, [`Reference::Medoid`] is the medoid by cosine of the router's response:
@@ -122,7 +122,7 @@ pub fn align_layer(
 ) -> Result<Vec<Permutation>> {
     let experts: Vec<_> = layer.experts(aligner.name())?.iter().map(|e| e.view()).collect();
     let indices: Vec<usize> = (0..experts.len()).collect();
-    let frame = match reference {
+    let kept = match reference {
         Reference::FirstExpert | Reference::LowestIndex => 0,
         Reference::Dominant => {
             let counts = layer.stats.counts.iter().take(experts.len()).enumerate();
@@ -131,7 +131,7 @@ pub fn align_layer(
         }
         Reference::Medoid => medoid(Some(&router_response(layer, cx)?), &indices)?,
     };
-    line_up(aligner, &vec![Some(frame); experts.len()], layer, &experts, ALONE, cx)
+    align_units(aligner, &vec![Some(kept); experts.len()], layer, &experts, PARALLEL_THRESHOLD, cx)
 }
 
 /// Fails when the two experts are not of one kind.
@@ -143,18 +143,18 @@ pub(super) fn check_pair(pair: &AlignPair<'_>) -> Result<()> {
     Err(Error::shape("experts to align (of one kind)", shapes.0, shapes.1))
 }
 
-/// `frames[i]` is the expert that expert `i` is lined up with, if any.
-fn line_up(
+/// Aligns each expert `i` with expert `references[i]`, if there is one.
+fn align_units(
     aligner: &dyn Aligner,
-    frames: &[Option<usize>],
+    references: &[Option<usize>],
     layer: &LayerView<'_>,
     experts: &[ExpertView<'_>],
     large: usize,
     cx: &Context,
 ) -> Result<Vec<Permutation>> {
     let pairs = Pairs::new(aligner, layer)?;
-    let one = |i: usize, cx: &Context| match frames[i] {
-        Some(frame) => pairs.align((frame, experts[frame]), (i, experts[i]), cx),
+    let one = |i: usize, cx: &Context| match references[i] {
+        Some(kept) => pairs.align((kept, experts[kept]), (i, experts[i]), cx),
         None => Ok(Permutation::identity(experts[i].d_ff())),
     };
     if experts.first().is_none_or(|e| e.d_ff() <= large) {
@@ -164,7 +164,7 @@ fn line_up(
     let mut found: Vec<_> = experts.iter().map(|e| Permutation::identity(e.d_ff())).collect();
     // A reference itself costs nothing, so it takes no place beside another pair.
     let moved: Vec<usize> =
-        (0..experts.len()).filter(|&i| frames[i].is_some_and(|frame| frame != i)).collect();
+        (0..experts.len()).filter(|&i| references[i].is_some_and(|kept| kept != i)).collect();
     for two in moved.chunks(2) {
         let aligned = par::map(two.len(), |i| one(two[i], cx))?;
         two.iter().zip(aligned).for_each(|(&i, p)| found[i] = p);
@@ -189,14 +189,14 @@ impl<'a> Pairs<'a> {
 
     fn align(
         &self,
-        (frame, reference): (usize, ExpertView<'_>),
+        (kept, reference): (usize, ExpertView<'_>),
         (i, target): (usize, ExpertView<'_>),
         cx: &Context,
     ) -> Result<Permutation> {
-        if i == frame {
+        if i == kept {
             return Ok(Permutation::identity(target.d_ff()));
         }
-        let inputs = self.samples.map(|s| s.inputs_of(&[frame, i]));
+        let inputs = self.samples.map(|s| s.inputs_of(&[kept, i]));
         let inputs = inputs.as_ref().map(|x| x.view());
         let (reference, target) = (reference.reborrow(), target.reborrow());
         self.aligner.align(&AlignPair { reference, target, inputs }, cx).in_expert(i)
@@ -259,12 +259,12 @@ mod tests {
         let (layer, stats) = (layer.unwrap(), RoutingStats::from_counts(vec![1; 6], 6));
         let view = LayerView::of(&layer, &stats);
         let experts: Vec<_> = layer.experts().iter().map(Expert::view).collect();
-        let frames = [Some(2), Some(2), Some(2), None, Some(5), Some(5)];
+        let references = [Some(2), Some(2), Some(2), None, Some(5), Some(5)];
         let run = |large| {
             let (aligner, cx) = (WeightMatching::default(), Context::cpu(0));
-            line_up(&aligner, &frames, &view, &experts, large, &cx).unwrap()
+            align_units(&aligner, &references, &view, &experts, large, &cx).unwrap()
         };
-        assert_eq!(run(0), run(ALONE));
+        assert_eq!(run(0), run(PARALLEL_THRESHOLD));
         assert_eq!(run(0).iter().filter(|p| p.is_identity()).count(), 3);
     }
 }

@@ -33,7 +33,7 @@ pub fn stable_rank(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<f64> {
         squares(weight, cx)?.first().copied().unwrap_or(total)
     } else {
         let how = Randomized { oversampling: 31, tolerance: 5e-7, products: 60 };
-        let svd = rsvd(weight, 1, &how, cx.seed(), cx.compute(), cx.factorise())?.svd;
+        let svd = rsvd(weight, 1, &how, cx.seed(), cx.compute(), cx.backend())?.svd;
         svd.s.first().map_or(total, |&s| f64::from(s).powi(2))
     };
     Ok(total / largest)
@@ -55,7 +55,7 @@ fn squares(weight: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
     let tall = if weight.nrows() < weight.ncols() { weight.reversed_axes() } else { weight };
     let mut gram = Array2::zeros((short, short));
     cx.compute().add_gram(tall, &mut gram)?;
-    cx.factorise().eigenvalues(gram.view())
+    cx.backend().eigenvalues(gram.view())
 }
 
 /// Mean of `(after − before)/before` over matrices: what the paper plots per layer. Negative where

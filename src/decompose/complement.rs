@@ -193,7 +193,7 @@ impl Complement {
 /// Squared distance of every row of `A: (p, q)` from the span of the rows of `B: (r, q)`.
 fn off_span(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, cx: &Context) -> Result<Vec<f64>> {
     let mut off = squares(a, Structure::Rows);
-    let span = cx.factorise().qr(b.t())?.q;
+    let span = cx.backend().qr(b.t())?.q;
     let mut inside = Array2::zeros((a.nrows(), span.ncols()));
     cx.compute().gemm(1.0, a, span.view(), 0.0, inside.view_mut())?;
     for (off, inside) in off.iter_mut().zip(squares(inside.view(), Structure::Rows)) {

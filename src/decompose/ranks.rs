@@ -77,7 +77,7 @@ impl Spectrum {
         let mut gram = Array2::zeros((tall.ncols(), tall.ncols()));
         cx.compute().add_gram(tall, &mut gram)?;
         let sigma =
-            cx.factorise().eigenvalues(gram.view())?.iter().map(|x| x.max(0.0).sqrt()).collect();
+            cx.backend().eigenvalues(gram.view())?.iter().map(|x| x.max(0.0).sqrt()).collect();
         Ok(Self { shape: matrix.dim(), sigma, weight, unit: 1 })
     }
 

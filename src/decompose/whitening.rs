@@ -49,7 +49,7 @@ impl Whitening {
         let mut tried = damping;
         loop {
             mean.diag_mut().assign(&plain.mapv(|x| x + tried * scale));
-            match cx.factorise().cholesky(mean.view()) {
+            match cx.backend().cholesky(mean.view()) {
                 Ok(lower) => return Ok(Self { lower, damping: tried }),
                 Err(error) if tried >= DAMPING.1 => return Err(error),
                 Err(_) => tried = (tried * 10.0).max(DAMPING.0),
@@ -79,7 +79,7 @@ impl Whitening {
     /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the widths differ.
     pub fn undo(&self, right: ArrayView2<'_, f32>, cx: &Context) -> Result<Array2<f32>> {
         let rhs = right.t().mapv(f64::from);
-        let solved = cx.factorise().solve_lower_transposed(self.lower.view(), rhs.view())?;
+        let solved = cx.backend().solve_lower_transposed(self.lower.view(), rhs.view())?;
         Ok(solved.t().mapv(|x| x as f32))
     }
 }

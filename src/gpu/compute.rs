@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use super::held::Matrix;
+use super::device_matrix::Matrix;
 use super::mlp::Until;
 use super::{Gpu, gemm, gram, mlp, sum};
 use crate::error::{Error, Result};
 use crate::linalg::{
-    Compute, Held, Mlp, Product, Term, add_bias, check_weights, hidden_by_parts, mlp_by_parts,
+    Compute, DeviceMatrix, Mlp, Product, Term, add_bias, check_weights, hidden_by_parts,
+    mlp_by_parts,
 };
 
 impl Compute for Gpu {
@@ -75,7 +76,7 @@ impl Compute for Gpu {
         true
     }
 
-    fn hold<'a>(&'a self, a: ArrayView2<'a, f32>) -> Result<Option<Box<dyn Held + 'a>>> {
+    fn upload<'a>(&'a self, a: ArrayView2<'a, f32>) -> Result<Option<Box<dyn DeviceMatrix + 'a>>> {
         Ok(Some(Box::new(Matrix::new(&self.device, a)?)))
     }
 

@@ -10,7 +10,7 @@ use super::kernels::Kernels;
 use crate::error::{DeviceFault, Error, ErrorKind, Result};
 
 /// Least bytes of a block: 256 numbers.
-const LEAST: u64 = 1 << 10;
+const MIN_BLOCK_BYTES: u64 = 1 << 10;
 
 /// An open device.
 #[derive(Debug)]
@@ -49,7 +49,8 @@ impl Device {
         // Kernels index with u32, and a byte offset must fit as well.
         let bound = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let bound = bound.min(u64::from(u32::MAX));
-        let block = options.block_bytes.map_or(bound, |bytes| bytes.clamp(LEAST, bound)) / 4 * 4;
+        let block =
+            options.block_bytes.map_or(bound, |bytes| bytes.clamp(MIN_BLOCK_BYTES, bound)) / 4 * 4;
         let scopes = Scopes::open(&raw);
         let kernels = Kernels::compile(&raw);
         let device = Self {

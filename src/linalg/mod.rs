@@ -3,7 +3,7 @@
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
 //! [`solve_spd`], [`solve_lower`]). [`Activation`] and [`Mlp`] are what a device must know of an
-//! expert. Factorisations run on one thread: give each parallel task its own matrix. [`Factorise`]
+//! expert. Factorisations run on one thread: give each parallel task its own matrix. [`LinalgBackend`]
 //! is all of them as an object: [`PureRust`], or `Lapack` with the feature `lapack`. [`exp`](exp())
 //! is the one scalar kernel that several rooms vectorise.
 
@@ -20,7 +20,7 @@ pub use assign::{Assignment, assign, assign_within};
 #[cfg(feature = "lapack")]
 pub use backend::Lapack;
 pub use backend::{
-    Eigh, Factorise, PureRust, Qr, Randomized, RandomizedSvd, Svd, SvdMethod, cholesky,
+    Eigh, LinalgBackend, PureRust, Qr, Randomized, RandomizedSvd, Svd, SvdMethod, cholesky,
     eigenvalues, eigh, qr, rsvd, singular_values, solve_lower, solve_lower_transposed, solve_spd,
     svd, truncated_svd,
 };
@@ -28,7 +28,7 @@ pub(crate) use backend::{mean_eigenvalue, renew};
 pub use correlation::correlation;
 pub(crate) use cross::add_pairs;
 pub use cross::{add_cross, add_own};
-pub use device::{Activation, Compute, Cpu, Held, LinearView, Mlp, Product, Term};
+pub use device::{Activation, Compute, Cpu, DeviceMatrix, LinearView, Mlp, Product, Term};
 pub(crate) use device::{activate, gated};
 #[cfg(feature = "gpu")]
 pub(crate) use device::{add_bias, check_terms, check_weights, hidden_by_parts, mlp_by_parts};

@@ -81,7 +81,7 @@ mod tests {
             (
                 "solve_spd",
                 Box::new(|| {
-                    use crate::linalg::Factorise;
+                    use crate::linalg::LinalgBackend;
                     // On one thread, so that every task is of this one.
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread();
                     pool.build().unwrap().install(|| {

@@ -34,8 +34,7 @@ impl Normal {
         if mean <= 0.0 {
             return Ok(None);
         }
-        let solution =
-            cx.factorise().solve_ridged(&mut self.gram, ridge * mean, self.rhs.view())?;
+        let solution = cx.backend().solve_ridged(&mut self.gram, ridge * mean, self.rhs.view())?;
         Ok(Some(solution.t().mapv(|x| x as f32)))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
-use crate::linalg::{Compute, Cpu, Factorise};
+use crate::linalg::{Compute, Cpu, LinalgBackend};
 use crate::pipeline::options::{
     AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy,
 };
@@ -56,7 +56,7 @@ pub struct PipelineBuilder {
     skip_error: bool,
     measure_spectra: Option<bool>,
     compute: Option<Arc<dyn Compute>>,
-    factorise: Option<Arc<dyn Factorise>>,
+    factorise: Option<Arc<dyn LinalgBackend>>,
     seed: u64,
     recipe: Option<serde_json::Value>,
 }
@@ -171,7 +171,7 @@ impl PipelineBuilder {
     }
 
     /// Who factorises; [`PureRust`](crate::linalg::PureRust) unless given.
-    pub fn factorise(mut self, factorise: Arc<dyn Factorise>) -> Self {
+    pub fn factorise(mut self, factorise: Arc<dyn LinalgBackend>) -> Self {
         self.factorise = Some(factorise);
         self
     }
@@ -198,7 +198,7 @@ impl PipelineBuilder {
         let compute = self.compute.unwrap_or_else(|| Arc::new(Cpu::new()));
         let mut cx = Context::on(compute, self.seed);
         if let Some(factorise) = self.factorise {
-            cx = cx.with_factorise(factorise);
+            cx = cx.with_backend(factorise);
         }
         Ok(Pipeline {
             similarity: self.similarity.ok_or_else(|| missing("similarity"))?,

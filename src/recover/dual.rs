@@ -32,7 +32,7 @@ pub(super) fn by_tokens(
     let mut gram = kernel.own(&(0..fitted).collect::<Vec<_>>());
     drop(kernel);
     let missed = residual.slice(s![..fitted, ..]).mapv(f64::from);
-    let solved = cx.factorise().solve_ridged(&mut gram, lambda, missed.view())?;
+    let solved = cx.backend().solve_ridged(&mut gram, lambda, missed.view())?;
     // The rows that judge take no part.
     let mut shares = Array2::zeros(residual.dim());
     shares.slice_mut(s![..fitted, ..]).zip_mut_with(&solved, |a, &b| *a = b as f32);
@@ -92,7 +92,7 @@ impl System {
             // How much a judge gets of what every chosen token misses: judges are mostly fewer
             // right-hand sides than output features.
             renew(&mut place, &gram)?;
-            let shares = cx.factorise().solve_ridged(&mut place, lambda, cross.view())?;
+            let shares = cx.backend().solve_ridged(&mut place, lambda, cross.view())?;
             let shares = shares.mapv(|x| x as f32);
             let mut left = goal.to_owned();
             cx.compute().gemm(-1.0, shares.t(), given.view(), 1.0, left.view_mut())?;

@@ -88,14 +88,14 @@ impl WithSimd for Back<'_> {
                 *u = d * value;
             }),
             (Some(gate), act) => both.zip(gate).for_each(|((u, d), g)| {
-                let (by_gate, by_up) = act.gate_slopes(*g, *u);
+                let (by_gate, by_up) = act.gate_derivatives(*g, *u);
                 let d = d * weight;
                 (*g, *u) = (d * by_gate, d * by_up);
             }),
             (None, Activation::Relu) => {
                 both.for_each(|(u, d)| *u = if *u > 0.0 { d * weight } else { 0.0 });
             }
-            (None, act) => both.for_each(|(u, d)| *u = d * weight * act.slope(*u)),
+            (None, act) => both.for_each(|(u, d)| *u = d * weight * act.derivative(*u)),
         }
         sum
     }
@@ -137,12 +137,12 @@ mod tests {
                 near(h[i], 0.7 * hidden[i]);
                 if gated {
                     near(hidden[i], act.gate(gate[i], up[i]));
-                    let (by_gate, by_up) = act.gate_slopes(gate[i], up[i]);
+                    let (by_gate, by_up) = act.gate_derivatives(gate[i], up[i]);
                     near(g[i], 0.7 * delta[i] * by_gate);
                     near(u[i], 0.7 * delta[i] * by_up);
                 } else {
                     near(hidden[i], act.apply(up[i]));
-                    near(u[i], 0.7 * delta[i] * act.slope(up[i]));
+                    near(u[i], 0.7 * delta[i] * act.derivative(up[i]));
                 }
             }
         }

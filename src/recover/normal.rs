@@ -42,7 +42,7 @@ impl<'a> Normal<'a> {
     pub(super) fn solve(&mut self, ridge: f64, cx: &Context) -> Result<Deltas> {
         renew(&mut self.place, &self.gram)?;
         let (place, lambda) = (&mut self.place, ridge * self.mean);
-        let solution = cx.factorise().solve_ridged(place, lambda, self.rhs.view())?;
+        let solution = cx.backend().solve_ridged(place, lambda, self.rhs.view())?;
         let mut first = 0;
         let deltas = self.features.parts.iter().map(|part| {
             let rows = first..first + part.hidden.ncols();

@@ -117,7 +117,7 @@ fn steps(
     if mean <= 0.0 {
         return Ok(None);
     }
-    let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
+    let solved = cx.backend().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
     Ok(Some(solved.column(0).to_vec()))
 }
 

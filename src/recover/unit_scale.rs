@@ -152,7 +152,7 @@ fn factorised(
     let column = Array2::from_shape_fn((rhs.len(), 1), |(i, _)| {
         rhs[[i / rhs.ncols().max(1), i % rhs.ncols().max(1)]]
     });
-    let solved = cx.factorise().solve_ridged(&mut gram.clone(), lambda, column.view())?;
+    let solved = cx.backend().solve_ridged(&mut gram.clone(), lambda, column.view())?;
     let at = |(e, a): (usize, usize)| solved[[e * rhs.ncols() + a, 0]];
     Ok(Array2::from_shape_fn(rhs.dim(), at))
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use ndarray::ArrayView2;
 
 use crate::error::Result;
-use crate::linalg::{Compute, Cpu, Factorise, PureRust, Svd, SvdMethod, truncated_svd};
+use crate::linalg::{Compute, Cpu, LinalgBackend, PureRust, Svd, SvdMethod, truncated_svd};
 
-/// Where a stage runs: a device, who factorises, and a seed. No globals, no environment.
+/// Where a stage runs: a device, a linear-algebra backend, and a seed. No globals, no environment.
 #[derive(Debug, Clone)]
 pub struct Context {
     compute: Arc<dyn Compute>,
-    factorise: Arc<dyn Factorise>,
+    backend: Arc<dyn LinalgBackend>,
     seed: u64,
 }
 
@@ -33,20 +33,20 @@ impl Context {
 
     /// A given device; factorisations are always solved on the CPU.
     pub fn on(compute: Arc<dyn Compute>, seed: u64) -> Self {
-        Self { compute, factorise: Arc::new(PureRust), seed }
+        Self { compute, backend: Arc::new(PureRust), seed }
     }
 
-    /// The same with another implementation of the factorisations.
+    /// The same with another linear-algebra backend.
     #[must_use]
-    pub fn with_factorise(self, factorise: Arc<dyn Factorise>) -> Self {
-        Self { factorise, ..self }
+    pub fn with_backend(self, backend: Arc<dyn LinalgBackend>) -> Self {
+        Self { backend, ..self }
     }
 
     /// The same with LAPACK for the factorisations.
     #[cfg(feature = "lapack")]
     #[must_use]
     pub fn with_lapack(self) -> Self {
-        self.with_factorise(Arc::new(crate::linalg::Lapack))
+        self.with_backend(Arc::new(crate::linalg::Lapack))
     }
 
     /// The device.
@@ -54,13 +54,13 @@ impl Context {
         &*self.compute
     }
 
-    /// Who factorises.
-    pub fn factorise(&self) -> &dyn Factorise {
-        &*self.factorise
+    /// The linear-algebra backend.
+    pub fn backend(&self) -> &dyn LinalgBackend {
+        &*self.backend
     }
 
-    /// The leading `rank` singular triplets of `A`, on this device, by who factorises here and by
-    /// this seed; see [`truncated_svd`].
+    /// The leading `rank` singular triplets of `A`, by this device, backend and
+    /// seed; see [`truncated_svd`].
     ///
     /// # Errors
     /// As [`truncated_svd`].
@@ -70,7 +70,7 @@ impl Context {
         rank: usize,
         method: SvdMethod,
     ) -> Result<Svd> {
-        truncated_svd(a, rank, method, self.seed, self.compute(), self.factorise())
+        truncated_svd(a, rank, method, self.seed, self.compute(), self.backend())
     }
 
     /// The same context for use inside a task that runs in parallel with others.

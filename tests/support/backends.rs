@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use mcsmoe::linalg::{Factorise, PureRust};
+use mcsmoe::linalg::{LinalgBackend, PureRust};
 use mcsmoe::stage::Context;
 
-pub(crate) fn backends() -> Vec<Arc<dyn Factorise>> {
+pub(crate) fn backends() -> Vec<Arc<dyn LinalgBackend>> {
     vec![
         Arc::new(PureRust),
         #[cfg(feature = "lapack")]
@@ -14,5 +14,5 @@ pub(crate) fn backends() -> Vec<Arc<dyn Factorise>> {
 }
 
 pub(crate) fn contexts(seed: u64) -> Vec<Context> {
-    backends().into_iter().map(|b| Context::cpu(seed).with_factorise(b)).collect()
+    backends().into_iter().map(|b| Context::cpu(seed).with_backend(b)).collect()
 }

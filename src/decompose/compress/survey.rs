@@ -92,9 +92,9 @@ fn reach(
     let up = view.up.forward(x.view(), cx.compute())?;
     let gate = view.gate.map(|gate| gate.forward(x.view(), cx.compute())).transpose()?;
     let slope = |t: usize, a: usize| match &gate {
-        None => view.activation.slope(up[[t, a]]),
+        None => view.activation.derivative(up[[t, a]]),
         Some(gate) => {
-            let (by_gate, by_up) = view.activation.gate_slopes(gate[[t, a]], up[[t, a]]);
+            let (by_gate, by_up) = view.activation.gate_derivatives(gate[[t, a]], up[[t, a]]);
             if role == Role::Gate { by_gate } else { by_up }
         }
     };

@@ -109,7 +109,7 @@ impl Fit {
         if mean <= 0.0 {
             return Ok(left);
         }
-        let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
+        let solved = cx.backend().solve_ridged(&mut gram, ridge * mean, rhs.view())?;
         for (i, part) in judge.iter().enumerate() {
             let given = part.hidden.mapv(f64::from).dot(&solved.slice(s![i * f..(i + 1) * f, ..]));
             for (given, t) in given.rows().into_iter().zip(&part.tokens) {
@@ -141,7 +141,7 @@ impl Fit {
         let mean = mean_eigenvalue(&gram, features.min(self.fitted.len()));
         if mean > 0.0 {
             let missed = self.rows(&self.fitted);
-            let solved = cx.factorise().solve_ridged(&mut gram, ridge * mean, missed.view())?;
+            let solved = cx.backend().solve_ridged(&mut gram, ridge * mean, missed.view())?;
             left -= &kernel.between(&self.judges, &self.fitted).dot(&solved);
         }
         Ok(left)

@@ -169,8 +169,8 @@ impl Sieve {
 /// Writes the maximum of each cell and returns the maxima of the buckets of cells.
 #[inline(always)]
 fn fill(cells: &mut [[f64; LANES]], gain: &[f32], price: &[f64]) -> [f64; BUCKETS] {
-    const WIDE: usize = BUCKETS / LANES;
-    let mut buckets = [[f64::NEG_INFINITY; LANES]; WIDE];
+    const BUCKETS_PER_LANE: usize = BUCKETS / LANES;
+    let mut buckets = [[f64::NEG_INFINITY; LANES]; BUCKETS_PER_LANE];
     let groups = gain.as_chunks::<GROUP>().0.iter().zip(price.as_chunks::<GROUP>().0);
     for (b, ((g, p), cell)) in groups.zip(cells).enumerate() {
         let mut lanes = [f64::NEG_INFINITY; LANES];
@@ -178,7 +178,7 @@ fn fill(cells: &mut [[f64; LANES]], gain: &[f32], price: &[f64]) -> [f64; BUCKET
             raise(&mut lanes, g, p);
         }
         *cell = lanes;
-        let bucket = &mut buckets[b % WIDE];
+        let bucket = &mut buckets[b % BUCKETS_PER_LANE];
         for l in 0..LANES {
             bucket[l] = larger(lanes[l], bucket[l]);
         }
@@ -262,13 +262,13 @@ fn cut(top: &mut Vec<Scored>, k: usize, start: u32, dropped: f64) -> f64 {
 
 /// `Σ_j a_j b_j` in `f64`, over fixed lanes.
 pub(super) fn dot(arch: Arch, a: &[f32], b: &[f64]) -> f64 {
-    const WIDE: usize = 2 * LANES;
+    const WIDTH: usize = 2 * LANES;
     vectorised!(arch, (a: &'a [f32], b: &'a [f64]) -> f64 {
-            let mut lanes = [0.0; WIDE];
-            let (a, a_rest) = a.as_chunks::<WIDE>();
-            let (b, b_rest) = b.as_chunks::<WIDE>();
+            let mut lanes = [0.0; WIDTH];
+            let (a, a_rest) = a.as_chunks::<WIDTH>();
+            let (b, b_rest) = b.as_chunks::<WIDTH>();
             for (a, b) in a.iter().zip(b) {
-                for l in 0..WIDE {
+                for l in 0..WIDTH {
                     lanes[l] += f64::from(a[l]) * b[l];
                 }
             }

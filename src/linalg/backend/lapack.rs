@@ -8,7 +8,7 @@ use ndarray_linalg::{
 
 use super::bridge::check_finite;
 use super::eigh::Eigh;
-use super::factorise::Factorise;
+use super::linalg_backend::LinalgBackend;
 use super::qr::Qr;
 use super::svd::Svd;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,7 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Lapack;
 
-impl Factorise for Lapack {
+impl LinalgBackend for Lapack {
     fn name(&self) -> &str {
         "lapack"
     }

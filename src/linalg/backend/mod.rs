@@ -1,12 +1,12 @@
-//! Backends for decompositions and solves: all of them as an object ([`Factorise`]), in pure Rust
-//! ([`PureRust`]) or by LAPACK (`Lapack`, with the feature `lapack`).
+//! Decompositions and solves, and backends that offer all of them as one object
+//! ([`LinalgBackend`]): pure Rust ([`PureRust`]), or LAPACK with the feature `lapack`.
 
 mod bridge;
 mod cholesky;
 mod eigh;
-mod factorise;
 #[cfg(feature = "lapack")]
 mod lapack;
+mod linalg_backend;
 mod qr;
 mod rsvd;
 mod svd;
@@ -15,10 +15,10 @@ mod truncated;
 
 pub use cholesky::{cholesky, solve_spd};
 pub use eigh::{Eigh, eigenvalues, eigh};
-pub use factorise::{Factorise, PureRust};
-pub(crate) use factorise::{mean_eigenvalue, renew};
 #[cfg(feature = "lapack")]
 pub use lapack::Lapack;
+pub use linalg_backend::{LinalgBackend, PureRust};
+pub(crate) use linalg_backend::{mean_eigenvalue, renew};
 pub use qr::{Qr, qr};
 pub use rsvd::{Randomized, RandomizedSvd, rsvd};
 pub use svd::{Svd, singular_values, svd};

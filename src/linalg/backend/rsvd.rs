@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
-use super::factorise::Factorise;
+use super::linalg_backend::LinalgBackend;
 use super::svd::Svd;
 use super::truncated::{from_subspace, gram_svd};
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ const NOISE: f64 = 1e-6;
 /// `‖A‖`, which norms in `f32` cannot resolve.
 ///
 /// Cost: `2 m n l` operations a product, four to eight of them, through [`Compute::gemm`] or, on a
-/// device that holds `A` meanwhile, [`Held::multiply`](crate::linalg::Held::multiply);
+/// device with a memory of its own, [`DeviceMatrix::multiply`](crate::linalg::DeviceMatrix::multiply);
 /// `4 (m + n) l²` for QR on one thread. Memory: `3 (m + n) l` numbers beside `A`.
 ///
 /// # Errors
@@ -78,7 +78,7 @@ pub fn rsvd(
     how: &Randomized,
     seed: u64,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<RandomizedSvd> {
     let (m, n) = a.dim();
     if rank > m.min(n) {
@@ -88,14 +88,14 @@ pub fn rsvd(
         return Err(Error::range("tolerance of a randomised SVD", "above 0", how.tolerance));
     }
     check_finite("matrix of an SVD", a)?;
-    let held = compute.hold(a)?;
-    let total: f64 = match &held {
-        Some(held) => held.row_squares()?.iter().sum(),
+    let resident = compute.upload(a)?;
+    let total: f64 = match &resident {
+        Some(resident) => resident.row_squares()?.iter().sum(),
         None => a.iter().map(|&x| f64::from(x).powi(2)).sum(),
     };
     let width = rank + how.oversampling.max(rank);
     if rank == 0 || total == 0.0 || width >= m.min(n) {
-        return exact(a, rank, total, 0, compute, factorise);
+        return exact(a, rank, total, 0, compute, backend);
     }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut basis = Array2::from_shape_simple_fn((n, width), || rng.random_range(-1.0f32..1.0));
@@ -104,25 +104,25 @@ pub fn rsvd(
     for products in 1..=how.products {
         let side = if forward { a } else { a.reversed_axes() };
         let mut product = Array2::zeros((side.nrows(), width));
-        match &held {
-            Some(held) => held.multiply(!forward, basis.view(), product.view_mut())?,
+        match &resident {
+            Some(resident) => resident.multiply(!forward, basis.view(), product.view_mut())?,
             None => compute.gemm(1.0, side, basis.view(), 0.0, product.view_mut())?,
         }
         if products > 1 {
-            energies.push(captured(product.view(), rank, compute, factorise)?);
+            energies.push(captured(product.view(), rank, compute, backend)?);
         }
         let excess = excess(&energies, total);
         if excess.is_some_and(|excess| excess <= how.tolerance) {
-            let svd = from_subspace(product.view(), basis.view(), rank, compute, factorise)?;
+            let svd = from_subspace(product.view(), basis.view(), rank, compute, backend)?;
             let svd = if forward { svd } else { svd.transposed() };
             let residual = residual(&svd, total);
             let excess = excess.unwrap_or(0.0);
             return Ok(RandomizedSvd { svd, residual, excess, products, fell_back: false });
         }
-        basis = factorise.qr(product.view())?.q;
+        basis = backend.qr(product.view())?.q;
         forward = !forward;
     }
-    exact(a, rank, total, how.products, compute, factorise)
+    exact(a, rank, total, how.products, compute, backend)
 }
 
 /// `Σ_{i ≤ rank} s_i²` of the product of a matrix with an orthonormal basis.
@@ -130,11 +130,11 @@ fn captured(
     product: ArrayView2<'_, f32>,
     rank: usize,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<f64> {
     let mut gram = Array2::zeros((product.ncols(), product.ncols()));
     compute.add_gram(product, &mut gram)?;
-    Ok(factorise.eigenvalues(gram.view())?.iter().take(rank).sum())
+    Ok(backend.eigenvalues(gram.view())?.iter().take(rank).sum())
 }
 
 /// The estimated excess over the optimum, when there are enough gains to tell.
@@ -164,9 +164,9 @@ fn exact(
     total: f64,
     products: usize,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<RandomizedSvd> {
-    let svd = gram_svd(a, rank, compute, factorise)?;
+    let svd = gram_svd(a, rank, compute, backend)?;
     let residual = residual(&svd, total);
     Ok(RandomizedSvd { svd, residual, excess: 0.0, products, fell_back: true })
 }

@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
 
 use super::bridge::check_finite;
-use super::factorise::Factorise;
+use super::linalg_backend::LinalgBackend;
 use super::rsvd::{Randomized, rsvd};
 use super::svd::Svd;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ pub enum SvdMethod {
     /// an eighth of the short side, else [`SvdMethod::Gram`].
     #[default]
     Auto,
-    /// All triplets, then the leading ones: [`Factorise::svd`].
+    /// All triplets, then the leading ones: [`LinalgBackend::svd`].
     Full,
     /// Eigenvectors of the Gram matrix of the short side, formed in `f64`. The projection on them
     /// is the best approximation to 1e-6 of its residual; two to three times as fast as `Full`.
@@ -47,16 +47,16 @@ pub fn truncated_svd(
     method: SvdMethod,
     seed: u64,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<Svd> {
     let short = a.nrows().min(a.ncols());
     if rank > short {
         return Err(Error::range("rank", format!("at most {short}"), rank));
     }
     match method.resolved(short, rank) {
-        SvdMethod::Gram => gram_svd(a, rank, compute, factorise),
-        SvdMethod::Randomized(how) => Ok(rsvd(a, rank, &how, seed, compute, factorise)?.svd),
-        SvdMethod::Auto | SvdMethod::Full => Ok(factorise.svd(a)?.truncated(rank)),
+        SvdMethod::Gram => gram_svd(a, rank, compute, backend),
+        SvdMethod::Randomized(how) => Ok(rsvd(a, rank, &how, seed, compute, backend)?.svd),
+        SvdMethod::Auto | SvdMethod::Full => Ok(backend.svd(a)?.truncated(rank)),
     }
 }
 
@@ -76,7 +76,7 @@ pub(super) fn gram_svd(
     a: ArrayView2<'_, f32>,
     rank: usize,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<Svd> {
     check_finite("matrix of an SVD", a)?;
     let tall = a.nrows() >= a.ncols();
@@ -84,12 +84,12 @@ pub(super) fn gram_svd(
     let n = a_tall.ncols();
     let mut gram = Array2::zeros((n, n));
     compute.add_gram(a_tall, &mut gram)?;
-    let vectors = factorise.eigh(gram.view())?.vectors;
+    let vectors = backend.eigh(gram.view())?.vectors;
     drop(gram);
     let basis = vectors.slice(s![.., ..rank]).mapv(|x| x as f32);
     let mut product = Array2::zeros((a_tall.nrows(), rank));
     compute.gemm(1.0, a_tall, basis.view(), 0.0, product.view_mut())?;
-    let svd = from_subspace(product.view(), basis.view(), rank, compute, factorise)?;
+    let svd = from_subspace(product.view(), basis.view(), rank, compute, backend)?;
     Ok(if tall { svd } else { svd.transposed() })
 }
 
@@ -103,9 +103,9 @@ pub(super) fn from_subspace(
     basis: ArrayView2<'_, f32>,
     rank: usize,
     compute: &dyn Compute,
-    factorise: &dyn Factorise,
+    backend: &dyn LinalgBackend,
 ) -> Result<Svd> {
-    let inner = factorise.svd(product)?.truncated(rank);
+    let inner = backend.svd(product)?.truncated(rank);
     let mut vt = Array2::zeros((inner.s.len(), basis.nrows()));
     compute.gemm(1.0, inner.vt.view(), basis.t(), 0.0, vt.view_mut())?;
     Ok(Svd { u: inner.u, s: inner.s, vt })

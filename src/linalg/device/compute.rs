@@ -43,8 +43,8 @@ pub struct Product<'a> {
     pub b: ArrayView2<'a, f32>,
 }
 
-/// A matrix `A: (m, n)` that stays in a device's own memory while it is multiplied again and again.
-pub trait Held: Debug + Send + Sync {
+/// A matrix `A: (m, n)` in a device's own memory, for repeated products.
+pub trait DeviceMatrix: Debug + Send + Sync {
     /// `out ← A B`, or `out ← Aᵀ B` if `transposed`.
     ///
     /// # Errors
@@ -151,12 +151,12 @@ pub trait Compute: Debug + Send + Sync {
         false
     }
 
-    /// The matrix in the device's own memory; `None` from a device without one, whose caller
+    /// Copies the matrix to the device's own memory; `None` from a device without one, whose caller
     /// multiplies by [`Compute::gemm`].
     ///
     /// # Errors
     /// Of the device only.
-    fn hold<'a>(&'a self, a: ArrayView2<'a, f32>) -> Result<Option<Box<dyn Held + 'a>>> {
+    fn upload<'a>(&'a self, a: ArrayView2<'a, f32>) -> Result<Option<Box<dyn DeviceMatrix + 'a>>> {
         let _ = a;
         Ok(None)
     }

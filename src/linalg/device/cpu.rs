@@ -116,11 +116,11 @@ pub(in crate::linalg) fn product<T: ComplexField + Copy + Send + Sync>(
 ) {
     let (left, right) = (dense(a), dense(b));
     let (Some(left), Some(right)) = (faer_ref(&left), faer_ref(&right)) else { return };
-    // An output that is not dense in either order is computed aside: rare, and O(m n) extra.
+    // An output that is not dense in either order is computed in a dense copy: rare.
     if !out.is_standard_layout() && !out.t().is_standard_layout() {
-        let mut aside = out.to_owned();
-        product(aside.view_mut(), accum, a, b, alpha, parallel);
-        out.assign(&aside);
+        let mut dense_out = out.to_owned();
+        product(dense_out.view_mut(), accum, a, b, alpha, parallel);
+        out.assign(&dense_out);
         return;
     }
     let transposed = !out.is_standard_layout();

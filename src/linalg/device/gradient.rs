@@ -4,9 +4,9 @@ use super::activation::Activation;
 
 impl Activation {
     /// `act′(x)`; where `act` has a corner, 0.
-    pub fn slope(self, x: f32) -> f32 {
+    pub fn derivative(self, x: f32) -> f32 {
         match self {
-            Self::Silu => swish_slope(x, 1.0),
+            Self::Silu => swish_derivative(x, 1.0),
             Self::Gelu => {
                 let density = 0.398_942_3 * (-0.5 * x * x).exp();
                 // Φ(x) = gelu(x) / x, which leaves 1/2 at 0.
@@ -19,25 +19,25 @@ impl Activation {
                 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * inner
             }
             Self::Relu => f32::from(x > 0.0),
-            Self::ClampedSwiglu { alpha, limit } if x < limit => swish_slope(x, alpha),
+            Self::ClampedSwiglu { alpha, limit } if x < limit => swish_derivative(x, alpha),
             Self::ClampedSwiglu { .. } => 0.0,
         }
     }
 
     /// The derivatives of a hidden unit of a gated expert, [`Activation::gate`], by gate and by up.
-    pub fn gate_slopes(self, gate: f32, up: f32) -> (f32, f32) {
+    pub fn gate_derivatives(self, gate: f32, up: f32) -> (f32, f32) {
         match self {
             Self::ClampedSwiglu { limit, .. } => {
                 let by_up = if up.abs() < limit { self.apply(gate) } else { 0.0 };
-                (self.slope(gate) * (up.max(-limit).min(limit) + 1.0), by_up)
+                (self.derivative(gate) * (up.max(-limit).min(limit) + 1.0), by_up)
             }
-            _ => (self.slope(gate) * up, self.apply(gate)),
+            _ => (self.derivative(gate) * up, self.apply(gate)),
         }
     }
 }
 
 /// Derivative of `x · σ(α x)`.
-fn swish_slope(x: f32, alpha: f32) -> f32 {
+fn swish_derivative(x: f32, alpha: f32) -> f32 {
     let sigma = 1.0 / (1.0 + (-alpha * x).exp());
     sigma + alpha * x * sigma * (1.0 - sigma)
 }
@@ -80,7 +80,7 @@ mod tests {
                 let (gate, up) = (f64::from(i) * 0.19 + 0.05, 0.71 - f64::from(i) * 0.13);
                 let by_gate = exact(act, gate + h, up) - exact(act, gate - h, up);
                 let by_up = exact(act, gate, up + h) - exact(act, gate, up - h);
-                let found = act.gate_slopes(gate as f32, up as f32);
+                let found = act.gate_derivatives(gate as f32, up as f32);
                 approx::assert_abs_diff_eq!(
                     f64::from(found.0),
                     by_gate / (2.0 * h),

@@ -8,7 +8,7 @@ mod mlp;
 
 pub use activation::Activation;
 pub(crate) use activation::{activate, gated};
-pub use compute::{Compute, Held, Product, Term};
+pub use compute::{Compute, DeviceMatrix, Product, Term};
 pub use cpu::Cpu;
 #[cfg(feature = "gpu")]
 pub(crate) use cpu::check_terms;

@@ -158,7 +158,7 @@ impl LogSumExpFit {
         let rhs = gram.slice(s![..width, width..]).to_owned();
         let mut gram = gram.slice(s![..width, ..width]).to_owned();
         let lambda = self.ridge * gram.diag().sum() / width as f64;
-        let solution = cx.factorise().solve_ridged(&mut gram, lambda, rhs.view())?;
+        let solution = cx.backend().solve_ridged(&mut gram, lambda, rhs.view())?;
         Ok(solution.t().mapv(|x| x as f32))
     }
 }

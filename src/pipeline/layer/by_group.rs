@@ -55,7 +55,7 @@ impl Pipeline {
                 line(&report, writer.digest(report.layer)?)
             }
         };
-        par::beside(WAITING, take, |send| {
+        par::producer_consumer(WAITING, take, |send| {
             for (at, (measured, grouping)) in layers {
                 let id = process::announce(observer, &decided.ids, at, Phase::Merge);
                 let layer = Layer {
@@ -166,7 +166,7 @@ impl Layer<'_> {
             return Ok(experts.iter().map(|e| Permutation::identity(e.d_ff())).collect());
         };
         let table = Some(&self.measured.summary.similarity);
-        let frame = align::frame_of(a.reference, self.grouping, g, table)?;
+        let frame = align::reference_of(a.reference, self.grouping, g, table)?;
         // The first expert of the layer may keep its order without being a member.
         let outside;
         let reference = match indices.iter().position(|&i| i == frame) {

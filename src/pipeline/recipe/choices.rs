@@ -105,7 +105,7 @@ impl RecoverChoice {
     }
 }
 
-/// Who factorises matrices; see [`crate::linalg::Factorise`].
+/// The linear-algebra backend; see [`crate::linalg::LinalgBackend`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FactoriseChoice {

@@ -237,7 +237,7 @@ impl Pipeline {
         let take = |(layer, report): (MergedLayer, LayerReport)| {
             sink(layer, &report).in_layer(report.layer)
         };
-        par::beside(0, take, |send| {
+        par::producer_consumer(0, take, |send| {
             for (at, id) in ids.iter().enumerate() {
                 let (layer, report) = one(at).in_layer(id)?;
                 if send.send((layer, report.clone())).is_err() {
@@ -275,7 +275,7 @@ impl Pipeline {
             recipe: self.recipe.clone(),
             stages,
             device: self.cx.compute().name().into(),
-            factorise: self.cx.factorise().name().into(),
+            factorise: self.cx.backend().name().into(),
             seed: self.cx.seed(),
             tokens: 0,
             experts: Report::total(&layers, |l| l.experts),

@@ -191,7 +191,7 @@ impl Pipeline {
             && plan.recoverer.is_none()
             && plan.compressor.is_none()
             && !plan.merge_needs().contains(Needs::EXPERTS)
-            && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::ALONE))
+            && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::PARALLEL_THRESHOLD))
     }
 
     /// What to write for some groups. What a size budget leaves of each matrix depends on the

@@ -273,7 +273,7 @@ fn held_matrices_and_the_randomised_svd() {
         found
     };
     for (name, device) in devices() {
-        if let Some(held) = device.hold(a.view()).unwrap() {
+        if let Some(held) = device.upload(a.view()).unwrap() {
             let mut out = Array2::zeros((210, 40));
             held.multiply(false, b.view(), out.view_mut()).unwrap();
             let expected = wide(a.view()).dot(&wide(b.view()));

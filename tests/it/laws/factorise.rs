@@ -3,7 +3,7 @@
 #[allow(dead_code)]
 use crate::support::backends::backends;
 use mcsmoe::ErrorKind;
-use mcsmoe::linalg::{Cpu, Factorise, Randomized, SvdMethod, rsvd, truncated_svd};
+use mcsmoe::linalg::{Cpu, LinalgBackend, Randomized, SvdMethod, rsvd, truncated_svd};
 use ndarray::{Array2, ArrayView2, array, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -186,7 +186,7 @@ fn the_leading_triplets_meet_eckart_and_young() {
 #[test]
 fn bad_input_is_refused_alike() {
     for backend in backends() {
-        let b: &dyn Factorise = &*backend;
+        let b: &dyn LinalgBackend = &*backend;
         for bad in [f32::NAN, f32::INFINITY] {
             let a = array![[1.0, 2.0], [bad, 4.0]];
             for error in [

@@ -1,4 +1,4 @@
-//! Who factorises: pure Rust by default, LAPACK where it was asked for.
+//! The linear-algebra backend: pure Rust by default, LAPACK where it was asked for.
 
 use std::fmt::Debug;
 
@@ -12,12 +12,13 @@ use super::triangular::{solve_lower, solve_lower_transposed};
 use crate::error::Result;
 use crate::par;
 
-/// The dense factorisations and solves. Object-safe; the stages reach it through their context.
+/// A linear-algebra backend: dense factorisations and solves. Object-safe; stages reach it through
+/// their context.
 ///
 /// Views may have any strides. Every implementation refuses the same input with the same kind of
 /// error and orders values the same way: largest first. Two of them agree on products and values
 /// to rounding, never on the signs of vectors.
-pub trait Factorise: Debug + Send + Sync {
+pub trait LinalgBackend: Debug + Send + Sync {
     /// The name for reports, e.g. `pure-rust`.
     fn name(&self) -> &str;
 
@@ -108,8 +109,8 @@ pub(crate) fn mean_eigenvalue(gram: &Array2<f64>, rank: usize) -> f64 {
 /// Columns of a matrix that one task copies.
 const COLUMNS: usize = 64;
 
-/// Puts a copy of `G: (n, n)` into `place`, for [`Factorise::solve_ridged`] to spoil: in column
-/// order, in parallel, and without new memory where the place is one of its size.
+/// Copies `G: (n, n)` into `place`, which [`LinalgBackend::solve_ridged`] may overwrite: in column
+/// order, in parallel, and without new memory where `place` has its size.
 pub(crate) fn renew(place: &mut Array2<f64>, gram: &Array2<f64>) -> Result<()> {
     if place.dim() != gram.dim() {
         *place = Array2::zeros(gram.dim().f());
@@ -128,7 +129,7 @@ pub(crate) fn renew(place: &mut Array2<f64>, gram: &Array2<f64>) -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PureRust;
 
-impl Factorise for PureRust {
+impl LinalgBackend for PureRust {
     fn name(&self) -> &str {
         "pure-rust"
     }

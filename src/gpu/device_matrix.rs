@@ -1,4 +1,4 @@
-//! A matrix that stays on the device: the one that a randomised SVD multiplies again and again.
+//! A matrix in the device's memory, which a randomised SVD multiplies many times.
 
 use ndarray::{ArrayView2, ArrayViewMut2, s};
 
@@ -8,7 +8,7 @@ use super::gemm::{Cut, Operand, Panels, record};
 use super::kernels::{Batch, GROUPS};
 use super::upload::{Block, ReadBack, copy_into, upload};
 use crate::error::{Error, Result};
-use crate::linalg::Held;
+use crate::linalg::DeviceMatrix;
 
 /// A matrix in blocks.
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl<'d> Matrix<'d> {
     }
 }
 
-impl Held for Matrix<'_> {
+impl DeviceMatrix for Matrix<'_> {
     fn multiply(
         &self,
         transposed: bool,
