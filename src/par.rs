@@ -10,7 +10,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Evaluates `f(0), …, f(n − 1)` in parallel and returns the results in order.
 ///
@@ -60,24 +60,46 @@ pub fn map_mut<T: Send, U: Send>(
     results.into_iter().collect()
 }
 
-/// Runs `make`, and on a thread of its own `take` on what `make` sends, in order; at most `waiting`
-/// things wait between the two. A `make` whose sending fails should stop: `take` has failed.
+/// Runs `produce` on this thread and, on another, `consume` on each item that `produce` sends, in
+/// order. At most `capacity` items wait between the two. A `produce` whose sending fails should
+/// stop: `consume` has failed.
+///
+/// Called inside a rayon pool, the consumer gets a pool of its own of the same width, so that
+/// nothing runs on rayon's global pool: at most twice as many threads are busy. Called outside,
+/// both use the global pool.
 ///
 /// # Errors
-/// That of `take`, which is then the cause of both; else that of `make`.
+/// That of `consume`, which is then the cause of both; else that of `produce`.
+/// [`ErrorKind::Io`](crate::ErrorKind::Io) when the system grants no further threads.
 pub fn producer_consumer<T: Send, R>(
-    waiting: usize,
-    take: impl FnMut(T) -> Result<()> + Send,
-    make: impl FnOnce(&SyncSender<T>) -> Result<R>,
+    capacity: usize,
+    consume: impl FnMut(T) -> Result<()> + Send,
+    produce: impl FnOnce(&SyncSender<T>) -> Result<R>,
 ) -> Result<R> {
+    let pool = pool_of_the_same_width()?;
     std::thread::scope(|scope| {
-        let (send, receive) = sync_channel(waiting);
-        let taker = scope.spawn(move || receive.iter().try_for_each(take));
-        let made = make(&send);
+        let (send, receive) = sync_channel(capacity);
+        let consumer = scope.spawn(move || {
+            let consume_all = move || receive.iter().try_for_each(consume);
+            match pool {
+                Some(pool) => pool.install(consume_all),
+                None => consume_all(),
+            }
+        });
+        let produced = produce(&send);
         drop(send);
-        let taken = taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        taken.and(made)
+        let consumed = consumer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        consumed.and(produced)
     })
+}
+
+/// A pool as wide as the one that this thread belongs to; `None` outside every pool.
+fn pool_of_the_same_width() -> Result<Option<rayon::ThreadPool>> {
+    if rayon::current_thread_index().is_none() {
+        return Ok(None);
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads()).build();
+    pool.map(Some).map_err(|e| Error::io("start threads", std::io::Error::other(e)))
 }
 
 /// Sums `f(range)` over the blocks `[0, block), [block, 2·block), …` of `0..n`.
@@ -120,7 +142,6 @@ pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
 
     fn pool(threads: usize) -> rayon::ThreadPool {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
@@ -171,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sent_is_taken_in_order_and_a_failure_to_take_is_told() {
+    fn items_are_consumed_in_order_and_the_error_of_the_consumer_comes_first() {
         let mut taken = Vec::new();
         let take = |i: usize| {
             taken.push(i);
@@ -194,5 +215,22 @@ mod tests {
         assert!(both.unwrap_err().to_string().starts_with("taking"));
         let made = producer_consumer(1, |_: usize| Ok(()), |_| Err::<(), _>(bad("making")));
         assert!(made.unwrap_err().to_string().starts_with("making"));
+    }
+
+    #[test]
+    fn the_consumer_works_on_as_many_threads_as_the_pool_of_the_producer() {
+        for threads in [1, 3] {
+            let mut widths = Vec::new();
+            let consume = |_: usize| {
+                widths
+                    .push((rayon::current_num_threads(), rayon::current_thread_index().is_some()));
+                Ok(())
+            };
+            let produce = |send: &SyncSender<usize>| {
+                send.send(1).map_err(|_| Error::bug("the consumer is gone"))
+            };
+            pool(threads).install(|| producer_consumer(0, consume, produce)).unwrap();
+            assert_eq!(widths, [(threads, true)]);
+        }
     }
 }
