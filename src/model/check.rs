@@ -37,8 +37,16 @@ impl<S: Data<Elem = f32>, D: Dimension> Finite for ArrayBase<S, D> {
 
 impl Finite for [f64] {
     fn check_finite(&self, what: &str) -> Result<()> {
-        report(what, self.iter().copied().enumerate().find(|(_, x)| !x.is_finite()))
+        check_finite_f64(what, self)
     }
+}
+
+/// [`Finite::check_finite`] of `f64` in the order of iteration: that of rows for an array.
+pub(super) fn check_finite_f64<'a>(
+    what: &str,
+    values: impl IntoIterator<Item = &'a f64>,
+) -> Result<()> {
+    report(what, values.into_iter().copied().enumerate().find(|(_, x)| !x.is_finite()))
 }
 
 fn report(what: &str, found: Option<(usize, f64)>) -> Result<()> {

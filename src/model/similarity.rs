@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
-use super::check::Finite;
+use super::check::check_finite_f64;
 use crate::error::{Error, Result};
 
 /// How two vectors are compared.
@@ -109,8 +109,7 @@ impl SimilarityMatrix {
             return Err(Error::shape("similarity matrix", (n, n), similarity.dim()));
         }
         for (table, what) in [(&similarity, "similarity"), (&distance, "distance")] {
-            let table = table.as_standard_layout();
-            table.as_slice().unwrap_or_default().check_finite(what)?;
+            check_finite_f64(what, table)?;
             for ((i, j), &x) in table.indexed_iter() {
                 let y = table[[j, i]];
                 if (x - y).abs() > 1e-9 * x.abs().max(y.abs()) {

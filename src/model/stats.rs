@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::check::Finite;
+use super::check::{Finite, check_finite_f64};
 use super::expert::Expert;
 use super::router::Routing;
 use crate::error::{Error, ErrorKind, Result};
@@ -145,7 +145,7 @@ impl RoutingStats {
         }
         if let Some(gram) = &self.logit_gram {
             expect("router-logit Gram", (n, n), gram.dim())?;
-            gram.as_standard_layout().as_slice().unwrap_or_default().check_finite("logit Gram")?;
+            check_finite_f64("logit Gram", gram)?;
         }
         if let Some(mean) = &self.mean_output {
             expect("mean expert output", (n, d_model), mean.dim())?;

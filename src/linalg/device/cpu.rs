@@ -70,8 +70,7 @@ impl Compute for Cpu {
                 Accum::Add
             }
         };
-        product(out, accum, a, b, alpha, self.parallel);
-        Ok(())
+        product(out, accum, a, b, alpha, self.parallel)
     }
 
     fn add_gram(&self, x: ArrayView2<'_, f32>, gram: &mut Array2<f64>) -> Result<()> {
@@ -80,7 +79,7 @@ impl Compute for Cpu {
         }
         for rows in x.axis_chunks_iter(Axis(0), GRAM_ROWS) {
             let wide = rows.mapv(f64::from);
-            product(gram.view_mut(), Accum::Add, wide.t(), wide.view(), 1.0, self.parallel);
+            product(gram.view_mut(), Accum::Add, wide.t(), wide.view(), 1.0, self.parallel)?;
         }
         Ok(())
     }
@@ -113,25 +112,26 @@ pub(in crate::linalg) fn product<T: ComplexField + Copy + Send + Sync>(
     b: ArrayView2<'_, T>,
     alpha: T,
     parallel: bool,
-) {
+) -> Result<()> {
     let (left, right) = (dense(a), dense(b));
-    let (Some(left), Some(right)) = (faer_ref(&left), faer_ref(&right)) else { return };
+    let (left, right) = (faer_ref(&left)?, faer_ref(&right)?);
     // An output that is not dense in either order is computed in a dense copy: rare.
     if !out.is_standard_layout() && !out.t().is_standard_layout() {
         let mut dense_out = out.to_owned();
-        product(dense_out.view_mut(), accum, a, b, alpha, parallel);
+        product(dense_out.view_mut(), accum, a, b, alpha, parallel)?;
         out.assign(&dense_out);
-        return;
+        return Ok(());
     }
     let transposed = !out.is_standard_layout();
     let (rows, cols) = out.dim();
-    let Some(slice) = out.as_slice_memory_order_mut() else { return };
+    let slice = out.as_slice_memory_order_mut().ok_or_else(not_contiguous)?;
     let whole = if transposed {
         MatMut::from_column_major_slice_mut(slice, rows, cols)
     } else {
         MatMut::from_row_major_slice_mut(slice, rows, cols)
     };
     tiled(whole, accum, left, right, alpha, parallel);
+    Ok(())
 }
 
 /// [`product`] of what `faer` sees, which may have gaps.
@@ -195,14 +195,18 @@ fn dense<'a, T: Copy>(a: ArrayView2<'a, T>) -> CowArray<'a, T, Ix2> {
     }
 }
 
-fn faer_ref<'a, T>(a: &'a CowArray<'_, T, Ix2>) -> Option<MatRef<'a, T>> {
+fn faer_ref<'a, T>(a: &'a CowArray<'_, T, Ix2>) -> Result<MatRef<'a, T>> {
     let (rows, cols) = a.dim();
-    let slice = a.as_slice_memory_order()?;
-    Some(if a.is_standard_layout() {
+    let slice = a.as_slice_memory_order().ok_or_else(not_contiguous)?;
+    Ok(if a.is_standard_layout() {
         MatRef::from_row_major_slice(slice, rows, cols)
     } else {
         MatRef::from_column_major_slice(slice, rows, cols)
     })
+}
+
+fn not_contiguous() -> Error {
+    Error::bug("a matrix made dense for a product has gaps in memory")
 }
 
 pub(crate) fn check_terms(terms: &[Term<'_>]) -> Result<(usize, usize)> {

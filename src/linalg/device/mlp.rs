@@ -60,11 +60,14 @@ pub(crate) fn hidden_by_parts<C: Compute + ?Sized>(
 ) -> Result<Array2<f32>> {
     let act = mlp.activation;
     let mut hidden = project(mlp.gate.as_ref().unwrap_or(&mlp.up), x, compute)?;
-    let values = hidden.as_slice_mut().unwrap_or_default();
+    let not_contiguous = || Error::bug("hidden activations have gaps in memory");
+    let values = hidden.as_slice_mut().ok_or_else(not_contiguous)?;
     match &mlp.gate {
         None => activate(act, values),
-        // Both are rows that lie one behind the other.
-        Some(_) => gated(act, values, project(&mlp.up, x, compute)?.as_slice().unwrap_or_default()),
+        Some(_) => {
+            let up = project(&mlp.up, x, compute)?;
+            gated(act, values, up.as_slice().ok_or_else(not_contiguous)?);
+        }
     }
     Ok(hidden)
 }
