@@ -46,7 +46,7 @@ fn swish_derivative(x: f32, alpha: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Gate values in `f64`, by the definitions; the error function as the integral of its slope.
+    /// Gate values in `f64`, by the definitions; the error function as the integral of its derivative.
     fn exact(act: Activation, gate: f64, up: f64) -> f64 {
         let swish = |x: f64, alpha: f64| x / (1.0 + (-alpha * x).exp());
         match act {
@@ -89,6 +89,6 @@ mod tests {
                 approx::assert_abs_diff_eq!(f64::from(found.1), by_up / (2.0 * h), epsilon = 1e-5);
             }
         }
-        assert_eq!(Activation::Gelu.slope(0.0), 0.5);
+        assert_eq!(Activation::Gelu.derivative(0.0), 0.5);
     }
 }
