@@ -33,6 +33,8 @@ mod tests {
 
     use crate::linalg::{Compute, Cpu, PureRust, add_cross, eigh, qr, solve_lower, svd};
 
+    type Call<'a> = (&'static str, Box<dyn FnMut() + 'a>);
+
     /// Whether a vector register of this thread has data in its upper half, which XGETBV with
     /// ECX = 1 tells: bit 2 of the state components in use. `None` where the processor does not.
     #[allow(unsafe_code, unused_unsafe)] // CPUID is safe to call from Rust 1.91 or so only.
@@ -61,7 +63,7 @@ mod tests {
         let spd = wide.t().dot(&wide) + Array2::<f64>::eye(130);
         let mut out = Array2::zeros((130, 130));
         let mut sums = Array2::<f64>::zeros((130, 130));
-        let mut calls: Vec<(&str, Box<dyn FnMut() + '_>)> = vec![
+        let mut calls: Vec<Call<'_>> = vec![
             (
                 "gemm",
                 Box::new(|| {

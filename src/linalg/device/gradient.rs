@@ -46,7 +46,7 @@ fn swish_derivative(x: f32, alpha: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Gate values in `f64`, by the definitions; the error function as the integral of its derivative.
+    /// Gate values in `f64`, by the definitions; the error function as an integral.
     fn exact(act: Activation, gate: f64, up: f64) -> f64 {
         let swish = |x: f64, alpha: f64| x / (1.0 + (-alpha * x).exp());
         match act {
