@@ -3,9 +3,9 @@
 //! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
 //! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
 //! [`solve_spd`], [`solve_lower`]). [`Activation`] and [`Mlp`] are what a device must know of an
-//! expert. Factorisations run on one thread: give each parallel task its own matrix. [`LinalgBackend`]
-//! is all of them as an object: [`PureRust`], or `Lapack` with the feature `lapack`. [`exp`](exp())
-//! is the one scalar kernel that several rooms vectorise.
+//! expert. Factorisations run on one thread: give each parallel task its own matrix.
+//! [`LinalgBackend`] is all of them as an object: [`PureRust`], or `Lapack` with the feature
+//! `lapack`. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
 
 mod assign;
 mod backend;
