@@ -80,6 +80,7 @@ pub mod calibrate;
 pub mod checkpoint;
 pub mod decompose;
 pub mod error;
+mod families;
 pub mod forward;
 #[cfg(feature = "gpu")]
 pub mod gpu;

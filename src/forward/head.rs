@@ -3,6 +3,7 @@
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use crate::error::{Error, Result};
+use crate::families::DecoderSpec;
 use crate::forward::load::Loader;
 use crate::forward::math::log_sum_exp;
 use crate::forward::norm::RmsNorm;
@@ -29,12 +30,9 @@ impl Head {
     }
 
     /// Reads norm and projection of a decoder-only model.
-    pub(crate) fn load(
-        source: &dyn TensorSource,
-        spec: &crate::forward::causal::Spec,
-    ) -> Result<Self> {
+    pub(crate) fn load(source: &dyn TensorSource, spec: &DecoderSpec) -> Result<Self> {
         let inner = Loader::new(source, source.prefix());
-        let norm = inner.norm("norm", spec.d_model, spec.eps)?;
+        let norm = inner.norm("norm", spec.d_model, spec.norm)?;
         // The projection lives beside the decoder, under the outer part of a wrapper's prefix.
         let outer = source.prefix().strip_suffix("model.").unwrap_or("");
         let shape = (spec.vocab, spec.d_model);

@@ -3,6 +3,7 @@
 use ndarray::Array2;
 
 use crate::error::{Error, Locate, Result};
+use crate::families::{NormKind, NormSpec};
 use crate::forward::norm::RmsNorm;
 use crate::model::{Activation, Expert, Finite, Linear, TensorSource};
 
@@ -58,8 +59,11 @@ impl<'a> Loader<'a> {
     }
 
     /// `name.weight: (width)`.
-    pub(crate) fn norm(&self, name: &str, width: usize, eps: f32) -> Result<RmsNorm> {
-        Ok(RmsNorm::new(self.vector(&format!("{name}.weight"), width)?, eps))
+    pub(crate) fn norm(&self, name: &str, width: usize, norm: NormSpec) -> Result<RmsNorm> {
+        let weight = self.vector(&format!("{name}.weight"), width)?;
+        Ok(match norm.kind {
+            NormKind::Rms => RmsNorm::new(weight, norm.eps),
+        })
     }
 
     /// A gated MLP: `gate_proj`, `up_proj`: `(d_ff, d_model)`, `down_proj: (d_model, d_ff)`.

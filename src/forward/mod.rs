@@ -5,18 +5,16 @@
 //! separate, so that an [`Observer`] can look at input, routing and output of the MoE block, and so
 //! that a merged layer can stand in for the routed experts ([`Mlp::add_to`]).
 //!
-//! What is particular about a family is data, read from `config.json` into a [`Spec`]; attention,
-//! norms, experts and head are shared. Everything is computed in `f32`; sums are added in a fixed
+//! What is particular about a family is data, read from `config.json` by its table (the crate's
+//! `families`); attention, norms, experts and head are shared. Everything is computed in `f32`; sums are added in a fixed
 //! order, so results have the same bits for every number of threads.
 //!
 //! The reference is transformers: logits agree to the rounding of `f32`.
-//!
+
 mod attention;
 mod causal;
 mod encoder_decoder;
-mod family;
 mod head;
-mod keys;
 mod load;
 mod math;
 mod model;
@@ -24,10 +22,8 @@ mod moe;
 mod norm;
 mod windows;
 
-pub use causal::{AttentionSpec, Causal, DecoderLayer, GroupedSpec, LatentSpec, SampleOptions};
-pub use causal::{SharedSpec, Spec};
-pub use encoder_decoder::{Switch, SwitchBlock, SwitchSpec};
-pub use family::Family;
+pub use causal::{Causal, DecoderLayer, SampleOptions};
+pub use encoder_decoder::{Switch, SwitchBlock};
 pub use head::Head;
 pub use model::Model;
 pub use moe::{Choice, FeedForward, Mlp, Observation, Observer, Routed};

@@ -1,9 +1,9 @@
 //! A model of any native family.
 
 use crate::error::Result;
+use crate::families::{self, Forward};
 use crate::forward::causal::Causal;
 use crate::forward::encoder_decoder::Switch;
-use crate::forward::family::Family;
 use crate::model::TensorSource;
 use crate::stage::Context;
 
@@ -32,8 +32,8 @@ impl<S: TensorSource> Model<S> {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_on(source: S, cx: Context) -> Result<Self> {
-        Ok(match Family::of(source.config())? {
-            Family::Switch => Self::Switch(Switch::open(source, cx)?),
+        Ok(match families::forward(source.config())? {
+            Forward::EncoderDecoder(_) => Self::Switch(Switch::open(source, cx)?),
             _ => Self::Causal(Causal::open(source, cx)?),
         })
     }

@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 use super::value_spans::{like, member};
 use crate::checkpoint::json::{Members, malformed};
 use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::families::{Keys, WITHIN};
 
 /// The spellings of the number of routed experts.
 pub(crate) const EXPERTS: &[&str] =
@@ -27,8 +28,6 @@ pub(crate) const MTP: &[&str] =
     &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
 /// Where a wrapper keeps the keys of its language model.
 pub(crate) const TEXT: &str = "text_config";
-/// Objects whose keys count as the model's: DBRX keeps those of its blocks apart.
-pub(crate) const NESTED: [&str; 2] = [TEXT, "ffn_config"];
 
 /// A model's `config.json`.
 #[derive(Debug, Clone)]
@@ -64,6 +63,11 @@ impl Config {
         &self.text
     }
 
+    /// The keys of the model, for the tables of the families.
+    pub(in crate::checkpoint) fn keys(&self) -> Keys<'_> {
+        Keys::of_model(&self.value, &WITHIN)
+    }
+
     pub(in crate::checkpoint) fn value(&self) -> &Value {
         &self.value
     }
@@ -72,7 +76,7 @@ impl Config {
     /// as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         let present = |v: &&Value| !v.is_null();
-        let inner = NESTED.iter().filter_map(|object| self.value.get(object)?.get(key));
+        let inner = WITHIN.iter().filter_map(|object| self.value.get(object)?.get(key));
         self.value.get(key).into_iter().chain(inner).find(present)
     }
 
@@ -217,7 +221,7 @@ impl Config {
             let edit = edits.iter().find(|(name, _)| *name == key);
             if let Some((_, new)) = edit.filter(|_| value != "null") {
                 found.push((start, start + value.len(), like(value, new)));
-            } else if NESTED.contains(&&*key) && value.starts_with('{') {
+            } else if WITHIN.contains(&&*key) && value.starts_with('{') {
                 self.spans(value, nested, &[], found)?;
             }
         }

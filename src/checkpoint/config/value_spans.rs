@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use serde_json::value::RawValue;
 
-use super::document::NESTED;
 use crate::checkpoint::json::{Members, malformed};
 use crate::error::Result;
+use crate::families::WITHIN;
 
 /// The span of a member of the object that `text` is, or of the language model in it, with the
 /// comma that goes with it; none where the value is `null`.
@@ -20,7 +20,7 @@ pub(crate) fn member(text: &str, key: &str) -> Result<Option<Range<usize>>> {
             if name == key && value != "null" {
                 return Ok(Some((start, start + value.len())));
             }
-            if NESTED.contains(&&*name) && value.starts_with('{') {
+            if WITHIN.contains(&&*name) && value.starts_with('{') {
                 let found = find(text, value, key)?;
                 if found.is_some() {
                     return Ok(found);

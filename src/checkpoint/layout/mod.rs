@@ -1,13 +1,11 @@
-//! From tensor names to MoE layers: how families name and shape the tensors of their experts, which
-//! of them a checkpoint holds, and how its routers choose.
+//! From tensor names to MoE layers: which experts a checkpoint holds, by the layouts of the families
+//! (`crate::families`).
 
 mod factors;
 pub(crate) mod names;
-pub(crate) mod routing_rules;
 pub(crate) mod scan;
 mod scan_fused;
 mod scan_layer;
-mod table;
 
 pub use factors::Factoring;
 pub(crate) use factors::{Factor, Factors, is_index, line_shape};

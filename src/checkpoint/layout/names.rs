@@ -1,41 +1,10 @@
-//! How families name the tensors of their MoE blocks, as data.
-//!
-//! A layout is recognised from the names of the expert tensors alone: wrappers change prefixes, and
-//! one model type may come in more than one layout. Names are relative to the block
-//! (`model.layers.3.`, `encoder.block.1.layer.1.`).
+//! What a tensor's name says by the layouts of the families (`crate::families`): its layer, and
+//! which part of which expert it holds.
 
 use super::factors::Factor;
-pub(crate) use super::table::LAYOUTS;
+use crate::families::layouts;
+pub(crate) use crate::families::{Experts, Layout};
 use crate::model::{LayerId, Role, Stack};
-
-/// One way to name and shape the tensors of an MoE block.
-#[derive(Debug)]
-pub(crate) struct Layout {
-    pub(crate) name: &'static str,
-    pub(crate) experts: Experts,
-    /// Names of the `(N, d)` router weight.
-    pub(crate) router: &'static [&'static str],
-    /// Names of the `(N)` bias of the logits.
-    pub(crate) router_bias: &'static [&'static str],
-    /// Names of the `(N)` or `(1, N)` correction of the choice.
-    pub(crate) correction: &'static [&'static str],
-}
-
-/// Where the experts are.
-#[derive(Debug)]
-pub(crate) enum Experts {
-    /// `{before}{i}.{projection}.{weight|bias}`, weights `(out, in)`.
-    Each { before: &'static str, projections: &'static [(Role, &'static str)] },
-    /// `(N, 2f, d)`, gate rows first, and `(N, d, f)`; or both transposed, `(N, d, 2f)`, gate
-    /// columns first, and `(N, f, d)`, which no shapes leave open.
-    Fused { gate_up: &'static str, down: &'static str },
-    /// `(N, d, 2f)`, gate and up columns in turn, and `(N, f, d)`, with `{name}_bias`; or
-    /// `{name}_blocks` in MXFP4, which are not transposed: `(N, 2f, d)` and `(N, d, f)`.
-    Interleaved { gate_up: &'static str, down: &'static str },
-    /// Tensors `(N f, d)` without ending, one under the other the experts' gate, up and transposed
-    /// down matrices.
-    Flat { before: &'static str, projections: &'static [(Role, &'static str)] },
-}
 
 /// What an expert tensor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,22 +58,6 @@ impl Layout {
             }
         }
     }
-
-    /// Whether gate and up take turns, which names alone do not say: such a block has a router of
-    /// its own kind too.
-    pub(crate) fn is_interleaved(&self) -> bool {
-        matches!(self.experts, Experts::Interleaved { .. })
-    }
-
-    /// Whether experts have a gate.
-    pub(crate) fn is_gated(&self) -> bool {
-        match &self.experts {
-            Experts::Each { projections, .. } | Experts::Flat { projections, .. } => {
-                projections.iter().any(|(r, _)| *r == Role::Gate)
-            }
-            Experts::Fused { .. } | Experts::Interleaved { .. } => true,
-        }
-    }
 }
 
 /// The supported layouts, in words.
@@ -122,7 +75,7 @@ pub(crate) fn supported() -> String {
             format!("{} ({gate_up} [N,d,2f], interleaved, or MXFP4)", layout.name)
         }
     };
-    LAYOUTS.iter().map(words).collect::<Vec<_>>().join("; ")
+    layouts().into_iter().map(words).collect::<Vec<_>>().join("; ")
 }
 
 /// Splits a tensor's name into its layer, the length of the block's prefix, and the rest.
@@ -183,7 +136,7 @@ mod tests {
     fn read(name: &str) -> Option<(String, &'static str, Part)> {
         let (id, _, rest) = site(name)?;
         // Which block is interleaved its router says.
-        let mut others = LAYOUTS.iter().filter(|l| !l.is_interleaved());
+        let mut others = layouts().into_iter().filter(|l| !l.is_interleaved());
         others.find_map(|l| Some((id.to_string(), l.name, l.part(rest)?)))
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::names;
-use super::names::{LAYOUTS, Layout, Part};
+use super::names::{Layout, Part};
 use super::scan_layer;
 use super::scan_layer::LayerTensors;
 use crate::checkpoint::json::malformed;
@@ -42,6 +42,7 @@ pub(crate) fn scan(
 ) -> Result<Scan> {
     let mut blocks: BTreeMap<LayerId, Block> = BTreeMap::new();
     let (mut mtp, mut routers) = (Vec::new(), Vec::new());
+    let layouts = crate::families::layouts();
     for (tensor, entry) in store.tensors().iter().map(|t| &t.entry).enumerate() {
         let site = names::site(&entry.name);
         if is_mtp(&entry.name, site.map(|(id, ..)| id), hidden_layers) {
@@ -59,7 +60,7 @@ pub(crate) fn scan(
                 let part = l.part(rest)?;
                 (!l.is_interleaved() || has_router(l)).then_some((id, at, l, part))
             };
-            LAYOUTS.iter().find_map(read)
+            layouts.iter().copied().find_map(read)
         });
         match (part, site) {
             (Some((id, at, layout, part)), _) => {
@@ -71,7 +72,7 @@ pub(crate) fn scan(
                     .in_tensor(&entry.name)
                     .in_file(store.path(tensor));
             }
-            (None, Some((id, _, rest))) if is_router(rest) => routers.push((id, tensor)),
+            (None, Some((id, _, rest))) if is_router(&layouts, rest) => routers.push((id, tensor)),
             (None, _) => {}
         }
     }
@@ -102,8 +103,8 @@ fn is_mtp(name: &str, id: Option<LayerId>, hidden_layers: Option<usize>) -> bool
     name.starts_with("mtp.") || name.contains(".mtp.") || (text && id.is_some_and(beyond))
 }
 
-fn is_router(rest: &str) -> bool {
-    LAYOUTS.iter().any(|l| l.router.contains(&rest))
+fn is_router(layouts: &[&Layout], rest: &str) -> bool {
+    layouts.iter().any(|l| l.router.contains(&rest))
 }
 
 /// An expert layout that cannot be read.

@@ -7,8 +7,9 @@ use super::tensor_source::TextModel;
 use super::weights;
 use crate::checkpoint::config::{Config, Native, mismatch};
 use crate::checkpoint::layout::scan::Scan;
-use crate::checkpoint::layout::{LayerTensors, Order, Projection, routing_rules, scan};
+use crate::checkpoint::layout::{LayerTensors, Order, Projection, scan};
 use crate::error::{Error, Locate, Result};
+use crate::families;
 use crate::model::{
     Activation, Expert, FactoredLayer, Grouping, LayerId, MergedLayer, MoeLayer, Router,
     RoutingRule,
@@ -89,13 +90,14 @@ impl Checkpoint {
         let merged = |id| maps.and_then(|maps| maps.get(&id)).map(Grouping::groups);
         let Scan { layout, layers: tensors, mtp } =
             scan::scan(&store, hidden_layers, merged).in_file(dir)?;
-        let activation = routing_rules::activation(&config, layout).in_file(&path)?;
+        let activation = families::expert_activation(config.keys(), layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
         let info = |layer: &LayerTensors| {
             let merged = maps.and_then(|maps| maps.get(&layer.id));
             check_counts(&store, layer, count, merged).in_layer(layer.id).in_file(&path)?;
-            let rule =
-                routing_rules::rule(&config, &family, layer.correction.is_some()).in_file(&path)?;
+            let corrected = layer.correction.is_some();
+            let rule = families::routing_rule(&family, config.keys(), corrected, || config.top_k());
+            let rule = rule.in_file(&path)?;
             Ok(describe(&store, layer, rule, merged))
         };
         let layers = tensors.iter().map(info).collect::<Result<Vec<_>>>()?;

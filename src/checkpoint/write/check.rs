@@ -1,9 +1,9 @@
 //! What a plan must satisfy before any work: that the runtimes meant to load the target can.
 
 use super::writer::{Export, WritePlan};
-use crate::checkpoint::layout::routing_rules::fixed_top_k;
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::families;
 use crate::model::{Grouping, LayerId, RoutingRule};
 
 /// Whether multi-token-prediction layers are left out.
@@ -16,6 +16,11 @@ pub(super) fn drops_mtp(plan: &WritePlan) -> bool {
 pub(super) fn target_rule(rule: RoutingRule, plan: &WritePlan) -> RoutingRule {
     let groups = if plan.flatten_groups { None } else { rule.groups };
     RoutingRule { top_k: plan.top_k.unwrap_or(rule.top_k), groups, ..rule }
+}
+
+/// Whether a family's code fixes the number of experts per token.
+fn fixes_top_k(family: &str) -> bool {
+    families::find(family).is_some_and(|family| family.routing.fixed_top_k.is_some())
 }
 
 /// Refuses what could not be loaded; the stock export's number of experts.
@@ -55,7 +60,7 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
             let expected = format!("1..={}", layer.rule.top_k);
             return Err(Error::range("experts per token (top-k)", expected, k)).in_layer(layer.id);
         }
-        if k < layer.rule.top_k && fixed_top_k(source.family()).is_some() {
+        if k < layer.rule.top_k && fixes_top_k(source.family()) {
             let (found, supported) = (format!("top-{k}"), format!("top-{}", layer.rule.top_k));
             return Err(unsupported("routing of this family", &found, &supported));
         }

@@ -1,30 +1,29 @@
 //! Keys and values of tokens that were already seen.
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use ndarray::{Array2, ArrayView2};
 
 use super::softmax::Span;
 use crate::error::{Error, Result};
 
-/// Keys and values of the tokens of one window that were already seen, in one layer.
+/// Keys and values of the tokens of one window that were already seen, in one layer. New rows are
+/// appended in place: a token costs its own row, not a copy of all before.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cache {
-    keys_values: Option<[Array2<f32>; 2]>,
+    keys: Rows,
+    values: Rows,
 }
 
 impl Cache {
     /// Number of tokens held.
     pub(crate) fn len(&self) -> usize {
-        self.keys_values.as_ref().map_or(0, |[k, _]| k.nrows())
+        self.keys.count
     }
 
     /// Appends new rows and returns all of them.
     pub(crate) fn extend(&mut self, [k, v]: [Array2<f32>; 2]) -> Result<[ArrayView2<'_, f32>; 2]> {
-        let joined = match self.keys_values.take() {
-            None => [k, v],
-            Some([past_k, past_v]) => [join(&past_k, &k)?, join(&past_v, &v)?],
-        };
-        let [k, v] = self.keys_values.insert(joined);
-        Ok([k.view(), v.view()])
+        self.keys.append(&k)?;
+        self.values.append(&v)?;
+        Ok([self.keys.view()?, self.values.view()?])
     }
 }
 
@@ -83,7 +82,45 @@ impl SequenceCache {
     }
 }
 
-fn join(a: &Array2<f32>, b: &Array2<f32>) -> Result<Array2<f32>> {
-    concatenate(Axis(0), &[a.view(), b.view()])
-        .map_err(|_| Error::shape("key-value cache", a.ncols(), b.ncols()))
+/// A matrix that grows by rows.
+#[derive(Debug, Clone, Default)]
+struct Rows {
+    data: Vec<f32>,
+    count: usize,
+    width: usize,
+}
+
+impl Rows {
+    fn append(&mut self, rows: &Array2<f32>) -> Result<()> {
+        if self.count > 0 && self.width != rows.ncols() {
+            return Err(Error::shape("key-value cache", self.width, rows.ncols()));
+        }
+        self.width = rows.ncols();
+        self.count += rows.nrows();
+        self.data.extend(rows);
+        Ok(())
+    }
+
+    fn view(&self) -> Result<ArrayView2<'_, f32>> {
+        ArrayView2::from_shape((self.count, self.width), &self.data)
+            .map_err(|_| Error::shape("key-value cache", self.count * self.width, self.data.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_appended_in_order() {
+        let mut cache = Cache::default();
+        let rows = |n: usize, from: usize| {
+            Array2::from_shape_fn((n, 3), |(i, j)| ((from + i) * 3 + j) as f32)
+        };
+        cache.extend([rows(2, 0), rows(2, 10)]).unwrap();
+        let [k, v] = cache.extend([rows(1, 2), rows(1, 12)]).unwrap();
+        assert_eq!((k, v), (rows(3, 0).view(), rows(3, 10).view()));
+        assert_eq!(cache.len(), 3);
+        assert!(cache.extend([Array2::zeros((1, 2)), rows(1, 13)]).is_err());
+    }
 }

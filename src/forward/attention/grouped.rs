@@ -2,9 +2,9 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::rotation::{Pairing, Rotation};
+use super::rotation::Rotation;
 use crate::error::Result;
-use crate::forward::causal::{GroupedSpec, QkNorm};
+use crate::families::{GroupedSpec, NormSpec, QkNorm};
 use crate::forward::load::Loader;
 use crate::forward::norm::RmsNorm;
 use crate::linalg::Compute;
@@ -19,35 +19,38 @@ pub(crate) struct Grouped {
     norms: Option<[RmsNorm; 2]>,
     clip: Option<f32>,
     head_dim: usize,
-    pairing: Pairing,
 }
 
 impl Grouped {
-    pub(crate) fn load(loader: &Loader<'_>, s: &GroupedSpec, d: usize, eps: f32) -> Result<Self> {
+    pub(crate) fn load(
+        loader: &Loader<'_>,
+        s: &GroupedSpec,
+        d: usize,
+        norm: NormSpec,
+    ) -> Result<Self> {
         let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let norms = match s.qk_norm {
             QkNorm::None => None,
             QkNorm::PerHead => Some([s.head_dim; 2]),
             QkNorm::Whole => Some([wide, narrow]),
         };
-        let norm = |[q, k]: [usize; 2]| -> Result<[RmsNorm; 2]> {
-            Ok([loader.norm("q_norm", q, eps)?, loader.norm("k_norm", k, eps)?])
+        let load = |[q, k]: [usize; 2]| -> Result<[RmsNorm; 2]> {
+            Ok([loader.norm("q_norm", q, norm)?, loader.norm("k_norm", k, norm)?])
         };
         Ok(Self {
             q: loader.linear("q_proj", (wide, d), s.qkv_bias)?,
             k: loader.linear("k_proj", (narrow, d), s.qkv_bias)?,
             v: loader.linear("v_proj", (narrow, d), s.qkv_bias)?,
-            norms: norms.map(norm).transpose()?,
+            norms: norms.map(load).transpose()?,
             clip: s.clip,
             head_dim: s.head_dim,
-            pairing: s.pairing,
         })
     }
 
     pub(crate) fn forward(
         &self,
         x: ArrayView2<'_, f32>,
-        rotation: &Rotation,
+        rotation: Option<&Rotation>,
         compute: &dyn Compute,
     ) -> Result<[Array2<f32>; 3]> {
         let mut q = self.q.view().forward(x, compute)?;
@@ -62,8 +65,10 @@ impl Grouped {
                 x.mapv_inplace(|x| x.clamp(-clip.abs(), clip.abs()));
             }
         }
-        rotation.apply(&mut q, self.head_dim, 0, self.pairing)?;
-        rotation.apply(&mut k, self.head_dim, 0, self.pairing)?;
+        if let Some(rotation) = rotation {
+            rotation.apply(&mut q, self.head_dim, 0)?;
+            rotation.apply(&mut k, self.head_dim, 0)?;
+        }
         Ok([q, k, v])
     }
 }

@@ -5,14 +5,14 @@ use ndarray::{Array2, ArrayView2, s};
 
 use super::rotation::Rotation;
 use crate::error::Result;
-use crate::forward::causal::LatentSpec;
+use crate::families::{LatentSpec, NormKind, NormSpec};
 use crate::forward::load::Loader;
 use crate::forward::norm::RmsNorm;
 use crate::linalg::Compute;
 use crate::model::Linear;
 
 /// `ε` of the norms of the latents: the class default, not `rms_norm_eps`.
-const LATENT_EPS: f32 = 1e-6;
+const LATENT_NORM: NormSpec = NormSpec { kind: NormKind::Rms, eps: 1e-6 };
 
 /// The projections of one layer.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Latent {
             None => Query::Full(loader.linear("q_proj", (wide, d), false)?),
             Some(rank) => Query::LowRank {
                 down: loader.linear("q_a_proj", (rank, d), s.bias)?,
-                norm: loader.norm("q_a_layernorm", rank, LATENT_EPS)?,
+                norm: loader.norm("q_a_layernorm", rank, LATENT_NORM)?,
                 up: loader.linear("q_b_proj", (wide, rank), false)?,
             },
         };
@@ -47,7 +47,7 @@ impl Latent {
         Ok(Self {
             query,
             kv_down: loader.linear("kv_a_proj_with_mqa", latent, s.bias)?,
-            kv_norm: loader.norm("kv_a_layernorm", s.kv_rank, LATENT_EPS)?,
+            kv_norm: loader.norm("kv_a_layernorm", s.kv_rank, LATENT_NORM)?,
             kv_up: loader.linear("kv_b_proj", expanded, false)?,
             spec: spec.clone(),
         })
@@ -57,10 +57,10 @@ impl Latent {
     pub(crate) fn forward(
         &self,
         x: ArrayView2<'_, f32>,
-        rotation: &Rotation,
+        rotation: Option<&Rotation>,
         compute: &dyn Compute,
     ) -> Result<[Array2<f32>; 3]> {
-        let LatentSpec { heads, kv_rank, d_nope, d_rope, d_value, pairing, .. } = self.spec;
+        let LatentSpec { heads, kv_rank, d_nope, d_rope, d_value, .. } = self.spec;
         let mut q = match &self.query {
             Query::Full(full) => full.view().forward(x, compute)?,
             Query::LowRank { down, norm, up } => {
@@ -68,11 +68,15 @@ impl Latent {
                 up.view().forward(latent.view(), compute)?
             }
         };
-        rotation.apply(&mut q, d_nope + d_rope, d_nope, pairing)?;
+        if let Some(rotation) = rotation {
+            rotation.apply(&mut q, d_nope + d_rope, d_nope)?;
+        }
 
         let down = self.kv_down.view().forward(x, compute)?;
         let mut rotated = down.slice(s![.., kv_rank..]).to_owned();
-        rotation.apply(&mut rotated, d_rope, 0, pairing)?;
+        if let Some(rotation) = rotation {
+            rotation.apply(&mut rotated, d_rope, 0)?;
+        }
         let latent = self.kv_norm.forward(down.slice(s![.., ..kv_rank]))?;
         let up = self.kv_up.view().forward(latent.view(), compute)?;
 

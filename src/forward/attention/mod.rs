@@ -3,8 +3,7 @@
 mod cache;
 mod grouped;
 mod latent;
-pub(crate) mod rope;
-pub(crate) mod rotation;
+mod rotation;
 pub(crate) mod softmax;
 
 use std::ops::Range;
@@ -12,7 +11,7 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2};
 
 use crate::error::Result;
-use crate::forward::causal::{AttentionSpec, Spec};
+use crate::families::{GroupedSpec, LatentSpec, NormSpec, Rope};
 use crate::forward::load::Loader;
 use crate::linalg::Compute;
 use crate::model::Linear;
@@ -27,6 +26,7 @@ use softmax::{Heads, Mask, Span, attend};
 #[derive(Debug)]
 pub(crate) struct Attention {
     project: Project,
+    rope: Option<Rope>,
     out: Linear,
     heads: Heads,
     mask: Mask,
@@ -39,27 +39,36 @@ enum Project {
 }
 
 impl Attention {
-    pub(crate) fn load(loader: &Loader<'_>, spec: &Spec, layer: usize) -> Result<Self> {
-        let d = spec.d_model;
-        let (project, heads, bias, window) = match &spec.attention {
-            AttentionSpec::Grouped(s) => {
-                let scale = 1.0 / (s.head_dim as f32).sqrt();
-                let (d_key, d_value) = (s.head_dim, s.head_dim);
-                let heads = Heads { heads: s.heads, kv_heads: s.kv_heads, d_key, d_value, scale };
-                let window = s.windows.get(layer).copied().flatten();
-                let project = Grouped::load(loader, s, d, spec.eps)?;
-                (Project::Grouped(project), heads, s.out_bias, window)
-            }
-            AttentionSpec::Latent(s) => {
-                let d_key = s.d_nope + s.d_rope;
-                let scale = spec.rope.score_factor / (d_key as f32).sqrt();
-                let (n, d_value) = (s.heads, s.d_value);
-                let heads = Heads { heads: n, kv_heads: n, d_key, d_value, scale };
-                (Project::Latent(Latent::load(loader, s, d)?), heads, s.bias, None)
-            }
-        };
-        let out = loader.linear("o_proj", (d, heads.heads * heads.d_value), bias)?;
-        Ok(Self { project, out, heads, mask: Mask::Causal { window } })
+    /// Reads attention with grouped queries.
+    pub(crate) fn grouped(
+        loader: &Loader<'_>,
+        s: &GroupedSpec,
+        d: usize,
+        norm: NormSpec,
+    ) -> Result<Self> {
+        let scale = 1.0 / (s.head_dim as f32).sqrt();
+        let (d_key, d_value) = (s.head_dim, s.head_dim);
+        Ok(Self {
+            project: Project::Grouped(Grouped::load(loader, s, d, norm)?),
+            rope: s.rope.clone(),
+            out: loader.linear("o_proj", (d, s.heads * d_value), s.out_bias)?,
+            heads: Heads { heads: s.heads, kv_heads: s.kv_heads, d_key, d_value, scale },
+            mask: Mask::Causal { window: s.window },
+        })
+    }
+
+    /// Reads attention with latent keys and values.
+    pub(crate) fn latent(loader: &Loader<'_>, s: &LatentSpec, d: usize) -> Result<Self> {
+        let d_key = s.d_nope + s.d_rope;
+        let scale = s.rope.score_factor / (d_key as f32).sqrt();
+        let (heads, d_value) = (s.heads, s.d_value);
+        Ok(Self {
+            project: Project::Latent(Latent::load(loader, s, d)?),
+            rope: Some(s.rope.clone()),
+            out: loader.linear("o_proj", (d, heads * d_value), s.bias)?,
+            heads: Heads { heads, kv_heads: heads, d_key, d_value, scale },
+            mask: Mask::Causal { window: None },
+        })
     }
 
     /// Attention within each window of `X: (t, d_model)`, after the norm: `(t, d_model)`.
@@ -67,10 +76,10 @@ impl Attention {
         &self,
         x: ArrayView2<'_, f32>,
         windows: &[Range<usize>],
-        rotation: &Rotation,
         cx: &Context,
     ) -> Result<Array2<f32>> {
-        let [q, k, v] = self.project(x, rotation, cx.compute())?;
+        let fresh: Vec<_> = windows.iter().map(|w| (w.clone(), 0)).collect();
+        let [q, k, v] = self.project(x, &fresh, cx.compute())?;
         let span = |w: &Range<usize>| Span { queries: w.clone(), keys: w.clone() };
         let spans: Vec<Span> = windows.iter().map(span).collect();
         let qkv = [q.view(), k.view(), v.view()];
@@ -82,11 +91,10 @@ impl Attention {
     pub(crate) fn step(
         &self,
         x: ArrayView2<'_, f32>,
-        rotation: &Rotation,
         cache: &mut Cache,
         cx: &Context,
     ) -> Result<Array2<f32>> {
-        let [q, k, v] = self.project(x, rotation, cx.compute())?;
+        let [q, k, v] = self.project(x, &[(0..x.nrows(), cache.len())], cx.compute())?;
         let [k, v] = cache.extend([k, v])?;
         let spans = [Span { queries: 0..q.nrows(), keys: 0..k.nrows() }];
         let mixed = attend([q.view(), k, v], &spans, self.heads, self.mask, None, cx)?;
@@ -98,11 +106,11 @@ impl Attention {
     pub(crate) fn step_each(
         &self,
         x: ArrayView2<'_, f32>,
-        rotation: &Rotation,
         cache: &mut SequenceCache,
         cx: &Context,
     ) -> Result<Array2<f32>> {
-        let [q, k, v] = self.project(x, rotation, cx.compute())?;
+        let pieces: Vec<_> = (0..x.nrows()).map(|i| (i..i + 1, cache.len())).collect();
+        let [q, k, v] = self.project(x, &pieces, cx.compute())?;
         cache.extend([k, v])?;
         let spans = cache.spans();
         let [k, v] = cache.views()?;
@@ -110,15 +118,17 @@ impl Attention {
         self.out.view().forward(mixed.view(), cx.compute())
     }
 
+    /// Queries, keys and values of pieces of windows, each with the number of tokens before it.
     fn project(
         &self,
         x: ArrayView2<'_, f32>,
-        rotation: &Rotation,
+        pieces: &[(Range<usize>, usize)],
         compute: &dyn Compute,
     ) -> Result<[Array2<f32>; 3]> {
+        let rotation = self.rope.as_ref().map(|rope| Rotation::new(rope, pieces));
         match &self.project {
-            Project::Grouped(grouped) => grouped.forward(x, rotation, compute),
-            Project::Latent(latent) => latent.forward(x, rotation, compute),
+            Project::Grouped(grouped) => grouped.forward(x, rotation.as_ref(), compute),
+            Project::Latent(latent) => latent.forward(x, rotation.as_ref(), compute),
         }
     }
 }

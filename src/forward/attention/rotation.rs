@@ -4,24 +4,16 @@ use std::ops::Range;
 
 use ndarray::Array2;
 
-use super::rope::Rope;
 use crate::error::{Error, Result};
+use crate::families::{Pairing, Rope};
 use crate::par;
-
-/// Which two dimensions form a rotated pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pairing {
-    /// `(j, j + D/2)`, "rotate half".
-    Halves,
-    /// `(2j, 2j + 1)`.
-    Neighbours,
-}
 
 /// The rotation of every row: `(rows, dim)`, cosines then sines.
 #[derive(Debug, Clone)]
 pub(crate) struct Rotation {
     table: Array2<f32>,
     half: usize,
+    pairing: Pairing,
 }
 
 impl Rotation {
@@ -43,17 +35,11 @@ impl Rotation {
                 }
             }
         }
-        Self { table, half }
+        Self { table, half, pairing: rope.pairing }
     }
 
     /// Rotates, in every row of `X: (t, heads · width)`, the dimensions from `start` of each head.
-    pub(crate) fn apply(
-        &self,
-        x: &mut Array2<f32>,
-        width: usize,
-        start: usize,
-        pairing: Pairing,
-    ) -> Result<()> {
+    pub(crate) fn apply(&self, x: &mut Array2<f32>, width: usize, start: usize) -> Result<()> {
         const ROWS: usize = 64;
         let (rows, cols) = x.dim();
         if rows != self.table.nrows() || start + 2 * self.half > width {
@@ -69,7 +55,7 @@ impl Rotation {
                     continue;
                 };
                 for head in row.chunks_exact_mut(width) {
-                    turn(&mut head[start..start + 2 * self.half], cos, sin, pairing);
+                    turn(&mut head[start..start + 2 * self.half], cos, sin, self.pairing);
                 }
             }
         });
@@ -98,15 +84,17 @@ fn turn(head: &mut [f32], cos: &[f32], sin: &[f32], pairing: Pairing) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::forward::keys::Keys;
+    use crate::families::{Keys, RopeDefaults};
 
     #[test]
     fn both_pairings_turn_by_the_angle() {
-        let rope = Rope::parse(Keys::root(&serde_json::json!({})), (2, 1.0), 1e4, 8).unwrap();
-        let rotation = Rotation::new(&rope, &[(0..2, 1)]);
+        let config = serde_json::json!({"max_position_embeddings": 8});
         for pairing in [Pairing::Halves, Pairing::Neighbours] {
+            let defaults = RopeDefaults { pairing, ..RopeDefaults::theta(1e4) };
+            let rope = Rope::parse(Keys::root(&config), 2, defaults).unwrap();
+            let rotation = Rotation::new(&rope, &[(0..2, 1)]);
             let mut x = ndarray::array![[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]];
-            rotation.apply(&mut x, 3, 1, pairing).unwrap();
+            rotation.apply(&mut x, 3, 1).unwrap();
             let expected =
                 ndarray::array![[9.0, 1f32.cos(), 1f32.sin()], [9.0, -(2f32.sin()), 2f32.cos()]];
             approx::assert_abs_diff_eq!(x, expected, epsilon = 1e-6);

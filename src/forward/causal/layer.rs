@@ -4,14 +4,11 @@ use std::ops::Range;
 
 use ndarray::{Array2, s};
 
-use super::spec::Spec;
-use crate::error::{Locate, Result};
-use crate::forward::attention::rope::Rope;
-use crate::forward::attention::rotation::Rotation;
-use crate::forward::attention::{Attention, Cache, SequenceCache};
+use super::mixer::{Mixer, SequenceState, State};
+use crate::error::{Error, Locate, Result};
+use crate::families::{DecoderSpec, Keys};
 use crate::forward::load::Loader;
-use crate::forward::moe::Shared;
-use crate::forward::moe::{FeedForward, Mlp, Observer};
+use crate::forward::moe::{FeedForward, Mlp, Observer, Shared};
 use crate::forward::norm::RmsNorm;
 use crate::forward::windows::{batches, check_windows};
 use crate::model::{LayerId, TensorSource};
@@ -25,9 +22,8 @@ use crate::stage::Context;
 #[derive(Debug)]
 pub struct DecoderLayer {
     id: LayerId,
-    rope: Rope,
-    attention_norm: RmsNorm,
-    attention: Attention,
+    mixer_norm: RmsNorm,
+    mixer: Mixer,
     feed: FeedForward,
 }
 
@@ -38,7 +34,11 @@ impl DecoderLayer {
     /// Those of the source; [`ErrorKind::Shape`](crate::ErrorKind::Shape) for a tensor that does
     /// not fit the configuration and [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a
     /// NaN or infinite weight, with layer and tensor.
-    pub fn load(source: &dyn TensorSource, spec: &Spec, index: usize) -> Result<Self> {
+    pub(crate) fn load(
+        source: &dyn TensorSource,
+        spec: &DecoderSpec,
+        index: usize,
+    ) -> Result<Self> {
         let id = LayerId::causal(index);
         let prefix = format!("{}layers.{index}.", source.prefix());
         let layer = Self::read(source, spec, id, &prefix).in_layer(id)?;
@@ -46,7 +46,12 @@ impl DecoderLayer {
         Ok(layer)
     }
 
-    fn read(source: &dyn TensorSource, spec: &Spec, id: LayerId, prefix: &str) -> Result<Self> {
+    fn read(
+        source: &dyn TensorSource,
+        spec: &DecoderSpec,
+        id: LayerId,
+        prefix: &str,
+    ) -> Result<Self> {
         let loader = Loader::new(source, prefix);
         let mlp = loader.at("mlp");
         let d = spec.d_model;
@@ -55,17 +60,18 @@ impl DecoderLayer {
             Mlp::sparse(source, id, shared, None)?
         } else {
             let Some(f) = spec.d_dense else {
-                let keys = crate::forward::keys::Keys::root(source.config());
+                let keys = Keys::root(source.config());
                 return Err(keys.wrong("intermediate_size", "the width of dense MLPs", "nothing"));
             };
             Mlp::Dense(Box::new(mlp.gated((d, f), spec.activation, spec.mlp_bias)?))
         };
-        let norm = loader.norm("post_attention_layernorm", d, spec.eps)?;
+        let norm = loader.norm("post_attention_layernorm", d, spec.norm)?;
+        let mixer = spec.mixers.get(id.index);
+        let mixer = mixer.ok_or_else(|| Error::range("layer", spec.layers, id.index))?;
         Ok(Self {
             id,
-            rope: spec.rope.clone(),
-            attention_norm: loader.norm("input_layernorm", d, spec.eps)?,
-            attention: Attention::load(&loader.at("self_attn"), spec, id.index)?,
+            mixer_norm: loader.norm("input_layernorm", d, spec.norm)?,
+            mixer: Mixer::load(&loader, spec, mixer)?,
             feed: FeedForward::new(id, norm, mlp),
         })
     }
@@ -100,11 +106,9 @@ impl DecoderLayer {
         for batch in batches(windows) {
             let (first, end) = (batch[0].start, batch[batch.len() - 1].end);
             let local: Vec<_> = batch.iter().map(|w| w.start - first..w.end - first).collect();
-            let fresh: Vec<_> = local.iter().map(|w| (w.clone(), 0)).collect();
-            let rotation = Rotation::new(&self.rope, &fresh);
             let mut rows = hidden.slice_mut(s![first..end, ..]);
-            let x = self.attention_norm.forward(rows.view())?;
-            rows += &self.attention.forward(x.view(), &local, &rotation, cx).in_layer(self.id)?;
+            let x = self.mixer_norm.forward(rows.view())?;
+            rows += &self.mixer.forward(x.view(), &local, cx).in_layer(self.id)?;
         }
         Ok(())
     }
@@ -124,33 +128,39 @@ impl DecoderLayer {
         self.feed.forward(hidden, windows, observer, cx)
     }
 
-    /// Both halves for the next tokens of one window, whose past is in the cache.
+    /// What the layer keeps before the first token of a window.
+    pub(crate) fn start(&self) -> State {
+        self.mixer.start()
+    }
+
+    /// Both halves for the next tokens of one window, whose past is in `state`.
     pub(crate) fn step(
         &self,
         hidden: &mut Array2<f32>,
-        cache: &mut Cache,
+        state: &mut State,
         cx: &Context,
     ) -> Result<()> {
         let rows = 0..hidden.nrows();
-        let rotation = Rotation::new(&self.rope, &[(rows.clone(), cache.len())]);
-        let x = self.attention_norm.forward(hidden.view())?;
-        *hidden += &self.attention.step(x.view(), &rotation, cache, cx).in_layer(self.id)?;
+        let x = self.mixer_norm.forward(hidden.view())?;
+        *hidden += &self.mixer.step(x.view(), state, cx).in_layer(self.id)?;
         self.feed.forward(hidden, &[rows], None, cx)
     }
 
+    /// What the layer keeps before the first token of many sequences of up to `room` tokens.
+    pub(crate) fn start_each(&self, sequences: usize, room: usize) -> SequenceState {
+        self.mixer.start_each(sequences, room)
+    }
+
     /// Both halves for the next token of every sequence, one row each.
-    pub(super) fn step_each(
+    pub(crate) fn step_each(
         &self,
         hidden: &mut Array2<f32>,
-        cache: &mut SequenceCache,
+        state: &mut SequenceState,
         cx: &Context,
     ) -> Result<()> {
-        let position = cache.len();
         let rows: Vec<Range<usize>> = (0..hidden.nrows()).map(|i| i..i + 1).collect();
-        let spans: Vec<_> = rows.iter().map(|row| (row.clone(), position)).collect();
-        let rotation = Rotation::new(&self.rope, &spans);
-        let x = self.attention_norm.forward(hidden.view())?;
-        *hidden += &self.attention.step_each(x.view(), &rotation, cache, cx).in_layer(self.id)?;
+        let x = self.mixer_norm.forward(hidden.view())?;
+        *hidden += &self.mixer.step_each(x.view(), state, cx).in_layer(self.id)?;
         self.feed.forward(hidden, &rows, None, cx)
     }
 }

@@ -1,16 +1,15 @@
 //! Decoder-only models: whole passes, streamed over layers; generation with a cache.
 
 mod layer;
+mod mixer;
 mod sample;
-mod spec;
-mod spec_grouped;
 
 use std::ops::Range;
 
 use ndarray::{Array2, s};
 
 use crate::error::{Error, Result};
-use crate::forward::attention::Cache;
+use crate::families::{self, DecoderSpec};
 use crate::forward::head::Head;
 use crate::forward::load::Loader;
 use crate::forward::moe::Observer;
@@ -20,15 +19,13 @@ use crate::stage::Context;
 
 pub use layer::DecoderLayer;
 pub use sample::SampleOptions;
-pub use spec::{AttentionSpec, GroupedSpec, LatentSpec, SharedSpec, Spec};
-pub(crate) use spec::{QkNorm, activation};
 
 /// A decoder-only model over a source of weights. It holds none itself: every pass reads the
 /// embedding, then layer by layer, then the output projection, and drops each after use.
 #[derive(Debug)]
 pub struct Causal<S> {
     source: S,
-    spec: Spec,
+    spec: DecoderSpec,
     cx: Context,
 }
 
@@ -36,15 +33,21 @@ impl<S: TensorSource> Causal<S> {
     /// Reads and checks the configuration.
     ///
     /// # Errors
-    /// Those of [`Spec::parse`].
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for a family without a native
+    /// forward pass, [`ErrorKind::Config`](crate::ErrorKind::Config) for an invalid configuration.
     pub fn open(source: S, cx: Context) -> Result<Self> {
-        let spec = Spec::parse(source.config())?;
+        let spec = families::decoder(source.config())?;
         Ok(Self { source, spec, cx })
     }
 
     /// The model's description.
-    pub fn spec(&self) -> &Spec {
+    pub(crate) fn spec(&self) -> &DecoderSpec {
         &self.spec
+    }
+
+    /// Number of token ids.
+    pub fn vocab(&self) -> usize {
+        self.spec.vocab
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -62,7 +65,7 @@ impl<S: TensorSource> Causal<S> {
     }
 
     pub(super) fn check(&self, window: &[u32]) -> Result<()> {
-        let longest = self.spec.rope.longest_window();
+        let longest = self.spec.longest_window;
         if window.is_empty() || window.len() > longest {
             let expected = format!("1 to {longest} tokens (max_position_embeddings)");
             return Err(Error::range("window", expected, window.len()));
@@ -163,7 +166,7 @@ impl<S: TensorSource> Causal<S> {
         prompts: &[impl AsRef<[u32]>],
         max_new: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        let longest = self.spec.rope.longest_window();
+        let longest = self.spec.longest_window;
         for prompt in prompts.iter().map(AsRef::as_ref) {
             let length = prompt.len().saturating_add(max_new);
             if length > longest {
@@ -188,11 +191,11 @@ impl<S: TensorSource> Causal<S> {
         head: &Head,
     ) -> Result<Vec<u32>> {
         let mut hidden = gather(table, &[prompt]).states;
-        let mut caches = vec![Cache::default(); layers.len()];
+        let mut states: Vec<_> = layers.iter().map(DecoderLayer::start).collect();
         let mut new = Vec::with_capacity(max_new.min(4096));
         while new.len() < max_new {
-            for (layer, cache) in layers.iter().zip(&mut caches) {
-                layer.step(&mut hidden, cache, &self.cx)?;
+            for (layer, state) in layers.iter().zip(&mut states) {
+                layer.step(&mut hidden, state, &self.cx)?;
             }
             let last = hidden.slice(s![hidden.nrows() - 1.., ..]);
             let token = head.largest(last, &self.cx)?;

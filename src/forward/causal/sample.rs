@@ -4,9 +4,9 @@ use ndarray::{Array2, ArrayView1, Axis};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::mixer::SequenceState;
 use super::{Causal, DecoderLayer};
 use crate::error::{Error, Result};
-use crate::forward::attention::SequenceCache;
 use crate::forward::head::Head;
 use crate::forward::math::exp_shifted;
 use crate::forward::windows::gather;
@@ -75,7 +75,7 @@ impl<S: TensorSource> Causal<S> {
             }
             self.check(tokens)?;
         }
-        let longest = self.spec().rope.longest_window();
+        let longest = self.spec().longest_window;
         if !(prompt..=longest).contains(&options.length) {
             let expected = format!("{prompt} to {longest} tokens");
             return Err(Error::range("length of a sequence", expected, options.length));
@@ -102,8 +102,8 @@ struct Writer<'a, S> {
     table: Array2<f32>,
     head: Head,
     held: Vec<DecoderLayer>,
-    /// One a layer.
-    caches: Vec<SequenceCache>,
+    /// One a layer, from its first step on.
+    states: Vec<Option<SequenceState>>,
     /// One a sequence.
     generators: Vec<ChaCha8Rng>,
 }
@@ -124,7 +124,7 @@ impl<'a, S: TensorSource> Writer<'a, S> {
             held: (0..layers.min(options.held_layers))
                 .map(|i| model.layer(i))
                 .collect::<Result<_>>()?,
-            caches: vec![SequenceCache::new(sequences, options.length); layers],
+            states: vec![None; layers],
             generators: (0..sequences).map(generator).collect(),
         })
     }
@@ -133,11 +133,18 @@ impl<'a, S: TensorSource> Writer<'a, S> {
     fn step(&mut self, tokens: &[u32]) -> Result<Array2<f32>> {
         let cx = self.model.context();
         let mut hidden = gather(&self.table, &[tokens]).states;
-        for (i, cache) in self.caches.iter_mut().enumerate() {
-            match self.held.get(i) {
-                Some(layer) => layer.step_each(&mut hidden, cache, cx)?,
-                None => self.model.layer(i)?.step_each(&mut hidden, cache, cx)?,
-            }
+        let (sequences, room) = (tokens.len(), self.options.length);
+        for (i, state) in self.states.iter_mut().enumerate() {
+            let read;
+            let layer = match self.held.get(i) {
+                Some(layer) => layer,
+                None => {
+                    read = self.model.layer(i)?;
+                    &read
+                }
+            };
+            let state = state.get_or_insert_with(|| layer.start_each(sequences, room));
+            layer.step_each(&mut hidden, state, cx)?;
         }
         Ok(hidden)
     }

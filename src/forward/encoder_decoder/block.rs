@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, s};
 
-use super::SwitchSpec;
+use super::norm;
 use crate::error::{Error, Locate, Result};
+use crate::families::SwitchSpec;
 use crate::forward::attention::softmax::{Bias, Heads, Mask, Span, attend};
 use crate::forward::load::Loader;
 use crate::forward::moe::{FeedForward, Mlp};
@@ -83,7 +84,7 @@ impl Attention {
         let (heads, width) = (spec.heads, spec.d_kv);
         let part = layer.at(name);
         Ok(Self {
-            norm: layer.norm("layer_norm", d, spec.eps)?,
+            norm: layer.norm("layer_norm", d, norm(spec))?,
             q: part.linear("q", (inner, d), false)?,
             k: part.linear("k", (inner, d), false)?,
             v: part.linear("v", (inner, d), false)?,
@@ -130,7 +131,7 @@ impl SwitchBlock {
     /// Those of the source; [`ErrorKind::Shape`](crate::ErrorKind::Shape) for a tensor that does
     /// not fit the configuration and [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a
     /// NaN or infinite weight, with layer and tensor.
-    pub fn load(source: &dyn TensorSource, spec: &SwitchSpec, id: LayerId) -> Result<Self> {
+    pub(crate) fn load(source: &dyn TensorSource, spec: &SwitchSpec, id: LayerId) -> Result<Self> {
         let prefix = format!("{}block.{}.", stack_prefix(source, id.stack), id.index);
         let block = Self::read(source, spec, id, &prefix).in_layer(id)?;
         source.release(&prefix);
@@ -158,7 +159,7 @@ impl SwitchBlock {
             own: Attention::load(&layers.at("0"), "SelfAttention", spec)?,
             cross: decoder.then(cross).transpose()?,
             bias: RelativeBias::load(source, spec, id.stack)?,
-            feed: FeedForward::new(id, last.norm("layer_norm", spec.d_model, spec.eps)?, mlp),
+            feed: FeedForward::new(id, last.norm("layer_norm", spec.d_model, norm(spec))?, mlp),
         })
     }
 

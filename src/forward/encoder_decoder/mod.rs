@@ -6,108 +6,23 @@ mod greedy;
 use std::ops::Range;
 
 use ndarray::{Array2, s};
-use serde_json::Value;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::forward::causal::activation;
-use crate::forward::family::Family;
+use crate::error::{Error, Result};
+use crate::families::{self, NormKind, NormSpec, SwitchSpec};
 use crate::forward::head::Head;
-use crate::forward::keys::Keys;
 use crate::forward::load::Loader;
 use crate::forward::moe::Observer;
 use crate::forward::norm::RmsNorm;
 use crate::forward::windows::{Hidden, check_tokens, gather};
-use crate::model::{Activation, Finite, LayerId, Stack, TensorSource};
+use crate::model::{Finite, LayerId, Stack, TensorSource};
 use crate::stage::Context;
 
 pub use block::SwitchBlock;
 use block::stack_prefix;
 
-/// A Switch model, without its weights.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SwitchSpec {
-    /// Width of the residual stream.
-    pub d_model: usize,
-    /// Width of a head; `heads · d_kv` need not be `d_model`.
-    pub d_kv: usize,
-    /// Number of heads.
-    pub heads: usize,
-    /// Width of dense MLPs.
-    pub d_ff: usize,
-    /// Number of encoder blocks.
-    pub encoder_layers: usize,
-    /// Number of decoder blocks.
-    pub decoder_layers: usize,
-    /// Number of token ids.
-    pub vocab: usize,
-    /// `ε` of the layer norms.
-    pub eps: f32,
-    /// The non-linearity of dense MLPs.
-    pub activation: Activation,
-    /// Tokens of one sequence that an expert takes; further ones get 0 from the MoE block.
-    pub capacity: usize,
-    /// Number of buckets of relative positions, even.
-    pub buckets: usize,
-    /// Distance from which all positions share a bucket.
-    pub max_distance: usize,
-    /// Whether the embedding is also the output projection, scaled by `d_model^−½`.
-    pub tied: bool,
-    /// The token that starts the decoder.
-    pub start: u32,
-    /// Token ids that end a generation.
-    pub end: Vec<u32>,
-}
-
-impl SwitchSpec {
-    /// Reads and checks a configuration.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Config`] for a missing, ill-typed or contradictory key,
-    /// [`ErrorKind::Unsupported`] for another family or activation.
-    pub fn parse(config: &Value) -> Result<Self> {
-        let keys = Keys::root(config);
-        if Family::of(config)? != Family::Switch {
-            let found = keys.text("model_type")?.unwrap_or_default().into();
-            let (what, supported) = ("encoder-decoder family", "switch_transformers".into());
-            return Err(ErrorKind::Unsupported { what, found, supported }.into());
-        }
-        let encoder_layers = keys.size("num_layers")?;
-        let buckets = keys.optional_size("relative_attention_num_buckets")?.unwrap_or(32);
-        let max_distance = keys.optional_size("relative_attention_max_distance")?.unwrap_or(128);
-        if !buckets.is_multiple_of(4) || max_distance <= buckets / 2 {
-            let expected = format!("a multiple of 4, below twice the distance {max_distance}");
-            return Err(keys.wrong("relative_attention_num_buckets", &expected, buckets));
-        }
-        let start = keys.tokens("decoder_start_token_id")?.first().copied();
-        let pad = keys.tokens("pad_token_id")?.first().copied();
-        let act = match keys.text("dense_act_fn")? {
-            None => Activation::Relu,
-            Some(_) => activation(keys, "dense_act_fn")?,
-        };
-        Ok(Self {
-            d_model: keys.size("d_model")?,
-            d_kv: keys.size("d_kv")?,
-            heads: keys.size("num_heads")?,
-            d_ff: keys.size("d_ff")?,
-            encoder_layers,
-            decoder_layers: keys.optional_size("num_decoder_layers")?.unwrap_or(encoder_layers),
-            vocab: keys.size("vocab_size")?,
-            eps: keys.number("layer_norm_epsilon")?.unwrap_or(1e-6) as f32,
-            activation: act,
-            capacity: keys.optional_size("expert_capacity")?.unwrap_or(64),
-            buckets,
-            max_distance,
-            tied: keys.flag("tie_word_embeddings", true)?,
-            start: start.or(pad).unwrap_or(0),
-            end: keys.tokens("eos_token_id")?,
-        })
-    }
-
-    /// The decoder's input when it is to produce `targets`: shifted right behind the start token.
-    pub fn shifted(&self, targets: &[u32]) -> Vec<u32> {
-        let kept = targets.len().saturating_sub(1);
-        std::iter::once(self.start).chain(targets[..kept].iter().copied()).collect()
-    }
+/// The norms of a T5.
+fn norm(spec: &SwitchSpec) -> NormSpec {
+    NormSpec { kind: NormKind::Rms, eps: spec.eps }
 }
 
 /// A Switch model over a source of weights. As [`Causal`](super::Causal) it holds no weights:
@@ -125,21 +40,27 @@ impl<S: TensorSource> Switch<S> {
     /// Reads and checks the configuration.
     ///
     /// # Errors
-    /// Those of [`SwitchSpec::parse`].
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for another family, [`ErrorKind::Config`](crate::ErrorKind::Config)
+    /// for an invalid configuration.
     pub fn open(source: S, cx: Context) -> Result<Self> {
-        let spec = SwitchSpec::parse(source.config())?;
+        let spec = families::encoder_decoder(source.config())?;
         Ok(Self { source, spec, cx })
     }
 
     /// The model's description.
-    pub fn spec(&self) -> &SwitchSpec {
+    pub(crate) fn spec(&self) -> &SwitchSpec {
         &self.spec
+    }
+
+    /// The decoder's input when it is to produce `targets`: shifted right behind the start token.
+    pub fn shifted(&self, targets: &[u32]) -> Vec<u32> {
+        self.spec.shifted(targets)
     }
 
     /// Embeds the tokens of every window of a stack.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] for an empty window or a token id outside the vocabulary; those of
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window or a token id outside the vocabulary; those of
     /// the source.
     pub fn embed(&self, stack: Stack, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
         for window in windows.iter().map(AsRef::as_ref) {
@@ -191,7 +112,7 @@ impl<S: TensorSource> Switch<S> {
     /// Those of the source; a shape that does not fit or a value that is not finite.
     pub fn final_norm(&self, stack: Stack) -> Result<RmsNorm> {
         let loader = Loader::new(&self.source, stack_prefix(&self.source, stack));
-        loader.norm("final_layer_norm", self.spec.d_model, self.spec.eps)
+        loader.norm("final_layer_norm", self.spec.d_model, norm(&self.spec))
     }
 
     /// The decoder's states before its final norm; window `i` attends to encoder window `i`.

@@ -4,7 +4,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 use super::expert::add_expert;
 use crate::error::{Error, Result};
-use crate::forward::causal::{SharedSpec, Spec};
+use crate::families::{DecoderSpec, SharedSpec};
 use crate::forward::load::Loader;
 use crate::forward::math::sigmoid;
 use crate::model::Expert;
@@ -19,7 +19,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn load(mlp: &Loader<'_>, spec: &Spec) -> Result<Option<Self>> {
+    pub(crate) fn load(mlp: &Loader<'_>, spec: &DecoderSpec) -> Result<Option<Self>> {
         let (d, act, bias) = (spec.d_model, spec.activation, spec.mlp_bias);
         Ok(match spec.shared {
             SharedSpec::None => None,

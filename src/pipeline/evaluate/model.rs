@@ -44,7 +44,7 @@ impl<'a> Subject<'a> {
     pub(crate) fn limits(&self) -> Limits {
         match &self.model {
             Model::Causal(model) => {
-                Limits { vocab: model.spec().vocab, longest: model.spec().rope.longest_window() }
+                Limits { vocab: model.spec().vocab, longest: model.spec().longest_window }
             }
             // Relative positions: any length, up to what span corruption can draw.
             Model::Switch(model) => Limits { vocab: model.spec().vocab, longest: 10_000 },

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, Export, WritePlan};
+use crate::families::{self, Runtimes, Support};
 use crate::model::{LayerId, RoutingRule};
 
 /// Whether a runtime will load a target.
@@ -36,8 +37,8 @@ pub struct RuntimePlan {
 }
 
 /// What is the same for all of them.
-struct Planned<'a> {
-    family: &'a str,
+struct Planned {
+    runtimes: Runtimes,
     export: Export,
     /// Experts of every layer on the disk, fewest and most.
     experts: (usize, usize),
@@ -48,37 +49,6 @@ struct Planned<'a> {
 
 /// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`); 1024 since its Kimi-K3.
 const LLAMA_MAX_EXPERTS: usize = 512;
-/// Families with experts that vLLM has a class for (its `registry.py`) and that llama.cpp converts
-/// (its `conversion/__init__.py`), by the class that `config.json` names.
-const SERVED: &[&str] = &[
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "kimi_k2",
-    "gpt_oss",
-    "llama4",
-    "llama4_text",
-    "glm4_moe",
-    "phimoe",
-    "granitemoe",
-    "granitemoeshared",
-    "granitemoehybrid",
-    "afmoe",
-    "dbrx",
-    "jamba",
-    "minimax_m2",
-    "ernie4_5_moe",
-    "hunyuan_v1_moe",
-    "dots1",
-    "lfm2_moe",
-];
-/// Families that neither serves: encoder-decoder models.
-const ENCODER_DECODER: &[&str] = &["switch_transformers", "nllb-moe"];
-
 /// Asks all of them.
 pub(super) fn plan(
     source: &Checkpoint,
@@ -96,7 +66,7 @@ pub(super) fn plan(
     let top_k = write.top_k.unwrap_or(layer.rule.top_k);
     let merges = write.groupings.values().any(|g| !g.is_identity());
     let planned = Planned {
-        family: source.family(),
+        runtimes: families::find(source.family()).map_or(Runtimes::UNKNOWN, |f| f.runtimes),
         export: write.export,
         experts: (all().min().unwrap_or(0), all().max().unwrap_or(0)),
         rule: RoutingRule { top_k, groups, ..layer.rule },
@@ -107,7 +77,7 @@ pub(super) fn plan(
     vec![planned.transformers(common.clone()), planned.vllm(common.clone()), planned.llama(common)]
 }
 
-impl Planned<'_> {
+impl Planned {
     /// What every stock runtime refuses.
     fn common(&self, spread: bool) -> Vec<String> {
         let mut reasons = Vec::new();
@@ -140,9 +110,8 @@ impl Planned<'_> {
 
     fn transformers(&self, mut reasons: Vec<String>) -> RuntimePlan {
         let mut notes = Vec::new();
-        if self.export == Export::Native && self.family.starts_with("llama4") {
-            // Its weights are on the experts' inputs, which the folder's own code does not know.
-            reasons = vec!["the code in a native folder does not run Llama-4".into()];
+        if self.export == Export::Native && !self.runtimes.native_folder {
+            reasons = vec!["the code in a native folder does not run this family".into()];
         } else if self.export == Export::Native {
             reasons.clear();
             notes
@@ -150,7 +119,7 @@ impl Planned<'_> {
         }
         self.mtp_note(&mut notes);
         // Whatever it is, transformers has the class that config.json names.
-        self.answer("transformers", true, reasons, notes)
+        self.answer("transformers", Support::Loads, reasons, notes)
     }
 
     fn vllm(&self, reasons: Vec<String>) -> RuntimePlan {
@@ -166,7 +135,7 @@ impl Planned<'_> {
             notes.push(format!("tensor parallel: {} units divide by {widths}", self.d_ff));
         }
         self.mtp_note(&mut notes);
-        self.answer("vllm", SERVED.contains(&self.family), reasons, notes)
+        self.answer("vllm", self.runtimes.vllm, reasons, notes)
     }
 
     fn llama(&self, mut reasons: Vec<String>) -> RuntimePlan {
@@ -184,7 +153,7 @@ impl Planned<'_> {
             ));
         }
         self.mtp_note(&mut notes);
-        self.answer("llama.cpp", SERVED.contains(&self.family), reasons, notes)
+        self.answer("llama.cpp", self.runtimes.llama_cpp, reasons, notes)
     }
 
     fn mtp_note(&self, notes: &mut Vec<String>) {
@@ -200,17 +169,17 @@ impl Planned<'_> {
     fn answer(
         &self,
         runtime: &str,
-        known: bool,
+        support: Support,
         mut reasons: Vec<String>,
         notes: Vec<String>,
     ) -> RuntimePlan {
-        if ENCODER_DECODER.contains(&self.family) && runtime != "transformers" {
+        if support == Support::Refuses {
             reasons.push("no encoder-decoder models with experts".into());
         }
-        let answer = match (reasons.is_empty(), known) {
-            (false, _) => Answer::Refuses,
-            (true, true) => Answer::Accepts,
-            (true, false) => Answer::Unknown,
+        let answer = match (reasons.is_empty(), support) {
+            (false, _) | (true, Support::Refuses) => Answer::Refuses,
+            (true, Support::Loads) => Answer::Accepts,
+            (true, Support::Unknown) => Answer::Unknown,
         };
         let notes = if answer == Answer::Accepts || self.export == Export::Native {
             notes

@@ -104,7 +104,7 @@ fn streamed_cross_entropy_equals_that_of_the_logits_for_stacked_pairs() {
         let pairs: Vec<(Vec<u32>, Vec<u32>)> =
             vec![(ids(33, 1), ids(9, 2)), (ids(5, 3), ids(1, 4)), (ids(40, 5), ids(21, 6))];
         for ((encoder, targets), (nll, n)) in pairs.iter().zip(model.nll(&pairs).unwrap()) {
-            let logits = model.logits(encoder, &model.spec().shifted(targets)).unwrap();
+            let logits = model.logits(encoder, &model.shifted(targets)).unwrap();
             let term = |t: usize| {
                 let row = logits.row(t).mapv(f64::from);
                 row.mapv(f64::exp).sum().ln() - row[targets[t] as usize]

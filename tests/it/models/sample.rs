@@ -33,7 +33,7 @@ fn each(test: impl Fn(&str, &mcsmoe::forward::Causal<&Checkpoint>)) {
 fn without_temperature_it_is_the_greedy_continuation() {
     each(|name, model| {
         let prompts = vec![vec![3, 1, 4], vec![1, 5, 9], vec![2, 6, 5]];
-        let cold = SampleOptions { temperature: 1e-6, ..options(model.spec().vocab) };
+        let cold = SampleOptions { temperature: 1e-6, ..options(model.vocab()) };
         let sampled = model.sample(&prompts, &cold).unwrap();
         for (prompt, sequence) in prompts.iter().zip(&sampled) {
             let greedy = model.generate(prompt, 9).unwrap();
@@ -49,7 +49,7 @@ fn without_temperature_it_is_the_greedy_continuation() {
 fn held_layers_threads_and_company_do_not_change_a_sequence() {
     each(|name, model| {
         let prompts: Vec<Vec<u32>> = (0..5).map(|i| vec![i + 1]).collect();
-        let options = options(model.spec().vocab);
+        let options = options(model.vocab());
         let sampled = model.sample(&prompts, &options).unwrap();
         let held = SampleOptions { held_layers: 9, ..options.clone() };
         assert_eq!(model.sample(&prompts, &held).unwrap(), sampled, "{name}");
@@ -67,7 +67,7 @@ fn tokens_that_are_not_allowed_are_never_drawn() {
     let Model::Causal(model) = Model::open_on(&checkpoint, Context::cpu(0)).unwrap() else {
         panic!("a decoder-only model");
     };
-    let mut options = options(model.spec().vocab);
+    let mut options = options(model.vocab());
     options.allowed.iter_mut().skip(10).for_each(|allowed| *allowed = false);
     for sequence in model.sample(&[vec![500], vec![600]], &options).unwrap() {
         assert!(sequence[1..].iter().all(|&token| token < 10), "{sequence:?}");
@@ -82,7 +82,7 @@ fn what_cannot_be_sampled_is_refused() {
     let Model::Causal(model) = Model::open_on(&checkpoint, Context::cpu(0)).unwrap() else {
         panic!("a decoder-only model");
     };
-    let good = options(model.spec().vocab);
+    let good = options(model.vocab());
     let refused = |prompts: &[Vec<u32>], options: &SampleOptions, word: &str| {
         let message = model.sample(prompts, options).unwrap_err().to_string();
         assert!(message.contains(word), "{message}");

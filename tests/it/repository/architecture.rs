@@ -7,6 +7,8 @@ const CELLAR: &[&str] = &["error", "par", "linalg"];
 /// Implements `linalg::Compute`; only a context chooses it.
 const GPU: &str = "gpu";
 const GROUND: &[&str] = &["error", "par", "linalg", "model"];
+/// What is particular about each model family, read by checkpoint, forward and plan.
+const FAMILIES: &str = "families";
 const ROOMS: &[&str] = &[
     "checkpoint",
     "forward",
@@ -27,9 +29,10 @@ fn allowed(module: &str) -> Option<Vec<&'static str>> {
         "linalg" => CELLAR,
         "model" => GROUND,
         GPU => CELLAR,
+        FAMILIES => GROUND,
         "stage" => return Some([GROUND, &[GPU]].concat()),
         room if ROOMS.contains(&room) => {
-            return Some([GROUND, &["stage"]].concat());
+            return Some([GROUND, &["stage", FAMILIES]].concat());
         }
         // Draws what the pipeline tells; it runs nothing.
         "report" => return Some([GROUND, &["checkpoint", "pipeline"]].concat()),

@@ -8,27 +8,44 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Keys<'a> {
     object: &'a Value,
+    /// Objects within, whose keys count as this one's where it has none of that name.
+    within: &'a [&'a str],
     path: &'a str,
 }
 
 impl<'a> Keys<'a> {
+    /// The top of a configuration.
     pub(crate) fn root(object: &'a Value) -> Self {
-        Self { object, path: "" }
+        Self { object, within: &[], path: "" }
     }
 
+    /// The keys of the model, or of objects `within` its configuration.
+    pub(crate) fn of_model(object: &'a Value, within: &'a [&'a str]) -> Self {
+        Self { object, within, path: "" }
+    }
+
+    /// The value of a key.
     pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|v| !v.is_null())
+        let inner = self.within.iter().filter_map(|name| self.object.get(name)?.get(key));
+        self.object.get(key).into_iter().chain(inner).find(|value| !value.is_null())
+    }
+
+    /// The value of a key, `null` too; in an object within rather than at the top.
+    pub(crate) fn raw(&self, key: &str) -> Option<&'a Value> {
+        let inner = self.within.iter().filter_map(|name| self.object.get(name)?.get(key));
+        inner.chain(self.object.get(key)).next()
     }
 
     /// The object under `key`, if there is one.
     pub(crate) fn inner(&self, key: &'a str) -> Result<Option<Keys<'a>>> {
         match self.get(key) {
             None => Ok(None),
-            Some(object) if object.is_object() => Ok(Some(Keys { object, path: key })),
+            Some(object) if object.is_object() => Ok(Some(Keys { object, within: &[], path: key })),
             Some(other) => Err(self.wrong(key, "an object", other)),
         }
     }
 
+    /// The error of a key whose value is not what it should be.
     pub(crate) fn wrong(&self, key: &str, expected: &str, found: impl std::fmt::Display) -> Error {
         let key = if self.path.is_empty() { key.into() } else { format!("{}.{key}", self.path) };
         ErrorKind::Config { key, expected: expected.into(), found: found.to_string() }.into()
@@ -60,6 +77,7 @@ impl<'a> Keys<'a> {
         self.required(key, expected, self.optional_size(key)?)
     }
 
+    /// A size that may be absent.
     pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         match self.count(key)? {
             Some(0) => Err(self.wrong(key, "a positive whole number", 0)),
@@ -67,20 +85,33 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// A finite number.
     pub(crate) fn number(&self, key: &str) -> Result<Option<f64>> {
         self.read(key, "a finite number", |v| v.as_f64().filter(|x| x.is_finite()))
     }
 
+    /// A finite number that may not be absent.
     pub(crate) fn need_number(&self, key: &str) -> Result<f64> {
         self.required(key, "a finite number", self.number(key)?)
     }
 
+    /// `true` or `false`.
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
+    /// A string.
     pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.read(key, "a string", Value::as_str)
+    }
+
+    /// A list of one string for each layer.
+    pub(crate) fn per_layer(&self, key: &str, layers: usize) -> Result<Option<Vec<&'a str>>> {
+        let names = |v: &'a Value| -> Option<Vec<&str>> {
+            v.as_array()?.iter().map(Value::as_str).collect()
+        };
+        let list = |v: &'a Value| names(v).filter(|list| list.len() == layers);
+        self.read(key, "one name per layer", list)
     }
 
     /// A whole number or a list of them, as `eos_token_id` is written.

@@ -5,12 +5,12 @@
 
 use std::f64::consts::PI;
 
+use super::keys::Keys;
 use crate::error::{Error, ErrorKind, Result};
-use crate::forward::keys::Keys;
 
 /// How the frequencies of a longer context follow from the trained ones.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Scaling {
+pub(crate) enum Scaling {
     /// `θ^(−2j/D)`.
     Default,
     /// Divided by `factor`.
@@ -47,19 +47,48 @@ pub enum Scaling {
     },
 }
 
+/// Which two dimensions form a rotated pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pairing {
+    /// `(j, j + D/2)`, "rotate half".
+    Halves,
+    /// `(2j, 2j + 1)`.
+    Neighbours,
+}
+
+/// What a family's class takes where `config.json` says nothing.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct RopeDefaults {
+    /// The base `θ`.
+    pub(crate) theta: f64,
+    /// The rotated part of a head.
+    pub(crate) part: f64,
+    /// How rotated dimensions pair up; no key says that.
+    pub(crate) pairing: Pairing,
+}
+
+impl RopeDefaults {
+    /// Whole heads, in halves.
+    pub(crate) const fn theta(theta: f64) -> Self {
+        Self { theta, part: 1.0, pairing: Pairing::Halves }
+    }
+}
+
 /// Rotary embedding of the first `dim` of each head's dimensions.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
+pub(crate) struct Rope {
     /// Number of rotated dimensions, even.
-    pub dim: usize,
+    pub(crate) dim: usize,
+    /// How they pair up.
+    pub(crate) pairing: Pairing,
     /// The base `θ`.
-    pub theta: f64,
+    pub(crate) theta: f64,
     /// The scaling.
-    pub scaling: Scaling,
+    pub(crate) scaling: Scaling,
     /// `max_position_embeddings`.
-    pub max_positions: usize,
+    pub(crate) max_positions: usize,
     /// Factor on attention scores that YaRN asks of latent attention (`mscale_all_dim`, squared).
-    pub score_factor: f32,
+    pub(crate) score_factor: f32,
 }
 
 /// YaRN's temperature `0.1 m ln(s) + 1`.
@@ -69,35 +98,31 @@ fn temperature(scale: f64, m: f64) -> f64 {
 
 impl Rope {
     /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before) for
-    /// heads of `head_dim`, of which a `part` is rotated unless a key says how much.
+    /// heads of `head_dim`.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] for a missing or ill-typed key, [`ErrorKind::Unsupported`] for another
     /// scaling.
-    pub(crate) fn parse(
-        keys: Keys<'_>,
-        (head_dim, part): (usize, f64),
-        default_theta: f64,
-        max_positions: usize,
-    ) -> Result<Self> {
+    pub(crate) fn parse(keys: Keys<'_>, head_dim: usize, defaults: RopeDefaults) -> Result<Self> {
+        let max_positions = keys.size("max_position_embeddings")?;
         let nested = match keys.inner("rope_parameters")? {
             Some(nested) => nested,
             None => keys.inner("rope_scaling")?.unwrap_or(keys),
         };
         let in_either = |key| Ok::<_, Error>(nested.number(key)?.or(keys.number(key)?));
-        let theta = in_either("rope_theta")?.unwrap_or(default_theta);
+        let theta = in_either("rope_theta")?.unwrap_or(defaults.theta);
         if theta <= 1.0 {
             return Err(keys.wrong("rope_theta", "more than 1", theta));
         }
-        let part = in_either("partial_rotary_factor")?.unwrap_or(part);
+        let part = in_either("partial_rotary_factor")?.unwrap_or(defaults.part);
         let dim = (head_dim as f64 * part) as usize;
         if dim < 2 || dim > head_dim || !dim.is_multiple_of(2) {
             let expected = "an even number of rotated dimensions within the head";
             return Err(keys.wrong("partial_rotary_factor", expected, dim));
         }
         let kind = nested.text("rope_type")?.or(nested.text("type")?).unwrap_or("default");
-        let mut rope =
-            Self { dim, theta, scaling: Scaling::Default, max_positions, score_factor: 1.0 };
+        let (pairing, scaling) = (defaults.pairing, Scaling::Default);
+        let mut rope = Self { dim, pairing, theta, scaling, max_positions, score_factor: 1.0 };
         rope.scaling = rope.parse_scaling(kind, keys, nested)?;
         if kind != "default"
             && let Some(m) = nested.number("mscale_all_dim")?.filter(|&m| m != 0.0)
@@ -161,7 +186,7 @@ impl Rope {
     }
 
     /// Most tokens that a window may hold. Dynamic scaling exists to go beyond the trained length.
-    pub fn longest_window(&self) -> usize {
+    pub(crate) fn longest_window(&self) -> usize {
         match self.scaling {
             Scaling::Dynamic { factor } => (self.max_positions as f64 * factor.max(1.0)) as usize,
             _ => self.max_positions,
@@ -169,7 +194,7 @@ impl Rope {
     }
 
     /// The angular frequencies of a window of `len` tokens: `(dim / 2)`.
-    pub fn frequencies(&self, len: usize) -> Vec<f32> {
+    pub(crate) fn frequencies(&self, len: usize) -> Vec<f32> {
         let dim = self.dim as f64;
         let base = match self.scaling {
             Scaling::Dynamic { factor } => {
@@ -229,7 +254,9 @@ mod tests {
     use serde_json::json;
 
     fn rope(config: serde_json::Value) -> Result<Rope> {
-        Rope::parse(Keys::root(&config), (8, 1.0), 1e4, 64)
+        let mut config = config;
+        config["max_position_embeddings"] = json!(64);
+        Rope::parse(Keys::root(&config), 8, RopeDefaults::theta(1e4))
     }
 
     #[test]

@@ -1,0 +1,7 @@
+//! Families with multi-head latent attention.
+
+mod deepseek;
+
+use super::Family;
+
+pub(super) const ALL: &[&[Family]] = &[deepseek::FAMILIES];
