@@ -1,23 +1,19 @@
 #!/usr/bin/env python3
 """Gain products of this crate against numpy's BLAS (OpenBLAS), same shapes, same run, in turn.
 
-    cargo build --release --examples
     python3 tools/bench_gemm.py [--threads 1,2] [--rounds 3]
 
 Prints GFLOP/s of the least time of all rounds and the ratio. numpy runs in a process of its own per
-round, as this crate's example does, so that both take their number of threads from the environment.
+round, as this crate's does, so that both take their number of threads from the environment.
 """
 
 import argparse
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-EXAMPLE = TARGET / "release/examples/gemm_bench"
+OURS = ["cargo", "bench", "--quiet", "--bench", "peers", "--", "gemm"]
 SHAPES = [(768, 2048, 768), (1408, 2048, 1408), (2048, 2048, 2048), (4096, 4096, 4096)]
 NUMPY = """
 import numpy as np, sys, time
@@ -51,7 +47,7 @@ def main():
             ours = theirs = float("inf")
             for _ in range(args.rounds):
                 theirs = min(theirs, float(run([sys.executable, "-c", NUMPY, *size], threads)))
-                ours = min(ours, json.loads(run([EXAMPLE, *size], threads))["seconds"])
+                ours = min(ours, json.loads(run([*OURS, *size], threads))["seconds"])
             flops = 2e-9 * m * k * n
             rates = f"{flops / ours:6.1f} {flops / theirs:6.1f} {theirs / ours:6.2f}"
             print(f"{threads:7}  {m:5} x {k:5} x {n:5}  {rates}")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Products of this crate on a GPU beside torch on the same card, and a layer beside the CPU.
 
-    cargo build --release --features gpu --example gpu_bench
     python3 tools/bench_gpu.py [--device NAME] [--small]
 
 Prints TFLOP/s of the least time. `whole` includes the matrices' way to the card and back,
@@ -12,19 +11,15 @@ renderer unless --small, which shows that the script runs and measures nothing.
 
 import argparse
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-EXAMPLE = TARGET / "release/examples/gpu_bench"
+OURS = "cargo bench --quiet --features gpu --bench peers -- gpu".split()
 
 
 def ours(operation, sizes, device):
-    command = [EXAMPLE, operation, *map(str, sizes), device]
+    command = [*OURS, operation, *map(str, sizes), device]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(found.stdout)
 
@@ -70,7 +65,7 @@ def main():
     if args.small:
         gemm, (f, d), n = ((128,) * 3, (96, 64), 4)
     else:
-        listed = subprocess.run([EXAMPLE, "adapters"], capture_output=True, text=True, check=True)
+        listed = subprocess.run([*OURS, "adapters"], capture_output=True, text=True, check=True)
         if all("Software" in line for line in listed.stdout.splitlines()):
             sys.exit(f"no card here, only:\n{listed.stdout}")
     m, k, c = gemm

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Compares the SVDs of this crate with torch.linalg.svd, on the same matrices in the same run.
 
-    cargo build --release --example svd_bench
     python3 tools/bench_svd.py [--shapes 2048x768,4096x1408,14336x4096] [--rank 128] [--repeats 3]
 
 Needs torch. torch uses all cores and gives all singular vectors; of the crate, `full`
@@ -15,8 +14,6 @@ the optimum, the root of the squared singular values beyond the rank, by torch.
 
 import argparse
 import json
-import os
-import pathlib
 import resource
 import subprocess
 import tempfile
@@ -24,9 +21,7 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-EXAMPLE = TARGET / "release/examples/svd_bench"
+OURS = ["cargo", "bench", "--quiet", "--bench", "peers", "--", "svd"]
 
 
 def matrix(kind, m, n):
@@ -54,7 +49,7 @@ def peer(a, repeats):
 
 def ours(path, shape, rank, method, repeats):
     """Seconds and residual of this crate."""
-    command = [EXAMPLE, path, *map(str, shape), str(rank), method, str(repeats)]
+    command = [*OURS, path, *map(str, shape), str(rank), method, str(repeats)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

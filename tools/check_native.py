@@ -3,7 +3,7 @@
 
 Loads each folder as its users do, AutoModelForCausalLM.from_pretrained(trust_remote_code=True),
 without missing, unexpected or mismatched tensors, and compares the logits on fixed tokens, in f32,
-with those of this crate (`--example logits`). Prints JSON, a line for each; the status is 1 when a
+with those of this crate (`benches/peers/logits.rs`). Prints JSON, a line for each; the status is 1 when a
 difference is above the tolerance. --dtype auto computes in the stored type instead and only looks
 for finite logits. Needs what tools/stock.py needs.
 """
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-EXAMPLE = ["cargo", "run", "--quiet", "--example", "logits", "--"]
+OURS = ["cargo", "bench", "--quiet", "--bench", "peers", "--", "logits"]
 
 
 def load(folder, dtype):
@@ -56,7 +56,7 @@ def ours(folder, given):
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
         save_file(given, ids)
-        subprocess.run(EXAMPLE + [str(folder), str(ids), str(out)], check=True)
+        subprocess.run(OURS + [str(folder), str(ids), str(out)], check=True)
         return load_file(out)["logits"]
 
 

@@ -6,7 +6,7 @@ For every MODEL, at (nearly) the same expert bytes: all experts compressed; merg
 experts, rounded up. Ranks are those of a size budget. Prints nats per token on EVALUATION by
 native evaluation, and, with --ranks, the mean change of stable ranks in every layer.
 
-Needs the examples: cargo build --release --examples. The folders are temporary.
+Needs the tool: cargo build --release --features cli. The folders are temporary.
 """
 
 import argparse
@@ -14,25 +14,24 @@ import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import tempfile
 
-PROGRAMS = pathlib.Path(
+TOOL = pathlib.Path(
     os.environ.get("CARGO_TARGET_DIR", pathlib.Path(__file__).resolve().parent.parent / "target")
-) / "release/examples"
+) / "release/mcsmoe"
 
 
-def run(program, *args):
-    command = [str(PROGRAMS / program), *map(str, args)]
+def run(*args):
+    command = [str(TOOL), "--json", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 def loss(folder, text):
-    return find(json.loads(run("evaluate", folder, text)), "nll")
+    return find(run("evaluate", folder, text), "nll")
 
 
 def find(report, key):
@@ -56,11 +55,11 @@ class Table:
         if size:
             lines.append(f'compress = {{ method = "size", size = {{ percent = {size} }} }}')
         recipe.write_text("\n".join(lines) + "\n")
-        told = run("merge_then_compress", self.model, self.args.calibration, folder, recipe,
-                   "--tokens", self.args.tokens)
+        run("run", self.model, self.args.calibration, folder, "--recipe", recipe,
+            "--tokens", self.args.tokens, "--no-verify")
         report = json.loads((folder / "mcsmoe.json").read_text())
-        before, after = map(int, re.search(r"expert bytes: (\d+) → (\d+)", told).groups())
-        share = 100 * after / before
+        written = find(report, "expert_bytes")
+        share = 100 * written["after"] / written["before"]
         nats = loss(folder, self.args.evaluation)
         print(f"| {self.name} | {preset} | {what} | {share:.1f} % | {nats:.3f} |", flush=True)
         for file in folder.iterdir():

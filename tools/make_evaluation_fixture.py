@@ -5,7 +5,7 @@
     python tools/make_evaluation_fixture.py MODEL TEXT_DIR [WINDOW [MAX_WINDOWS]]
 
 With arguments it prints the perplexity of any decoder-only checkpoint on TEXT_DIR/*.txt, for
-comparison with examples/evaluate.rs. Weights are upcast to f32; windows are the first
+comparison with `mcsmoe evaluate`. Weights are upcast to f32; windows are the first
 MAX_WINDOWS // files of every file, without special tokens. Needs torch, transformers 5, numpy.
 """
 import json

@@ -4,7 +4,7 @@
     python3 tools/plan_calibration.py --gflops C --read-gbps R [--tokens 16384,65536]
 
 C: 10^9 floating-point operations per second of a whole layer; R: 10^9 bytes in f32 per second of
-reading a layer and turning it into f32. Both come from two runs of examples/calibrate on one
+reading a layer and turning it into f32. Both come from two runs of `mcsmoe calibrate` on one
 checkpoint, whose seconds per layer differ by their tokens alone:
 
     C = F (t2 - t1) / (s2 - s1)        R = B / (s1 - F t1 / C)

@@ -4,31 +4,30 @@
 # Merges each MODEL to KEEP experts per layer with every preset, calibrated on at most $TOKENS
 # (24576) tokens of CALIBRATION, as a stock and a native folder, and evaluates them on EVALUATION,
 # another text. Prints rows for docs/quality.csv: nats per token, the share of experts that stayed,
-# and of the run that wrote both folders, calibration included, the seconds and the peak of resident
+# and of the run that wrote the folder, calibration included, the seconds and the peak of resident
 # memory in MB (from /proc; empty elsewhere). $NAME is written in place of the folder's name.
-# Needs the examples: cargo build --release --examples. Folders go to $TMPDIR and are removed.
+# Needs the tool: cargo build --release --features cli. Folders go to $TMPDIR and are removed.
 set -eu
 if [ $# -lt 5 ]; then
     sed -n '2,9s/^# //p' "$0"
     exit 2
 fi
-bin="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/release/examples"
-for program in merge_then_compress evaluate; do
-    [ -x "$bin/$program" ] || { echo "no $bin/$program" >&2; exit 1; }
-done
+tool="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/release/mcsmoe"
+[ -x "$tool" ] || { echo "no $tool" >&2; exit 1; }
 calibration=$1 evaluation=$2 keep=$3 presets=$4
 shift 4
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 loss() {
-    "$bin/evaluate" "$1" "$evaluation" | sed -n 's/.*"nll": \([0-9.]*\).*/\1/p' | head -n 1
+    "$tool" --json evaluate "$1" "$evaluation" |
+        python3 -c 'import json, sys; print(json.load(sys.stdin)["nll"])'
 }
-# The share of experts that stayed, from the lines of the layers (`layers.0  8→4 …`) that follow the
-# folder's name.
+# The share of experts that stayed, and the calibration tokens, from a report.
 kept() {
-    layers='s/^[a-z]*\.[0-9]* *\([0-9]*\)→\([0-9]*\) .*/\1 \2/p'
-    sed -n "/\/$1\$/,/^parameters/$layers" "$out/log" |
-        awk '{ n += $1; m += $2 } END { if (n) printf "%.4g", m / n }'
+    python3 -c 'import json, sys
+report = json.load(open(sys.argv[1]))
+print("%.4g" % (report["experts"]["after"] / report["experts"]["before"]), report["tokens"] or "")
+' "$1"
 }
 # Runs a command; sets seconds and peak.
 measured() {
@@ -46,15 +45,16 @@ echo "model,preset,export,kept,nats,reference_nats,seconds,peak_mb,tokens"
 for model in "$@"; do
     name=${NAME:-$(basename "$model")} reference=$(loss "$model")
     for preset in $presets; do
-        measured "$bin/merge_then_compress" "$model" "$calibration" "$out/m" "$keep" "$preset" \
-            --tokens "${TOKENS:-24576}" > "$out/log"
-        tokens=$(sed -n 's/^calibration: \([0-9]*\) tokens.*/\1/p' "$out/log" | head -n 1)
         for export in stock native; do
-            [ -d "$out/m/$export" ] || continue
-            nats=$(loss "$out/m/$export")
-            row="$(kept "$export"),$nats,$reference,$seconds,$peak,$tokens"
-            echo "$name,$preset,$export,$row"
+            # Factors have no stock folder.
+            [ "$preset $export" != "mc-smoe-budget stock" ] || continue
+            measured "$tool" run "$model" "$calibration" "$out/m" --keep "$keep" --quiet \
+                --preset "$preset" --export "$export" --tokens "${TOKENS:-24576}" --no-verify \
+                > "$out/log"
+            nats=$(loss "$out/m")
+            set_of=$(kept "$out/m/mcsmoe.json") share=${set_of% *} tokens=${set_of#* }
+            echo "$name,$preset,$export,$share,$nats,$reference,$seconds,$peak,$tokens"
+            rm -rf "$out/m"
         done
-        rm -rf "$out/m"
     done
 done

@@ -20,7 +20,7 @@ import stock  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-EXAMPLE = ["cargo", "run", "--quiet", "--example", "merge_then_compress", "--"]
+MERGE = ["cargo", "run", "--quiet", "--features", "cli", "--", "--quiet", "merge"]
 
 
 def merge(model, stats, target, preset, keep, export, flatten):
@@ -29,7 +29,7 @@ def merge(model, stats, target, preset, keep, export, flatten):
     if flatten:
         lines.append('routing_groups = "flatten"')
     recipe.write_text("\n".join(lines) + f"\n[keep]\nexperts = {keep}\n")
-    command = EXAMPLE + [str(model), str(stats), str(target), str(recipe)]
+    command = MERGE + [str(model), str(stats), str(target), "--recipe", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 

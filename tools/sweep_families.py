@@ -37,8 +37,8 @@ import tiny_families as tiny
 import torch
 from safetensors.torch import save_file
 
-EXAMPLE = ["cargo", "run", "--quiet", "--example", "merge_then_compress", "--"]
-ROUTED = ["cargo", "run", "--quiet", "--example", "routed", "--"]
+MERGE = ["cargo", "run", "--quiet", "--features", "cli", "--", "--quiet", "merge"]
+ROUTED = ["cargo", "bench", "--quiet", "--bench", "peers", "--", "routed"]
 TWINS = """
 preset = "hc-smoe"
 measure_error = false
@@ -76,7 +76,9 @@ def merge(source, stats, target, recipe):
     path = target.with_suffix(".toml")
     path.write_text(recipe)
     done = subprocess.run(
-        EXAMPLE + [str(source), str(stats), str(target), str(path)], capture_output=True, text=True
+        MERGE + [str(source), str(stats), str(target), "--recipe", str(path)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise SystemExit(f"merge: {done.stderr.strip().splitlines()[-1]}")

@@ -5,13 +5,11 @@
 pub(crate) const NOT_RUN: &[(&str, &str, &str)] = &[
     ("CONTRIBUTING.md", ".ci/run", GATE),
     ("CONTRIBUTING.md", "pip install torch", TORCH),
-    ("README.md", "cargo run --release --example", EXAMPLE),
+    ("README.md", "cargo run --release --features cli", "run below by the installed tool"),
     ("README.md", "mcsmoe run MODEL TEXTS TARGET", "the command above it, with other names"),
     ("docs/BENCHMARKS.md", "/usr/bin/time -v", BENCH),
     ("docs/BENCHMARKS.md", "cargo bench", BENCH),
-    ("docs/BENCHMARKS.md", "cargo build --release --example", BENCH),
     ("docs/BENCHMARKS.md", "cargo build --release --features cli", BENCH),
-    ("docs/BENCHMARKS.md", "cargo build --release --features gpu", "needs a graphics card"),
     ("docs/BENCHMARKS.md", "cat > /tmp/", BENCH),
     ("docs/BENCHMARKS.md", "python tools/check_exports.py", TORCH),
     ("docs/BENCHMARKS.md", "python tools/compare_logits.py", TORCH),
@@ -39,7 +37,5 @@ pub(crate) const NOT_RUN: &[(&str, &str, &str)] = &[
 ];
 
 const BENCH: &str = "a measurement: minutes to hours, on a quiet machine";
-const EXAMPLE: &str =
-    "`.ci/run examples` runs it without arguments; what it takes is its own usage";
 const GATE: &str = "a gate of `.ci/run`, or a part of one";
 const TORCH: &str = "needs Python with torch and transformers";

@@ -1,10 +1,10 @@
-//! The timed half of `tools/bench_gpu.py`: one operation on a GPU, and on the CPU if asked.
+//! One operation on a GPU, and on the CPU if asked (`tools/bench_gpu.py`).
 //!
 //! ```text
-//! cargo run --release --features gpu --example gpu_bench -- adapters
-//! cargo run --release --features gpu --example gpu_bench -- gemm M K N [DEVICE] [REPEATS]
-//! cargo run --release --features gpu --example gpu_bench -- gain D_FF D_MODEL [DEVICE] [REPEATS]
-//! cargo run --release --features gpu --example gpu_bench -- layer N D_FF D_MODEL [DEVICE]
+//! cargo bench --features gpu --bench peers -- gpu adapters
+//! cargo bench --features gpu --bench peers -- gpu gemm M K N [DEVICE] [REPEATS]
+//! cargo bench --features gpu --bench peers -- gpu gain D_FF D_MODEL [DEVICE] [REPEATS]
+//! cargo bench --features gpu --bench peers -- gpu layer N D_FF D_MODEL [DEVICE]
 //! ```
 //!
 //! DEVICE is `cpu`, `gpu` (default; the preferred adapter) or part of an adapter's name. Prints one
@@ -12,8 +12,6 @@
 //! with the matrices on the way in and out, as a caller waits for them, and `resident`, where the
 //! left matrix is on the device before. `gain` is the alignment's `C: (D_FF, D_FF)` of two gated
 //! experts; `layer` merges N experts of a Mixtral-shaped layer to half as many.
-
-#![allow(clippy::print_stdout)] // It is a command.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,13 +22,10 @@ use mcsmoe::model::{Expert, LayerId, MoeLayer, Router, RoutingRule, RoutingStats
 use mcsmoe::pipeline::{Keep, Recipe};
 use ndarray::Array2;
 
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+use crate::{Outcome, USAGE};
 
-fn main() -> Outcome {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let Some((operation, rest)) = args.split_first() else {
-        return Err("usage: gpu_bench (adapters | gemm | gain | layer) SIZES [DEVICE] [N]".into());
-    };
+pub(crate) fn run(args: &[String]) -> Outcome {
+    let Some((operation, rest)) = args.split_first() else { return Err(USAGE.into()) };
     let sizes: Vec<usize> = rest.iter().map_while(|arg| arg.parse().ok()).collect();
     let rest = &rest[sizes.len()..];
     let device = rest.first().map_or("gpu", String::as_str);

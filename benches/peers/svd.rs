@@ -1,20 +1,15 @@
-//! Times a truncated SVD of a matrix of raw little-endian `f32`, row by row.
-//!
-//! `svd_bench FILE M N RANK full|gram|randomized REPEATS` prints the least time and the residual as
-//! one line of JSON. `tools/bench_svd.py` compares it with torch.
+//! Times a truncated SVD of a matrix of raw little-endian `f32`, row by row: the least time and the
+//! residual (`tools/bench_svd.py`).
 
-use std::error::Error;
-use std::io::Write;
 use std::time::Instant;
 
 use mcsmoe::linalg::{Cpu, PureRust, Randomized, SvdMethod, truncated_svd};
 use ndarray::Array2;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let [path, m, n, rank, method, repeats] = &args[..] else {
-        return Err("expected: matrix.f32 m n rank full|gram|randomized repeats".into());
-    };
+use crate::{Outcome, USAGE};
+
+pub(crate) fn run(args: &[String]) -> Outcome {
+    let [path, m, n, rank, method, repeats] = args else { return Err(USAGE.into()) };
     let bytes = std::fs::read(path)?;
     let value = |b: &[u8; 4]| f32::from_le_bytes(*b);
     let (values, _) = bytes.as_chunks::<4>();
@@ -35,7 +30,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         let error = &a - &svd.product(&Cpu::new())?;
         residual = error.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>().sqrt();
     }
-    let line = serde_json::json!({ "seconds": best, "residual": residual });
-    writeln!(std::io::stdout(), "{line}")?;
+    println!("{}", serde_json::json!({ "seconds": best, "residual": residual }));
     Ok(())
 }

@@ -1,17 +1,10 @@
 //! Logits of a checkpoint, stock or native, for comparison with another implementation
 //! (`tools/check_native.py`).
 //!
-//! ```text
-//! cargo run --release --example logits                      # the bundled checkpoint
-//! cargo run --release --example logits -- MODEL TOKENS.safetensors OUT.safetensors
-//! ```
-//!
 //! TOKENS holds `input_ids` (W, L), i32; for encoder-decoder models `decoder_input_ids` (W, L')
 //! too. OUT gets `logits` (W, L or L', vocabulary), f32.
 
-#![allow(clippy::print_stdout)] // It is a command.
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::forward::Model;
@@ -19,29 +12,14 @@ use ndarray::Array2;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+use crate::{Outcome, USAGE};
 
-fn main() -> Outcome {
-    let args: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
-    match &args[..] {
-        [] => bundled(),
-        [model, tokens, out] => {
-            let bytes = std::fs::read(tokens)?;
-            let given = SafeTensors::deserialize(&bytes)?;
-            let found = logits(model, &rows(&given, "input_ids")?, &given)?;
-            save(&found, out)
-        }
-        _ => Err("usage: logits [MODEL TOKENS OUT]".into()),
-    }
-}
-
-fn bundled() -> Outcome {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mixtral-8e");
-    let empty = safetensors::serialize(std::iter::empty::<(&str, TensorView<'_>)>(), None)?;
-    let found = logits(&model, &[vec![5, 9, 33, 70]], &SafeTensors::deserialize(&empty)?)?;
-    println!("{:?}", found[0].dim());
-    assert!(found[0].iter().all(|z| z.is_finite()));
-    Ok(())
+pub(crate) fn run(args: &[String]) -> Outcome {
+    let [model, tokens, out] = args else { return Err(USAGE.into()) };
+    let bytes = std::fs::read(tokens)?;
+    let given = SafeTensors::deserialize(&bytes)?;
+    let found = logits(model.as_ref(), &rows(&given, "input_ids")?, &given)?;
+    save(&found, out.as_ref())
 }
 
 /// The logits of every window.
