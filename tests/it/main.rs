@@ -59,17 +59,19 @@ mod models {
     mod sample;
 }
 
-/// The repository itself: its structure, its dependencies, its shaders.
+/// The repository itself: its structure, its names, its dependencies, its shaders.
 mod repository {
     mod architecture;
-    mod msrv;
+    mod dependencies;
     mod shaders;
+    mod words;
 }
 
 /// A checkpoint in, a smaller one out.
 mod runs {
     mod budget;
     mod compress;
+    mod compressor;
     #[cfg(feature = "gpu")]
     mod gpu;
     mod one_pass;
@@ -77,6 +79,7 @@ mod runs {
     mod plan;
     mod recovery;
     mod resume;
+    mod resume_matrix;
     mod structure;
     mod verify;
 }

@@ -1,8 +1,6 @@
 //! A compressor of a user's own: plugged in by one call, and held to what it promises.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)] // A test fails by panicking.
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::decompose::{MatrixBudget, PerMatrix, TruncatedSvd, reduced};
@@ -11,9 +9,7 @@ use mcsmoe::pipeline::{Calibration, ExportChoice, Keep, Output, Recipe, Report, 
 use mcsmoe::prelude::*;
 use ndarray::{Array2, ArrayView2};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
+use crate::support::fixture;
 
 const EXPORTS: [(&str, ExportChoice); 3] = [
     ("stock", ExportChoice::Stock),
