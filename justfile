@@ -38,3 +38,7 @@ bench-build:
 # Runs one bench: just bench assign
 bench name:
     cargo bench --locked --bench {{name}}
+
+# The tool as an archive with its checksum, the same bytes from every clone: target/dist.
+dist:
+    tools/dist.sh
