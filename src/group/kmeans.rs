@@ -47,7 +47,7 @@ impl Default for KMeans {
 
 impl Stage for KMeans {
     fn name(&self) -> &str {
-        "kmeans"
+        "k-means"
     }
 }
 

@@ -22,7 +22,7 @@ use crate::stage::{Context, Members, Merger, Needs, Stage};
 /// code forgets when it aligns; no `1e-7` in the denominator unless [`ReferenceCompat`] asks for
 /// it.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Fisher {
     /// `Σ F + eps` as denominator, without a fallback where `Σ F = 0`.
     pub compat: Option<ReferenceCompat>,

@@ -25,7 +25,7 @@ use crate::stage::{Context, Members, Merger, Needs, Stage};
 /// over experts where the published code averages over the units of a set, which over-weights a
 /// unit that few joined; weights by usage instead of equal ones by default; no token limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct FixDominant {
     /// What units are compared by.
     pub ingredient: Ingredient,

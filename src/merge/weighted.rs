@@ -86,6 +86,7 @@ fn random(id: LayerId, experts: usize, seed: u64) -> Vec<f64> {
 /// It shrinks every merged expert, groups of one included, by `Σ w / (Σ w + eps)`; a group that no
 /// token visited becomes zero. Use it to reproduce published checkpoints, not to make new ones.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ReferenceCompat {
     /// Added to the sum of the weights.
     pub eps: f64,
@@ -116,7 +117,7 @@ impl ReferenceCompat {
 /// code adds `1e-7` to the sum ([`ReferenceCompat`] restores that), and a group that no token
 /// visited is averaged with equal weights instead of becoming zero.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Weighted {
     /// What a member counts for.
     pub by: Weighting,

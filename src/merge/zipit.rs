@@ -31,7 +31,7 @@ use crate::stage::{Context, Members, Merger, Needs, Stage};
 /// activations decide where there are fewer than two tokens (the published code returns the first
 /// expert); a row cache finds each pair instead of a search of the whole table.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct ZipIt {
     /// What units are compared by.
     pub ingredient: Ingredient,

@@ -77,6 +77,7 @@ mod runs {
     mod one_pass;
     mod pipeline;
     mod plan;
+    mod recipe;
     mod recovery;
     mod resume;
     mod resume_matrix;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use mcsmoe::linalg::{Compute, Cpu};
 use mcsmoe::pipeline::{ExportChoice, Keep, Output, Recipe};
 
@@ -66,14 +67,18 @@ pub(crate) struct Method {
     /// A recipe in TOML, YAML or JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["preset", "keep", "top_k", "seed"])]
     pub(crate) recipe: Option<PathBuf>,
-    /// A named recipe: m-smoe, mc-smoe, mc-smoe-budget, hc-smoe, reap, ream, fast, balanced, best.
-    #[arg(long, value_name = "NAME")]
+    /// A named recipe; `mcsmoe presets` says what each does. `fast` unless given.
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    #[arg(value_parser = PossibleValuesParser::new(Recipe::PRESETS))]
     pub(crate) preset: Option<String>,
     /// How many experts stay: `4` per layer, `50%` of them, or `total:96` over all layers.
     #[arg(long, value_name = "HOW MANY", value_parser = keep)]
     pub(crate) keep: Option<Keep>,
-    /// What is written: stock (runs anywhere), native (the paper's semantics), expanded (to check).
-    #[arg(long, value_name = "KIND", value_parser = export)]
+    /// What is written: stock (runs anywhere), native (the paper's semantics), expanded (to
+    /// check). Unless given, the recipe's or the preset's: native where matrices are compressed
+    /// into factors, else stock.
+    #[arg(long, value_name = "KIND", hide_possible_values = true)]
+    #[arg(value_parser = PossibleValuesParser::new(EXPORTS).try_map(|name| export(&name)))]
     pub(crate) export: Option<ExportChoice>,
     /// A lower number of experts per token.
     #[arg(long, value_name = "K", value_parser = positive)]
@@ -84,8 +89,7 @@ pub(crate) struct Method {
 }
 
 impl Method {
-    /// The recipe; `preset` and `keep` where the command line has none. A preset is written as a
-    /// stock folder unless another kind is asked for.
+    /// The recipe; `preset` and `keep` where the command line has none.
     pub(crate) fn read(&self, preset: &str, keep: Option<Keep>) -> Outcome<Recipe> {
         let mut recipe = match &self.recipe {
             Some(path) => Recipe::read(path)?,
@@ -94,7 +98,7 @@ impl Method {
                     return Err(Failure::Usage("give --keep, or a --recipe".into()));
                 };
                 let name = self.preset.as_deref().unwrap_or(preset);
-                Recipe::preset(name, keep)?.export(ExportChoice::Stock)
+                Recipe::preset(name, keep)?
             }
         };
         recipe.export = self.export.unwrap_or(recipe.export);
@@ -162,6 +166,8 @@ fn keep(text: &str) -> Result<Keep, String> {
     }
     positive(text).map(Keep::Experts).map_err(|_| wrong())
 }
+
+const EXPORTS: [&str; 3] = ["stock", "native", "expanded"];
 
 fn export(text: &str) -> Result<ExportChoice, String> {
     match text {

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use clap::builder::PossibleValuesParser;
+use mcsmoe::Recipe;
 use mcsmoe::calibrate::StatsFile;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::Stack;
@@ -28,7 +30,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
     /// Collect what this preset's stages need instead of everything.
-    #[arg(long, value_name = "NAME", conflicts_with = "recipe")]
+    #[arg(long, value_name = "NAME", conflicts_with = "recipe", hide_possible_values = true)]
+    #[arg(value_parser = PossibleValuesParser::new(Recipe::PRESETS))]
     preset: Option<String>,
     /// Most samples per layer, spread evenly over the tokens.
     #[arg(long, value_name = "N", default_value = "4096")]
@@ -82,8 +85,8 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
 
 fn needs(args: &Args) -> Outcome<Needs> {
     let recipe = match (&args.recipe, &args.preset) {
-        (Some(path), _) => mcsmoe::Recipe::read(path)?,
-        (None, Some(name)) => mcsmoe::Recipe::preset(name, Keep::Fraction(0.5))?,
+        (Some(path), _) => Recipe::read(path)?,
+        (None, Some(name)) => Recipe::preset(name, Keep::Fraction(0.5))?,
         (None, None) => return Ok(Needs::OBSERVABLE),
     };
     Ok(recipe.builder()?.build()?.needs() | Needs::SAMPLES)

@@ -16,6 +16,7 @@ mod manual;
 mod merge;
 mod paper;
 mod plan;
+mod presets;
 mod progress;
 mod report;
 mod run;
@@ -45,6 +46,7 @@ struct Cli {
 enum Command {
     Inspect(inspect::Args),
     Calibrate(calibrate::Args),
+    Presets(presets::Args),
     Plan(plan::Args),
     Merge(merge::Args),
     Compress(compress::Args),
@@ -76,6 +78,7 @@ fn start(global: &Global, command: Command, show: &Show) -> Outcome {
     match command {
         Command::Inspect(args) => inspect::run(&args, show),
         Command::Calibrate(args) => calibrate::run(&args, global, show),
+        Command::Presets(args) => presets::run(&args, show),
         Command::Plan(args) => plan::run(&args, global, show),
         Command::Merge(args) => merge::run(&args, global, show),
         Command::Compress(args) => compress::run(&args, global, show),

@@ -1,5 +1,7 @@
 //! `merge`: fewer experts, by a preset or a recipe, without compression.
 
+use mcsmoe::Recipe;
+
 use crate::args::Global;
 use crate::exit::Outcome;
 use crate::show::Show;
@@ -13,7 +15,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
-    let mut recipe = args.task.method.read("fast", None)?;
+    let mut recipe = args.task.method.read(Recipe::DEFAULT_PRESET, None)?;
     recipe.compress = None;
     work::carry_out(&args.task, &recipe, global, show)
 }

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use mcsmoe::Recipe;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{Answer, Output, RunPlan};
 
@@ -37,7 +38,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     global.compute()?;
     let source = Checkpoint::open(&args.model)?;
-    let recipe = args.method.read("fast", None)?;
+    let recipe = args.method.read(Recipe::DEFAULT_PRESET, None)?;
     let shard_bytes = args.shard_size.unwrap_or(recipe.shard_bytes);
     let output = Output { shard_bytes, ..Output::new(recipe.export) };
     let (is_text, measure) = (!args.statistics, !args.no_time);

@@ -56,7 +56,7 @@ struct Done {
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
-    let recipe = args.task.method.read("fast", None)?;
+    let recipe = args.task.method.read(Recipe::DEFAULT_PRESET, None)?;
     let places = &args.task.places;
     if args.task.running.dry_run {
         return work::dry_run(&args.task, &recipe, global, show);

@@ -62,7 +62,7 @@ pub enum SigmoidMass {
 /// error in every layer: 0.676, 0.679, 0.698 against 0.694, 0.685, 0.719. Mean rows gave 0.687,
 /// 0.697 and 0.638: the fit does not win everywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct LogSumExpFit {
     /// Pull towards the prior, relative to the mean second moment of the inputs; 0 or more.
     pub ridge: f64,

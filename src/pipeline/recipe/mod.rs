@@ -9,11 +9,14 @@
 
 pub(super) mod choices;
 pub(super) mod compress_choice;
+mod parse;
 pub(super) mod presets;
 
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::checkpoint::Export;
 use crate::error::{Error, ErrorKind, Locate, Result};
@@ -25,6 +28,7 @@ use crate::pipeline::recipe::choices::{
     SimilarityChoice,
 };
 use crate::pipeline::recipe::compress_choice::CompressChoice;
+use crate::pipeline::recipe::parse::Table;
 
 /// A whole run, as data. Every field has a stable name and is copied into the report.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,7 +39,8 @@ pub struct Recipe {
     pub preset: Option<String>,
     /// How many experts stay.
     pub keep: Keep,
-    /// What is written.
+    /// What is written; a stock folder unless given.
+    #[serde(default)]
     pub export: ExportChoice,
     /// How alike experts are.
     pub similarity: SimilarityChoice,
@@ -89,10 +94,11 @@ pub struct Recipe {
 }
 
 /// What is written; see the README for what each export saves and where it runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportChoice {
     /// Fewer experts and a narrowed router: loads in unmodified runtimes.
+    #[default]
     Stock,
     /// The `n`-row router and an expert map: the paper's semantics, for this crate and, with the
     /// code that lies in the folder, for transformers.
@@ -120,8 +126,7 @@ fn five_gigabytes() -> u64 {
 }
 
 impl Recipe {
-    /// A named preset that keeps `keep` and writes a native folder; the names are
-    /// [`Recipe::PRESETS`].
+    /// A named preset that keeps `keep`; the names are [`Recipe::PRESETS`].
     ///
     /// # Errors
     /// [`ErrorKind::Recipe`] for an unknown name.
@@ -132,6 +137,18 @@ impl Recipe {
     /// The names of all presets.
     pub const PRESETS: &'static [&'static str] = presets::NAMES;
 
+    /// The preset of everything that names none: of the tool's commands, and of recipes that name
+    /// no preset and no stage.
+    pub const DEFAULT_PRESET: &'static str = presets::DEFAULT;
+
+    /// The file of a preset: TOML with comments, complete but for `keep`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Recipe`] for an unknown name.
+    pub fn preset_file(name: &str) -> Result<&'static str> {
+        presets::text(name)
+    }
+
     /// The same recipe with another export.
     #[must_use]
     pub fn export(mut self, export: ExportChoice) -> Self {
@@ -139,13 +156,16 @@ impl Recipe {
         self
     }
 
-    /// Parses TOML. Keys that are left out come from `preset`, which is then required.
+    /// Parses TOML.
+    ///
+    /// Keys that are left out come from `preset`, or from [`Recipe::DEFAULT_PRESET`] where the file
+    /// names no preset and no stage. A table of a stage that names a method replaces the preset's;
+    /// a table without a method changes the options that it names.
     ///
     /// # Errors
     /// [`ErrorKind::Recipe`] that names the key.
     pub fn from_toml(text: &str) -> Result<Self> {
-        let value: toml::Table = text.parse().map_err(|e| invalid(&e))?;
-        Self::from_value(serde_json::to_value(value).map_err(|e| invalid(&e))?)
+        Self::from_value(parse::toml(text)?)
     }
 
     /// Parses YAML; as [`Recipe::from_toml`].
@@ -153,7 +173,15 @@ impl Recipe {
     /// # Errors
     /// [`ErrorKind::Recipe`] that names the key.
     pub fn from_yaml(text: &str) -> Result<Self> {
-        Self::from_value(serde_yaml_ng::from_str(text).map_err(|e| invalid(&e))?)
+        Self::from_value(parse::yaml(text)?)
+    }
+
+    /// Parses JSON; as [`Recipe::from_toml`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Recipe`] that names the key.
+    pub fn from_json(text: &str) -> Result<Self> {
+        Self::from_value(parse::json(text)?)
     }
 
     /// Reads a `.toml`, `.yaml`, `.yml` or `.json` file.
@@ -164,8 +192,8 @@ impl Recipe {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("read recipe", e));
         let parsed = text.and_then(|text| match path.extension().and_then(|e| e.to_str()) {
             Some("toml") => Self::from_toml(&text),
-            // JSON is YAML.
-            Some("yaml" | "yml" | "json") => Self::from_yaml(&text),
+            Some("yaml" | "yml") => Self::from_yaml(&text),
+            Some("json") => Self::from_json(&text),
             other => Err(ErrorKind::Unsupported {
                 what: "recipe format",
                 found: other.unwrap_or("no file ending").into(),
@@ -176,30 +204,74 @@ impl Recipe {
         parsed.in_file(path)
     }
 
-    fn from_value(mut value: serde_json::Value) -> Result<Self> {
-        let reason = "a recipe is a table of keys";
-        let given = value.as_object_mut().ok_or_else(|| invalid(&reason))?;
-        let Some(name) = given.get("preset").and_then(|p| p.as_str()) else {
-            return serde_json::from_value(value).map_err(|e| invalid(&e));
-        };
-        let keep = given.get("keep").cloned().ok_or_else(|| invalid(&"missing field `keep`"))?;
-        let keep = serde_json::from_value(keep).map_err(|e| invalid(&format!("keep: {e}")))?;
-        let base = Self::preset(name, keep)?;
-        let mut base = serde_json::to_value(base).map_err(|e| invalid(&e))?;
-        if let Some(base) = base.as_object_mut() {
-            // A stage that is given replaces the preset's stage whole: its other options belong to
-            // another method.
-            base.extend(given.iter().map(|(key, value)| (key.clone(), value.clone())));
-        }
-        serde_json::from_value(base).map_err(|e| invalid(&e))
+    /// A preset's file, completed.
+    pub(super) fn from_preset(file: &str, name: &str, keep: Keep) -> Result<Self> {
+        let mut value = parse::toml(file)?;
+        value.insert("preset".into(), name.into());
+        value.insert("keep".into(), serde_json::to_value(keep).map_err(|e| invalid(&e))?);
+        Self::complete(value)
     }
 
-    /// The recipe as TOML, with every default written out.
+    fn from_value(given: Table) -> Result<Self> {
+        let stages = ["similarity", "align", "group", "merge", "router", "recover", "compress"];
+        let name = match given.get("preset") {
+            Some(Value::String(name)) => name.clone(),
+            Some(_) => return Err(invalid(&"preset: the name of a preset in quotation marks")),
+            None if stages.iter().any(|stage| given.contains_key(*stage)) => {
+                return Self::complete(given);
+            }
+            None => presets::DEFAULT.to_owned(),
+        };
+        let mut whole = parse::toml(presets::text(&name)?)?;
+        whole.insert("preset".into(), name.into());
+        for (key, value) in given {
+            match (whole.get_mut(&key), value) {
+                (Some(Value::Object(base)), Value::Object(options)) if !names_method(&options) => {
+                    base.extend(options);
+                }
+                (_, value) => {
+                    whole.insert(key, value);
+                }
+            }
+        }
+        Self::complete(whole)
+    }
+
+    /// A recipe of a table in which nothing is left to a preset. Stages are first read one by one,
+    /// so that an error says in which of them it is.
+    fn complete(table: Table) -> Result<Self> {
+        check_stage::<SimilarityChoice>(&table, "similarity")?;
+        check_stage::<AlignChoice>(&table, "align")?;
+        check_stage::<GroupChoice>(&table, "group")?;
+        check_stage::<MergeChoice>(&table, "merge")?;
+        check_stage::<RouterChoice>(&table, "router")?;
+        check_stage::<Vec<RecoverChoice>>(&table, "recover")?;
+        check_stage::<CompressChoice>(&table, "compress")?;
+        check_stage::<Keep>(&table, "keep")?;
+        check_stage::<Constraints>(&table, "constraints")?;
+        let hint = match table.contains_key("preset") {
+            true => "",
+            false => " (a recipe that names no `preset` names every stage)",
+        };
+        serde_json::from_value(Value::Object(table)).map_err(|e| invalid(&format!("{e}{hint}")))
+    }
+
+    /// The recipe as TOML, with every default written out. It reads as the same recipe.
     ///
     /// # Errors
     /// [`ErrorKind::Recipe`] if it cannot be written.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| invalid(&e))
+        toml::to_string(&self.recorded()?).map_err(|e| invalid(&e))
+    }
+
+    /// What a report records: the recipe, without its preset where options of the preset were
+    /// removed, because a file cannot say that of an option.
+    fn recorded(&self) -> Result<Self> {
+        let text = serde_json::to_string(self).map_err(|e| invalid(&e))?;
+        let read = parse::json(&text).and_then(Self::from_value);
+        let same = read.is_ok_and(|read| read == *self);
+        let preset = self.preset.clone().filter(|_| same);
+        Ok(Self { preset, ..self.clone() })
     }
 
     /// The pipeline that this recipe describes. A stage of one's own can replace any part.
@@ -221,7 +293,7 @@ impl Recipe {
             .recover_tokens(self.recover_tokens)
             .recover_on(self.recover_on)
             .seed(self.seed)
-            .recipe(serde_json::to_value(self).map_err(|e| invalid(&e))?);
+            .recipe(serde_json::to_value(self.recorded()?).map_err(|e| invalid(&e))?);
         builder = self.factorise.add_to(builder)?;
         builder = self.similarity.add_to(builder);
         builder = self.align.add_to(builder);
@@ -240,6 +312,20 @@ impl Recipe {
     }
 }
 
-fn invalid(reason: &impl std::fmt::Display) -> Error {
+/// Whether options begin a stage anew: they name its method.
+fn names_method(options: &Table) -> bool {
+    let is_count = |key: &String| ["experts", "fraction", "total"].contains(&key.as_str());
+    options.keys().any(|key| key == "method" || key == "metric" || is_count(key))
+}
+
+fn check_stage<T: DeserializeOwned>(table: &Table, key: &str) -> Result<()> {
+    let Some(value) = table.get(key) else { return Ok(()) };
+    match serde_json::from_value::<T>(value.clone()) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(invalid(&format!("{key}: {error}"))),
+    }
+}
+
+pub(super) fn invalid(reason: &impl std::fmt::Display) -> Error {
     ErrorKind::Recipe { reason: reason.to_string() }.into()
 }

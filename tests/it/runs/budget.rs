@@ -61,7 +61,8 @@ fn whatever_fits_is_left_whole() {
     let folder = dir.path().join("whole");
     run(&recipe(4, Size::Percent(60.0), Portion::Experts), &folder).unwrap();
     let plain = dir.path().join("plain");
-    run(&Recipe::preset("m-smoe", Keep::Experts(4)).unwrap(), &plain).unwrap();
+    let merged = Recipe::preset("m-smoe", Keep::Experts(4)).unwrap();
+    run(&merged.export(ExportChoice::Native), &plain).unwrap();
     assert_eq!(expert_bytes(&folder), expert_bytes(&plain));
     let options = EvaluateOptions { max_windows: 1, ..EvaluateOptions::default() };
     let of = |folder: &Path| evaluate(folder, &fixture("text"), &options).unwrap().score.nll;
@@ -77,7 +78,8 @@ fn recovery_on_text_leaves_the_ranks_to_the_same_samples() {
     let model = Checkpoint::open(&source).unwrap();
     let options = CalibrateOptions::default();
     calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &options, &stats).unwrap();
-    let mut recipe = Recipe::preset("fast", Keep::Experts(6)).unwrap();
+    let fast = Recipe::preset("fast", Keep::Experts(6)).unwrap();
+    let mut recipe = fast.export(ExportChoice::Native);
     recipe.compress =
         CompressChoice::Size { size: Size::Percent(20.0), of: Portion::Experts, least_rank: 1 }
             .into();

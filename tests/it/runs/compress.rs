@@ -282,7 +282,8 @@ fn along_the_text_compression_follows_recovery() {
     let window = |w: u32| (0..64).map(|i| (i * i * 17 + i * 5 + w * 131) % 2048).collect();
     let text = || Calibration::from(Tokens::Windows((0..12).map(window).collect()));
     let error = |name: &str, compress| {
-        let recipe = Recipe { compress, ..Recipe::preset("fast", Keep::Experts(4)).unwrap() };
+        let fast = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+        let recipe = Recipe { compress, ..fast.export(ExportChoice::Native) };
         let target = dir.path().join(name);
         let report = merge_then_compress(&fixture("mixtral-8e"), text(), &recipe, &target);
         let report = report.unwrap();

@@ -131,7 +131,7 @@ fn refusals_name_the_cause_and_leave_nothing_behind() {
     let uneven = refused("m-smoe", Keep::Total(13), ExportChoice::Stock);
     assert!(uneven.to_string().contains("same number"), "{uneven}");
     let unknown = refused("m-moe", Keep::Experts(4), ExportChoice::Native);
-    assert!(unknown.to_string().contains("m-smoe, hc-smoe"), "{unknown}");
+    assert!(unknown.to_string().contains("there are fast, balanced, best, m-smoe,"), "{unknown}");
 
     fs::create_dir(&target).unwrap();
     fs::write(target.join("mine.txt"), "keep me").unwrap();

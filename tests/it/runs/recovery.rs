@@ -88,7 +88,7 @@ fn no_recoverer_harms_on_few_tokens() {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, recover: Vec<RecoverChoice>| {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
-        let recipe = Recipe { recover, ..recipe };
+        let recipe = Recipe { recover, ..recipe.export(ExportChoice::Native) };
         let target = dir.path().join(name);
         merge_then_compress(&fixture("mixtral-8e"), text(256), &recipe, &target).unwrap();
         loss(&target)
@@ -111,7 +111,7 @@ fn no_recoverer_harms_on_few_tokens() {
 #[test]
 fn measured_removals_spread_a_budget_over_layers() {
     let dir = tempfile::tempdir().unwrap();
-    let toml = "preset = \"fast\"\nkeep = { total = 16 }\nrecover = []\n\
+    let toml = "preset = \"fast\"\nexport = \"native\"\nkeep = { total = 16 }\nrecover = []\n\
         [group]\nmethod = \"removal\"\nspread = \"global\"\ntokens = 256\n";
     let recipe = Recipe::from_toml(toml).unwrap();
     let again = Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap();
@@ -123,7 +123,8 @@ fn measured_removals_spread_a_budget_over_layers() {
     assert_eq!(kept.iter().sum::<u64>(), 16);
     assert!(report.stages.contains(&"group removal".to_owned()));
     // As many experts by saliency, the same in every layer, leave more to recover.
-    let plain = Recipe { recover: Vec::new(), ..Recipe::preset("fast", Keep::Experts(4)).unwrap() };
+    let fast = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+    let plain = Recipe { recover: Vec::new(), ..fast.export(ExportChoice::Native) };
     let target = dir.path().join("plain");
     let before = merge_then_compress(&source, text(2048), &plain, &target).unwrap();
     let error = |r: &Report| r.layers.iter().map(|l| l.output_error.unwrap().mapped).sum::<f64>();
@@ -143,7 +144,8 @@ fn the_samples_of_a_statistics_file_serve_too() {
 #[test]
 fn distillation_has_the_same_bytes_at_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
-    let mut recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+    let fast = Recipe::preset("fast", Keep::Experts(4)).unwrap();
+    let mut recipe = fast.export(ExportChoice::Native);
     let lesson = Distill { epochs: 1, ..Distill::default() };
     recipe.recover.push(RecoverChoice::Distill(lesson));
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();

@@ -206,7 +206,7 @@ fn exit_codes_are_those_of_the_table() {
     let (model, stats) = (&p.model, &p.stats);
     code(2, &[&"merge", model, stats, &target], "--keep");
     code(2, &[&"merge", model, stats, &target, &"--keep", &"many"], "a share");
-    code(2, &[&"merge", model, stats, &target, &"--keep", &"4", &"--preset", &"x"], "no preset");
+    code(2, &[&"merge", model, stats, &target, &"--keep", &"4", &"--preset", &"x"], "fast");
     code(2, &[&"merge", model, stats, &target, &"--keep", &"4", &"--device", &"tpu"], "no device");
     code(2, &[&"frobnicate"], "frobnicate");
     code(3, &[&"inspect", &p.at("none")], "No such file");
