@@ -232,8 +232,8 @@ fn recipe(ground: &Ground, input: &[u8]) {
     fs::write(&path, rest).unwrap();
     let Ok(recipe) = Recipe::read(&path).inspect_err(names_a_file) else { return };
     let _ = recipe.builder().and_then(|builder| builder.build());
-    let (output, options) = (Output::new(recipe.export), PlanOptions::default());
-    let _ = plan(&ground.source, &recipe, &output, &PlanOptions { measure: false, ..options });
+    let output = Output::new(recipe.export);
+    let _ = plan(&ground.source, &recipe, &output, &PlanOptions::default());
     let Ok(text) = recipe.to_toml() else { return };
     let again = Recipe::from_toml(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
     assert_eq!(again.to_toml().unwrap(), text);

@@ -32,7 +32,7 @@ pub use evaluate::generation::{LoopOptions, Loops, generate, loops};
 pub use evaluate::perplexity::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use layer::spectra::SpectrumReport;
 pub use options::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
-pub use plan::{Answer, MemoryPlan, PlanOptions, Rates, RunPlan, RuntimePlan, TimePlan, plan};
+pub use plan::{Answer, CostPlan, MemoryPlan, PlanOptions, RunPlan, Runtime, RuntimePlan, plan};
 pub use progress::{Observer, Phase, Silent};
 pub use recipe::choices::{
     AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,

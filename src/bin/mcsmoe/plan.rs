@@ -1,4 +1,4 @@
-//! `plan`: what a run will write, need and take, from headers only.
+//! `plan`: what a run will write, need and compute, from headers only.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -9,10 +9,11 @@ use mcsmoe::pipeline::{Answer, Output, RunPlan};
 
 use crate::args::{Global, Method, TextArgs, bytes as parse_bytes};
 use crate::exit::{Failure, Outcome};
-use crate::show::{Show, bytes, change, count, time};
+use crate::show::{Show, bytes, change, count};
 use crate::work::planned;
 
-/// Predict bytes, parameters, memory, time, and who will load the result; reads headers only.
+/// Predict bytes, parameters, memory and cost, and which runtimes will load the result. Reads
+/// headers only.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The folder of a checkpoint.
@@ -24,9 +25,6 @@ pub(crate) struct Args {
     /// Plan a run that is given a statistics file instead of text.
     #[arg(long)]
     statistics: bool,
-    /// Measure nothing and predict no time.
-    #[arg(long)]
-    no_time: bool,
     /// Exit with 7 when more memory is needed.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     max_memory: Option<u64>,
@@ -41,8 +39,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let recipe = args.method.read(Recipe::DEFAULT_PRESET, None)?;
     let shard_bytes = args.shard_size.unwrap_or(recipe.shard_bytes);
     let output = Output { shard_bytes, ..Output::new(recipe.export) };
-    let (is_text, measure) = (!args.statistics, !args.no_time);
-    let found = planned(&source, &recipe, (&args.text, &output), is_text, measure)?;
+    let found = planned(&source, &recipe, (&args.text, &output), !args.statistics)?;
     show.result(&found, |out| text(&found, out))?;
     match args.max_memory {
         Some(allowed) if found.memory.peak > allowed => {
@@ -50,6 +47,20 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
         }
         _ => Ok(()),
     }
+}
+
+/// `1.2 TFLOP`.
+fn flops(n: u64) -> String {
+    const UNITS: [&str; 4] = ["GFLOP", "TFLOP", "PFLOP", "EFLOP"];
+    let (mut value, mut unit) = (n as f64 / 1e9, 0);
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        (value, unit) = (value / 1000.0, unit + 1);
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+fn multiple(calibrations: Option<f64>) -> String {
+    calibrations.map_or(String::new(), |n| format!(", {n:.1} times the calibration"))
 }
 
 /// The plan for people.
@@ -78,18 +89,14 @@ pub(crate) fn text(found: &RunPlan, out: &mut dyn Write) -> io::Result<()> {
     if memory.scratch > 0 {
         writeln!(out, "scratch file: {}", bytes(memory.scratch))?;
     }
-    if let Some(t) = &found.time {
-        let (calibrate, merge) = (time(t.calibrate), time(t.merge));
-        let (recover, write, verify) = (time(t.recover), time(t.write), time(t.verify));
-        writeln!(out, "time: {} ({} to {})", time(t.total), time(t.range.0), time(t.range.1))?;
-        writeln!(
-            out,
-            "  calibrate {calibrate}, merge {merge}, recover {recover}, write {write}, \
-             verify {verify} ({:.0} GFLOP/s{})",
-            t.rates.flops / 1e9,
-            t.rates.read.map_or(String::new(), |r| format!(", reading {}/s", bytes(r as u64)))
-        )?;
-    }
+    let cost = &found.cost;
+    writeln!(out, "compute: {}{}", flops(cost.total), multiple(cost.calibrations))?;
+    let phases = [("calibrate", cost.calibrate), ("merge", cost.merge), ("recover", cost.recover)];
+    let phases: Vec<String> =
+        phases.iter().map(|(name, n)| format!("{name} {}", flops(*n))).collect();
+    writeln!(out, "  {}", phases.join(", "))?;
+    let (read, written) = (bytes(cost.read_bytes), bytes(cost.write_bytes));
+    writeln!(out, "files: {read} read, {written} written")?;
     for runtime in &found.runtimes {
         let answer = match runtime.answer {
             Answer::Accepts => "accepts",

@@ -84,20 +84,18 @@ pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<
     Ok(Finished::now(&places.target, start, report))
 }
 
-/// The plan of a run, without a measurement of rates unless `measure`.
+/// The plan of a run.
 pub(crate) fn planned(
     source: &Checkpoint,
     recipe: &Recipe,
     (text, output): (&TextArgs, &Output),
     is_text: bool,
-    measure: bool,
 ) -> Outcome<RunPlan> {
     let defaults = PlanOptions::default();
     let options = PlanOptions {
         tokens: text.tokens as u64,
         window: text.window.map_or(defaults.window, |n| n as u64),
         text: is_text,
-        measure,
         ..defaults
     };
     Ok(plan(source, recipe, output, &options)?)
@@ -110,7 +108,7 @@ fn bounded(source: &Checkpoint, recipe: &Recipe, task: &Task, is_text: bool) -> 
     let mut needed = 0;
     for states in [output.memory, 0] {
         output.memory = states;
-        needed = planned(source, recipe, (&task.text, &output), is_text, false)?.memory.peak;
+        needed = planned(source, recipe, (&task.text, &output), is_text)?.memory.peak;
         if needed <= allowed {
             return Ok(output);
         }
@@ -128,7 +126,7 @@ pub(crate) fn dry_run(task: &Task, recipe: &Recipe, global: &Global, show: &Show
     if !running.resume {
         drop(Partial::create(source.dir(), &places.target)?);
     }
-    let found = planned(&source, recipe, (text, &output), is_text, true)?;
+    let found = planned(&source, recipe, (text, &output), is_text)?;
     show.result(&found, |out| crate::plan::text(&found, out))
 }
 

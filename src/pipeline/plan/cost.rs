@@ -1,11 +1,10 @@
-//! How long a run will take.
+//! What a run will compute, read and write.
 
 use serde::{Deserialize, Serialize};
 
 use super::PlanOptions;
 use super::fit::FitSize;
 use super::memory::when;
-use super::rates::Rates;
 use super::shape::{Layer, Shape};
 use crate::group::Removal;
 use crate::pipeline::options::{AlignWhen, RecoverOn};
@@ -15,62 +14,48 @@ use crate::pipeline::recipe::{ExportChoice, Recipe};
 use crate::recover::Per;
 use crate::stage::Needs;
 
-/// Shares of the predicted time between which runs were found, without a load; `docs/CLI.md` has
-/// which.
-const FOUND: (f64, f64) = (0.6, 2.0);
-/// How much longer an operation in `f64` takes.
-pub(super) const WIDE: f64 = 2.0;
 /// Short sides up to this have all eigenvalues computed for a stable rank.
-const EXACT: f64 = 512.0;
+const ALL_EIGENVALUES_SIDE: f64 = 512.0;
 
-/// Predicted seconds of every phase, from operations and bytes at the measured [`Rates`].
+/// What a run computes, reads and writes: floating-point operations (FLOPs) of every phase, a
+/// multiply-add counted as two, and bytes of files. How long that takes is for the machine to say: a
+/// run tells the time left after its first layers.
 ///
-/// With `t` tokens in windows of `w`, `B` bytes of the model, `P` the parameters of its blocks, an
-/// expert of `e` parameters and `k` of them for a token; `F` the operations of all layers per token
-/// (two a parameter of attention, shared experts and chosen experts, `2 w a` for scores of heads of
-/// `a` columns together) and `E` its exponentials (`k d_ff` of activations, `w/2` for each head):
+/// With `t` tokens in windows of `w`, an expert of `e` parameters and `k` of them for a token, and
+/// `F` the FLOPs of all layers per token (two a parameter of attention, shared experts and chosen
+/// experts, `2 w a` for scores of heads of `a` columns together):
 ///
-/// - calibrate: `B / read + 4 P / convert + t (F / flops + E / exp)`, three times the last where
-///   gradients are collected;
-/// - merge: reading again; `6 d_ff² d_model + 256 d_ff²` operations for each expert that is lined
-///   up (all but one, or in groups all but the dominant); output errors on the samples, `4 k e` or
-///   `6 k e` a sample; where removals are measured, all experts on those tokens, and
-///   `t³/6 + 2 t² (k d_ff/n + d_model)` for every refit; decompositions, at the products that the
-///   randomised one may take;
+/// - calibrate: `t F`, three times that where gradients are collected;
+/// - merge: `6 d_ff² d_model + 256 d_ff²` for each expert that is aligned (all but one, or in groups
+///   all but the dominant); output errors on the samples, `4 k e` or `6 k e` a sample; where
+///   removals are measured, all experts on those tokens, and `t³/6 + 2 t² (k d_ff/n + d_model)` for
+///   every refit; decompositions, at the products that the randomised one may take;
 /// - recover: what it sees of the text once more, through the original's and the merged experts, or
 ///   through what [`RecoverOn`] asks for;
-///   least squares: `6 t k e / 3` for features, then, in `f64`, the Gram matrix `t k² d_ff²`, a
-///   factorisation `(m d_ff)³/3` and two solutions per ridge; or products between tokens
-///   `t² k² d_ff / m`, `t³/3` and two solutions, and the same for each ridge with at most 2,048
-///   tokens; or the latter and all conjugate-gradient steps, of `4 t k d_ff d_model`;
-///   distillation: `14 t k d_ff d_model` an epoch at the rate of its steps, three times `t k d_ff`
-///   exponentials, and `m e` updates a step;
-/// - write: the target's bytes, checked (XXH3), hashed (SHA-256) and converted;
-/// - verify: the target hashed and read once more, the source's bytes read and compared.
+///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
+///   `(m d_ff)³/3` and two solutions per ridge; or products between tokens `t² k² d_ff / m`, `t³/3`
+///   and two solutions, and the same for each ridge with at most 2,048 tokens; or the latter and all
+///   conjugate-gradient steps, of `4 t k d_ff d_model`, which often stop sooner;
+///   distillation: `14 t k d_ff d_model` an epoch.
 ///
-/// A model, not a promise: caches decide what reading costs, and the disk's rate of writing is not
-/// measured, because a plan writes nothing. Conjugate gradients are counted with every iteration
-/// that the recipe allows; they often stop sooner. [`TimePlan::range`] is 0.6 to
-/// `2 + load` times the total, with the load of a core: a short measurement gets more of a busy
-/// processor than a long run does.
+/// Exponentials, hashes and conversions of element types are not counted. Verification and
+/// evaluation are not part of it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct TimePlan {
-    /// While text runs through the model.
-    pub calibrate: f64,
-    /// While layers are measured, merged and compressed.
-    pub merge: f64,
-    /// While they are recovered.
-    pub recover: f64,
-    /// While the target is written.
-    pub write: f64,
-    /// While `run` verifies the target.
-    pub verify: f64,
-    /// All of it.
-    pub total: f64,
-    /// Shortest and longest total to expect.
-    pub range: (f64, f64),
-    /// What was measured.
-    pub rates: Rates,
+pub struct CostPlan {
+    /// FLOPs while text runs through the model; 0 when statistics are given.
+    pub calibrate: u64,
+    /// FLOPs while layers are measured, merged and compressed.
+    pub merge: u64,
+    /// FLOPs while they are recovered.
+    pub recover: u64,
+    /// FLOPs of all phases.
+    pub total: u64,
+    /// `total` as a multiple of `calibrate`; none when statistics are given.
+    pub calibrations: Option<f64>,
+    /// Bytes of the source that are read, each time that they are read.
+    pub read_bytes: u64,
+    /// Bytes of tensors that are written.
+    pub write_bytes: u64,
 }
 
 /// What is planned.
@@ -85,45 +70,30 @@ pub(super) struct Job<'a> {
     pub(super) once: bool,
 }
 
-/// Tokens of a step of the recipe's distillation, 0 without.
-pub(super) fn step(recipe: &Recipe) -> u64 {
-    let batch = |choice: &RecoverChoice| match choice {
-        RecoverChoice::Distill(fit) => Some(fit.batch as u64),
-        _ => None,
-    };
-    recipe.recover.iter().find_map(batch).unwrap_or(0)
-}
-
-pub(super) fn plan(job: &Job<'_>, rates: &Rates) -> TimePlan {
+pub(super) fn plan(job: &Job<'_>) -> CostPlan {
     let Job { shape, options, bytes: (source, target), .. } = *job;
-    let (source, target) = (source as f64, target as f64);
-    let blocks: u64 = shape.blocks.iter().sum();
-    let routed: u64 = shape.layers.iter().map(|l| l.parameters).sum();
-    let convert = |parameters: u64| 4.0 * parameters as f64 / rates.convert;
-    let read = rates.read.map_or(0.0, |rate| source / rate);
+    let experts: u64 = shape.layers.iter().map(|l| l.bytes).sum();
     let gradients = job.needs.contains(Needs::GRADIENTS) || job.needs.contains(Needs::FISHER);
-    let calibrate = match options.text {
-        true => {
-            let passes = if gradients { 3.0 } else { 1.0 };
-            read + convert(blocks + routed) + passes * job.forward(options.tokens, 1.0, rates)
-        }
-        false => 0.0,
+    let passes = if gradients { 3.0 } else { 1.0 };
+    let calibrate = if options.text { passes * job.forward(options.tokens, 1.0) } else { 0.0 };
+    let merge = job.layers(&|l| job.aligned(l) + job.removals(l) + job.errors(l) + job.factors(l));
+    let recover = job.recovered();
+    let total = calibrate + merge + recover;
+    let reads = if job.reads_experts_twice() { 2 } else { 1 };
+    let read_bytes = match (options.text, job.once) {
+        (true, true) => source,
+        (true, false) => source + reads * experts,
+        (false, _) => source + (reads - 1) * experts,
     };
-    // What was read for calibration is taken to be cached where the files are smaller than memory.
-    let again = if options.text { 0.0 } else { read };
-    let reads = if job.reads_experts_twice() { 2.0 } else { 1.0 };
-    let merge = again
-        + reads * convert(routed)
-        + job.layers(&|l| job.aligned(l) + job.removals(l) + job.errors(l) + job.factors(l))
-            / rates.flops;
-    let recover = job.recovered(rates);
-    let write = target / rates.check + target / rates.hash + target / rates.convert;
-    // Both folders were read or written just now.
-    let verify =
-        target / rates.hash + 3.0 * target / rates.convert + source.min(target) / rates.check;
-    let total = calibrate + merge + recover + write + verify;
-    let range = (FOUND.0 * total, (FOUND.1 + rates.load.unwrap_or(0.0)) * total);
-    TimePlan { calibrate, merge, recover, write, verify, total, range, rates: *rates }
+    CostPlan {
+        calibrate: calibrate as u64,
+        merge: merge as u64,
+        recover: recover as u64,
+        total: total as u64,
+        calibrations: options.text.then(|| total / calibrate.max(1.0)),
+        read_bytes,
+        write_bytes: target,
+    }
 }
 
 impl Job<'_> {
@@ -131,17 +101,14 @@ impl Job<'_> {
         self.shape.layers.iter().map(of).sum()
     }
 
-    /// Seconds for `tokens` through all blocks, the experts `experts` times.
-    fn forward(&self, tokens: u64, experts: f64, rates: &Rates) -> f64 {
+    /// FLOPs of `tokens` through all blocks, the experts `experts` times.
+    fn forward(&self, tokens: u64, experts: f64) -> f64 {
         let (t, window) = (tokens as f64, self.options.window.min(tokens) as f64);
         let blocks = self.shape.blocks.len() as f64;
-        let (heads, width) = (self.shape.heads as f64, self.shape.attention as f64);
         let rest: f64 = self.shape.blocks.iter().map(|&p| 2.0 * p as f64).sum();
-        let scores = 2.0 * window * width * blocks;
+        let scores = 2.0 * window * self.shape.attention as f64 * blocks;
         let chosen = self.layers(&|l| 2.0 * (l.top_k * l.expert()) as f64);
-        let exp =
-            0.5 * window * heads * blocks + experts * self.layers(&|l| (l.top_k * l.d_ff) as f64);
-        t * (rest + scores + experts * chosen) / rates.flops + t * exp / rates.exp
+        t * (rest + scores + experts * chosen)
     }
 
     fn reads_experts_twice(&self) -> bool {
@@ -150,7 +117,7 @@ impl Job<'_> {
             || when(&self.recipe.align) == Some(AlignWhen::BeforeGrouping)
     }
 
-    /// Operations of lining up.
+    /// FLOPs of lining up.
     fn aligned(&self, l: &Layer) -> f64 {
         let moved = match (&self.recipe.align, when(&self.recipe.align)) {
             (AlignChoice::Identity, _) | (_, None) => 0,
@@ -160,7 +127,7 @@ impl Job<'_> {
         (moved * l.d_ff * l.d_ff) as f64 * (6.0 * l.d_model as f64 + 256.0)
     }
 
-    /// Operations of measuring removals: all experts on all tokens, and a refit of every move that
+    /// FLOPs of measuring removals: all experts on all tokens, and a refit of every move that
     /// is listed.
     fn removals(&self, l: &Layer) -> f64 {
         let GroupChoice::Removal { refit, tokens, shortlist, .. } = self.recipe.group else {
@@ -175,7 +142,7 @@ impl Job<'_> {
         6.0 * n * t * d * d_ff + fits * fit
     }
 
-    /// Operations of comparing outputs on the samples, where nothing else looks at outputs.
+    /// FLOPs of comparing outputs on the samples, where nothing else looks at outputs.
     fn errors(&self, l: &Layer) -> f64 {
         if !self.recipe.measure_error || self.options.follows(self.recipe) {
             return 0.0;
@@ -184,14 +151,15 @@ impl Job<'_> {
         routers * 2.0 * (self.options.samples() * l.top_k * l.expert()) as f64
     }
 
-    /// Operations of decompositions and stable ranks.
+    /// FLOPs of decompositions and stable ranks.
     fn factors(&self, l: &Layer) -> f64 {
         let Some(choice) = &self.recipe.compress else { return 0.0 };
         let short = l.d_ff.min(l.d_model) as f64;
         let matrix = (l.d_ff * l.d_model) as f64;
         let matrices = l.expert() as f64 / matrix;
-        let spectrum = WIDE * (matrix * short + 10.0 * short.powi(3));
-        let stable = if short <= EXACT { spectrum } else { 60.0 * 2.0 * matrix * 32.0 };
+        let spectrum = matrix * short + 10.0 * short.powi(3);
+        let stable =
+            if short <= ALL_EIGENVALUES_SIDE { spectrum } else { 60.0 * 2.0 * matrix * 32.0 };
         let of_one = match choice {
             CompressChoice::LowRankSparse { rank, .. }
             | CompressChoice::LowRankSensitive { rank, .. }
@@ -207,18 +175,18 @@ impl Job<'_> {
         matrices * (l.experts as f64 * stable + kept * (2.0 * stable + of_one))
     }
 
-    /// Seconds of recovery.
-    fn recovered(&self, rates: &Rates) -> f64 {
+    /// FLOPs of recovery.
+    fn recovered(&self) -> f64 {
         let t = self.options.recovered_tokens(self.recipe);
         let stages = self.recipe.recover.iter().map(|choice| {
-            self.shape.layers.iter().map(|l| recovery(choice, l, t as f64, rates)).sum::<f64>()
+            self.shape.layers.iter().map(|l| recovery(choice, l, t as f64)).sum::<f64>()
         });
         // What calibration has seen, unless that was a pass of its own.
-        let original = if self.once { 0.0 } else { self.forward(t, 1.0, rates) };
+        let original = if self.once { 0.0 } else { self.forward(t, 1.0) };
         let follow = match (self.options.follows(self.recipe), self.recipe.recover_on) {
             // Through the original's experts and the merged ones, which are then compared.
-            (true, RecoverOn::SameInput) => self.forward(t, 3.0, rates),
-            (true, RecoverOn::OwnStream) => original + self.forward(t, 2.0, rates),
+            (true, RecoverOn::SameInput) => self.forward(t, 3.0),
+            (true, RecoverOn::OwnStream) => original + self.forward(t, 2.0),
             (true, RecoverOn::Original) => original,
             (false, _) => 0.0,
         };
@@ -226,35 +194,25 @@ impl Job<'_> {
     }
 }
 
-/// Seconds of one stage of recovery on one layer.
-fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64, rates: &Rates) -> f64 {
+/// FLOPs of one stage of recovery on one layer.
+fn recovery(choice: &RecoverChoice, layer: &Layer, t: f64) -> f64 {
     let (k, d_ff, d) = (layer.top_k as f64, layer.d_ff as f64, layer.d_model as f64);
     let pass = t * k * d_ff * d;
-    let exp = t * k * d_ff / rates.exp;
     match choice {
         RecoverChoice::LeastSquares(fit) => {
-            let size = FitSize::of(fit, layer, t as u64);
-            size.operations(fit, layer) / rates.flops + size.rows() * k * d_ff / rates.exp
+            FitSize::of(fit, layer, t as u64).operations(fit, layer)
         }
         RecoverChoice::UnitScale(fit) => {
             let features = layer.kept as f64 * d_ff;
             let solved = match fit.per == Per::Hidden && features <= fit.dense_limit as f64 {
-                true => WIDE * (t * k * k * d_ff * d_ff + features.powi(3)),
+                true => t * k * k * d_ff * d_ff + features.powi(3),
                 false => 4.0 * pass * fit.iterations as f64,
             };
-            (6.0 * pass + solved) / rates.flops + exp
+            6.0 * pass + solved
         }
-        RecoverChoice::Paper(fit) => {
-            fit.epochs as f64 * (14.0 * pass / rates.step_flops + 3.0 * exp)
-        }
-        RecoverChoice::Distill(fit) => {
-            let epochs = fit.epochs as f64;
-            let steps = (t / fit.batch.max(1) as f64).ceil();
-            let moved = (layer.kept * layer.expert()) as f64;
-            let judged = 0.1 * 6.0 * pass / rates.flops;
-            let trained = 14.0 * pass / rates.step_flops + 3.0 * exp;
-            epochs * (trained + judged + steps * moved / rates.update)
-        }
-        _ => 2.0 * pass / rates.flops,
+        RecoverChoice::Paper(fit) => 14.0 * pass * fit.epochs as f64,
+        // A tenth is held out and looked at after every epoch.
+        RecoverChoice::Distill(fit) => (14.0 + 0.1 * 6.0) * pass * fit.epochs as f64,
+        _ => 2.0 * pass,
     }
 }

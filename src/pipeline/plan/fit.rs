@@ -1,6 +1,5 @@
 //! What a least-squares fit of one layer takes.
 
-use super::cost::WIDE;
 use super::shape::Layer;
 use crate::recover::{CHOOSING, LeastSquares, Solver};
 
@@ -33,7 +32,7 @@ impl FitSize {
         self.fitted + self.judging
     }
 
-    /// Operations, those in `f64` at what they take longer.
+    /// FLOPs.
     pub(super) fn operations(&self, fit: &LeastSquares, layer: &Layer) -> f64 {
         let &Self { ref solver, ridges, features, fitted, judging } = self;
         let (k, d_ff, d) = (layer.top_k as f64, layer.d_ff as f64, layer.d_model as f64);
@@ -42,19 +41,19 @@ impl FitSize {
         let solved = |n: f64, columns: f64| n.powi(3) / 3.0 + 2.0 * n * n * columns;
         let products = |rows: f64| rows * rows * k * k * d_ff / layer.kept.max(1) as f64;
         let few = fitted.min(CHOOSING as f64);
-        let chosen = ridges * WIDE * solved(few, judging);
+        let chosen = ridges * solved(few, judging);
         match solver {
             Solver::Features => {
                 let gram = fitted * k * k * d_ff * d_ff;
                 let passes = 2.0 * pass(fitted) + 2.0 * pass(judging) * ridges;
-                seen(self.rows()) + WIDE * (gram + ridges * solved(features, d)) + passes
+                seen(self.rows()) + gram + ridges * solved(features, d) + passes
             }
             Solver::Tokens => {
-                let wide = WIDE * (products(self.rows()) + solved(fitted, d));
+                let wide = products(self.rows()) + solved(fitted, d);
                 seen(self.rows()) + chosen + wide + 2.0 * pass(self.rows() + judging)
             }
             Solver::Iterative => {
-                let choice = seen(few + judging) + WIDE * products(few + judging) + chosen;
+                let choice = seen(few + judging) + products(few + judging) + chosen;
                 let steps = 4.0 * pass(fitted) * fit.iterations as f64;
                 choice + seen(self.rows()) + steps + 2.0 * pass(judging)
             }

@@ -3,7 +3,6 @@
 mod cost;
 mod fit;
 mod memory;
-mod rates;
 mod runtimes;
 mod shape;
 
@@ -11,12 +10,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::cost::TimePlan;
+pub use self::cost::CostPlan;
 pub use self::memory::MemoryPlan;
-pub use self::rates::Rates;
-pub use self::runtimes::{Answer, RuntimePlan};
+pub use self::runtimes::{Answer, Runtime, RuntimePlan};
 
 use self::shape::Shape;
+use crate::calibrate::Collector;
 use crate::checkpoint::{Checkpoint, Outline, WritePlan};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId, Target};
@@ -38,15 +37,13 @@ pub struct PlanOptions {
     pub text: bool,
     /// Threads that compute.
     pub threads: usize,
-    /// Whether rates are measured, which takes about half a second, and the time predicted.
-    pub measure: bool,
 }
 
 impl Default for PlanOptions {
-    /// 16,384 tokens of text in windows of 512, rayon's threads, measured.
+    /// 16,384 tokens of text in windows of 512, rayon's threads.
     fn default() -> Self {
         let threads = rayon::current_num_threads();
-        Self { tokens: 16_384, window: 512, text: true, threads, measure: true }
+        Self { tokens: 16_384, window: 512, text: true, threads }
     }
 }
 
@@ -102,8 +99,8 @@ pub struct RunPlan {
     pub dropped: BTreeMap<String, u64>,
     /// Bytes at every phase.
     pub memory: MemoryPlan,
-    /// Seconds of every phase, if rates were measured.
-    pub time: Option<TimePlan>,
+    /// Operations of every phase, bytes read and written.
+    pub cost: CostPlan,
     /// Who will load the target.
     pub runtimes: Vec<RuntimePlan>,
     /// Statistics that the stages read.
@@ -113,8 +110,8 @@ pub struct RunPlan {
 /// Plans a run; reads headers only.
 ///
 /// Parameters and bytes are those of the writer's own layout of the target, for groups of the sizes
-/// that the budget asks for: which experts join does not change them. Memory and time are models
-/// ([`MemoryPlan`], [`TimePlan`]).
+/// that the budget asks for: which experts join does not change them. Memory is a model
+/// ([`MemoryPlan`]); the cost is counted ([`CostPlan`]).
 ///
 /// # Errors
 /// What [`Pipeline::run_checkpoint`] refuses before any weight is read, but for statistics, which
@@ -129,7 +126,7 @@ pub struct RunPlan {
 /// let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?.export(ExportChoice::Stock);
 /// let (source, output) = (Checkpoint::open("mixtral")?, Output::new(recipe.export));
 /// let plan = plan(&source, &recipe, &output, &PlanOptions::default())?;
-/// println!("{} bytes of memory, {:?}", plan.memory.peak, plan.time);
+/// println!("{} bytes of memory, {:?}", plan.memory.peak, plan.cost);
 /// # Ok::<(), mcsmoe::Error>(())
 /// ```
 pub fn plan(
@@ -139,6 +136,10 @@ pub fn plan(
     options: &PlanOptions,
 ) -> Result<RunPlan> {
     let pipeline = recipe.builder()?.build()?;
+    if options.text {
+        // Refuses statistics that no text can give, such as Fisher information.
+        Collector::new(pipeline.needs())?;
+    }
     let checked = pipeline.check_source(source, output.export)?;
     let counts = predicted(&checked);
     let write = pipeline.predicted_plan(source, output, &counts)?;
@@ -147,12 +148,8 @@ pub fn plan(
     let needs = if options.text { pipeline.needs_along_text() } else { pipeline.needs() };
     let once = options.text && pipeline.counted(&checked.shapes)?.is_some();
     let memory = memory::plan(&shape, recipe, needs, options, (output.memory, once));
-    let time = options.measure.then(|| {
-        let bytes = (source.total_bytes(), outline.bytes);
-        let job = cost::Job { shape: &shape, recipe, options, needs, bytes, once };
-        let step = cost::step(recipe);
-        cost::plan(&job, &Rates::measure(source.dir(), &shape, step, &pipeline.cx))
-    });
+    let bytes = (source.total_bytes(), outline.bytes);
+    let cost = cost::plan(&cost::Job { shape: &shape, recipe, options, needs, bytes, once });
     let spread = matches!(checked.target, Target::Total(_));
     Ok(RunPlan {
         family: source.family().into(),
@@ -175,7 +172,7 @@ pub fn plan(
         shards: outline.files.len(),
         dropped: dropped(&outline),
         memory,
-        time,
+        cost,
         runtimes: runtimes::plan(source, &write, &counts, spread),
         needs: needs.names().map(str::to_owned).collect(),
     })

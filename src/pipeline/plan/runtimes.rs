@@ -23,11 +23,35 @@ pub enum Answer {
     Unknown,
 }
 
+/// A program that runs checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Runtime {
+    /// Hugging Face transformers.
+    #[serde(rename = "transformers")]
+    Transformers,
+    /// vLLM.
+    #[serde(rename = "vllm")]
+    Vllm,
+    /// llama.cpp, after conversion to GGUF.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
+}
+
+impl std::fmt::Display for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Transformers => "transformers",
+            Self::Vllm => "vllm",
+            Self::LlamaCpp => "llama.cpp",
+        })
+    }
+}
+
 /// What a runtime will make of a target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuntimePlan {
-    /// `transformers`, `vllm` or `llama.cpp`.
-    pub runtime: String,
+    /// Which runtime.
+    pub runtime: Runtime,
     /// Whether it loads it.
     pub answer: Answer,
     /// Why not.
@@ -47,7 +71,7 @@ struct Planned {
     mtp: bool,
 }
 
-/// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`); 1024 since its Kimi-K3.
+/// Most experts of a layer in llama.cpp (`LLAMA_MAX_EXPERTS`). 1024 is proposed, not released.
 const LLAMA_MAX_EXPERTS: usize = 512;
 /// Asks all of them.
 pub(super) fn plan(
@@ -119,7 +143,7 @@ impl Planned {
         }
         self.mtp_note(&mut notes);
         // Whatever it is, transformers has the class that config.json names.
-        self.answer("transformers", Support::Loads, reasons, notes)
+        self.answer(Runtime::Transformers, Support::Loads, reasons, notes)
     }
 
     fn vllm(&self, reasons: Vec<String>) -> RuntimePlan {
@@ -135,15 +159,14 @@ impl Planned {
             notes.push(format!("tensor parallel: {} units divide by {widths}", self.d_ff));
         }
         self.mtp_note(&mut notes);
-        self.answer("vllm", self.runtimes.vllm, reasons, notes)
+        self.answer(Runtime::Vllm, self.runtimes.vllm, reasons, notes)
     }
 
     fn llama(&self, mut reasons: Vec<String>) -> RuntimePlan {
         let mut notes = Vec::new();
         let most = self.experts.1;
         if most > LLAMA_MAX_EXPERTS && self.export != Export::Native {
-            let limit = format!("{LLAMA_MAX_EXPERTS} of a layer (1024 since July 2026)");
-            reasons.push(format!("{most} experts, at most {limit}"));
+            reasons.push(format!("{most} experts in a layer, at most {LLAMA_MAX_EXPERTS}"));
         }
         if self.export != Export::Native && !self.d_ff.is_multiple_of(256) {
             notes.push(format!(
@@ -153,7 +176,7 @@ impl Planned {
             ));
         }
         self.mtp_note(&mut notes);
-        self.answer("llama.cpp", self.runtimes.llama_cpp, reasons, notes)
+        self.answer(Runtime::LlamaCpp, self.runtimes.llama_cpp, reasons, notes)
     }
 
     fn mtp_note(&self, notes: &mut Vec<String>) {
@@ -168,7 +191,7 @@ impl Planned {
 
     fn answer(
         &self,
-        runtime: &str,
+        runtime: Runtime,
         support: Support,
         mut reasons: Vec<String>,
         notes: Vec<String>,
@@ -186,7 +209,7 @@ impl Planned {
         } else {
             Vec::new()
         };
-        RuntimePlan { runtime: runtime.into(), answer, reasons, notes }
+        RuntimePlan { runtime, answer, reasons, notes }
     }
 }
 

@@ -34,8 +34,7 @@ pub(super) struct Shape {
     /// experts, dense layers.
     pub(super) blocks: Vec<u64>,
     pub(super) d_model: u64,
-    /// Heads of attention, and their columns together.
-    pub(super) heads: u64,
+    /// Columns of all heads of attention together.
     pub(super) attention: u64,
 }
 
@@ -67,7 +66,7 @@ impl Shape {
         let latent = known("qk_nope_head_dim").zip(known("v_head_dim"));
         let width = latent.map(|(key, value)| key.max(value)).or_else(|| known("head_dim"));
         let attention = heads * width.unwrap_or(d_model / heads);
-        Self { layers, blocks: vec![rest; blocks.len()], d_model, heads, attention }
+        Self { layers, blocks: vec![rest; blocks.len()], d_model, attention }
     }
 }
 

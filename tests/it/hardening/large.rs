@@ -106,8 +106,7 @@ fn work(dir: &Path, shard_bytes: u64) {
     let mut recipe = recipe.export(ExportChoice::Stock);
     recipe.shard_bytes = shard_bytes;
     let output = Output { shard_bytes, ..Output::new(recipe.export) };
-    let options = PlanOptions { measure: false, ..PlanOptions::default() };
-    let planned = plan(&source, &recipe, &output, &options).unwrap();
+    let planned = plan(&source, &recipe, &output, &PlanOptions::default()).unwrap();
     told("plan");
     let target = dir.join("target");
     let from = dir.join("source");

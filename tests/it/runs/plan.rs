@@ -11,8 +11,8 @@ use crate::support::sparse_models::{
 use mcsmoe::ErrorKind;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{
-    Answer, CompressChoice, ExportChoice, Keep, Output, PlanOptions, Recipe, RoutingGroupPolicy,
-    RunPlan, merge_then_compress, plan,
+    Answer, Change, CompressChoice, ExportChoice, Keep, Output, PlanOptions, Recipe,
+    RoutingGroupPolicy, RunPlan, merge_then_compress, plan,
 };
 
 fn of(model: &Path, recipe: &Recipe) -> mcsmoe::Result<RunPlan> {
@@ -49,8 +49,16 @@ fn mixtral_8x7b_is_planned_from_headers() {
     assert_eq!(answers(&found), [Answer::Accepts; 3]);
     let vllm = found.runtimes[1].notes.join("\n");
     assert!(vllm.contains("even over 1, 2, 4 ranks"), "{vllm}");
-    let time = found.time.unwrap();
-    assert!(time.total > 0.0 && time.calibrate > 0.0 && time.rates.flops > 1e8, "{time:?}");
+    // Two FLOPs a parameter that a token visits, and attention on top: 12.9 B of them.
+    let cost = found.cost;
+    let per_token = cost.calibrate as f64 / 16_384.0;
+    assert!((25e9..27e9).contains(&per_token), "{cost:?}");
+    assert_eq!(cost.total, cost.calibrate + cost.merge + cost.recover, "{cost:?}");
+    let times = cost.calibrations.unwrap();
+    assert!((times - cost.total as f64 / cost.calibrate as f64).abs() < 1e-9, "{cost:?}");
+    // One pass reads every layer once.
+    let Change { before, after } = found.tensor_bytes;
+    assert_eq!((cost.read_bytes, cost.write_bytes), (before, after));
 
     let error = of(model.path(), &stock("fast", Keep::Experts(1))).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Budget { .. }), "{error}");
@@ -144,7 +152,7 @@ fn recipes_of_common_models_are_planned() {
         let recipe = Recipe::from_toml(recipe).unwrap_or_else(|e| panic!("{name}: {e}"));
         let model = model();
         let source = Checkpoint::open(model.path()).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let options = PlanOptions { measure: false, threads: 16, ..PlanOptions::default() };
+        let options = PlanOptions { threads: 16, ..PlanOptions::default() };
         let found = plan(&source, &recipe, &Output::new(recipe.export), &options);
         let found = found.unwrap_or_else(|e| panic!("{name}: {e}"));
         let gigabytes = |n: u64| format!("{:.1}", n as f64 / 1e9);
@@ -184,9 +192,9 @@ fn what_is_planned_is_what_is_written() {
         let mut recipe = Recipe::preset(preset, keep).unwrap().export(export);
         recipe.shard_bytes = 900_000;
         let output = Output { shard_bytes: 900_000, ..Output::new(export) };
-        let options = PlanOptions { text: false, measure: false, ..PlanOptions::default() };
+        let options = PlanOptions { text: false, ..PlanOptions::default() };
         let planned = plan(&source, &recipe, &output, &options).unwrap();
-        assert!(planned.time.is_none());
+        assert_eq!((planned.cost.calibrate, planned.cost.calibrations), (0, None));
         let target = dir.path().join(preset);
         let report = merge_then_compress(&model, &stats, &recipe, &target).unwrap();
         let written = report.written.unwrap();
@@ -200,4 +208,16 @@ fn what_is_planned_is_what_is_written() {
         // Where a global budget spreads experts, files are cut at other places.
         assert!(planned.spread || planned.shards == shards.count(), "{preset}");
     }
+}
+
+#[test]
+fn a_plan_refuses_what_a_run_refuses() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mixtral-8e");
+    let source = Checkpoint::open(&model).unwrap();
+    let recipe = Recipe::from_toml("keep.experts = 4\npreset = 'fast'\nmerge.method = 'fisher'");
+    let (recipe, dir) = (recipe.unwrap(), tempfile::tempdir().unwrap());
+    let ids = mcsmoe::pipeline::Tokens::Windows(vec![(0..64).collect()]);
+    let run = merge_then_compress(&model, ids, &recipe, &dir.path().join("target")).unwrap_err();
+    let plan = plan(&source, &recipe, &Output::new(recipe.export), &PlanOptions::default());
+    assert_eq!(plan.unwrap_err().to_string(), run.to_string());
 }

@@ -215,7 +215,7 @@ fn exit_codes_are_those_of_the_table() {
     code(4, &[&"merge", model, stats, &target, &"--keep", &"1"], "the router chooses 2");
     code(5, &[&"merge", model, stats, model, &"--keep", &"4"], "it is the source");
     code(7, &[&"merge", model, stats, &target, &"--keep", &"4", &"--max-memory", &"1M"], "memory");
-    code(7, &[&"plan", model, &"--keep", &"4", &"--max-memory", &"1M", &"--no-time"], "memory");
+    code(7, &[&"plan", model, &"--keep", &"4", &"--max-memory", &"1M"], "memory");
     assert_eq!(run(&[&"merge", model, stats, &target, &"--keep", &"4", &"-q"]).0, 0);
     fs::write(target.join("config.json"), "{}").unwrap();
     code(6, &[&"verify", &target, &"--source", model], "verification left 2 doubts");
