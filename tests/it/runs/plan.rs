@@ -26,7 +26,7 @@ fn stock(preset: &str, keep: Keep) -> Recipe {
 }
 
 fn answers(plan: &RunPlan) -> Vec<Answer> {
-    assert_eq!(plan.runtimes.iter().map(|r| &*r.runtime).collect::<Vec<_>>(), RUNTIMES);
+    assert_eq!(plan.runtimes.iter().map(|r| r.runtime.to_string()).collect::<Vec<_>>(), RUNTIMES);
     plan.runtimes.iter().map(|r| r.answer).collect()
 }
 
