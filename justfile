@@ -35,6 +35,10 @@ examples:
 bench-build:
     .ci/run bench
 
+# Builds the package that a registry would get.
+package:
+    .ci/run package
+
 # Runs one bench: just bench assign
 bench name:
     cargo bench --locked --bench {{name}}
