@@ -6,39 +6,37 @@
 //! | [`UnitScale`] | one factor per hidden unit, or per output of an expert | in closed form |
 //! | [`LeastSquares`] | all down projections of the layer together | in closed form |
 //! | [`Distill`] | gate, up and down projections, router rows | by gradient descent |
-//! | [`Paper`] | gate, up and down projections, on the paper's losses | by gradient descent |
-//! | [`Chain`] | several of them in a row | – |
+//! | [`KnowledgeDistillation`] | gate, up and down, on the paper's losses | by gradient descent |
+//! | [`Sequence`] | several of them in a row | – |
 //!
-//! No recoverer makes a layer worse on the rows that judge it
-//! ([`Recovery::judging`](crate::stage::Recovery::judging)): what does not improve is returned as
-//! it came.
+//! No recoverer makes a layer worse on the held-out rows
+//! ([`Recovery::held_out_rows`](crate::stage::Recovery::held_out_rows)): what does not improve is
+//! returned as it came.
 
-mod adam;
-mod best;
-mod chain;
-mod course;
-mod distill;
-mod dual;
-mod features;
-#[cfg(test)]
-mod gradients;
-mod jury;
-mod kernels;
-mod least_squares;
-mod normal;
-mod paper;
-mod pupil;
-mod routing;
-mod scale;
-mod student;
-mod thinned;
-mod unit_scale;
+mod best_so_far;
+mod closed_form;
+mod gradient;
+mod sequence;
 
-pub use chain::Chain;
-pub use distill::Distill;
-pub(crate) use dual::CHOOSING;
-pub use least_squares::LeastSquares;
-pub(crate) use least_squares::Solver;
-pub use paper::{HiddenLoss, Paper};
-pub use scale::Scale;
-pub use unit_scale::{Per, UnitScale};
+pub(crate) use closed_form::{CHOICE_TOKENS, Solver};
+pub use closed_form::{LeastSquares, Per, Scale, UnitScale};
+pub use gradient::{Distill, HiddenLoss, KnowledgeDistillation};
+pub use sequence::Sequence;
+
+/// A [`Recoverer`](crate::stage::Recoverer) by the method `fit`, whose errors name the layer.
+macro_rules! recoverer {
+    ($type:ty) => {
+        impl crate::stage::Recoverer for $type {
+            fn recover(
+                &self,
+                task: &crate::stage::Recovery<'_>,
+                merged: crate::model::MergedLayer,
+                cx: &crate::stage::Context,
+            ) -> crate::error::Result<crate::model::MergedLayer> {
+                let id = merged.id;
+                crate::error::Locate::in_layer(self.fit(task, merged, cx), id)
+            }
+        }
+    };
+}
+use recoverer;

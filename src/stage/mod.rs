@@ -139,7 +139,7 @@ pub trait RouterMerger: Stage {
 /// Brings a merged layer back towards the output of the original one.
 pub trait Recoverer: Stage {
     /// The recovered layer: the same grouping, other weights. Never worse than `merged` on the rows
-    /// that judge ([`Recovery::judging`]): what does not improve is returned as it came.
+    /// of [`Recovery::held_out_rows`]: what does not improve is returned as it came.
     ///
     /// # Errors
     /// Those of [`Recovery::check`]; else those of the method.

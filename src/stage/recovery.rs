@@ -1,4 +1,4 @@
-//! What a recoverer works towards, and what judges it.
+//! What a recoverer works towards, and the rows that measure it.
 
 use std::ops::Range;
 
@@ -18,8 +18,8 @@ pub struct Recovery<'a> {
     /// Which router is used: the narrowed one (stock exports), if there is one, or the `n`-row one
     /// with the expert map (native exports).
     pub narrowed: bool,
-    /// How many rows at the end no fit may see: they judge it. They should be like the others:
-    /// calibration files in order would leave the last file to judge fits to the first ones.
+    /// How many rows at the end no fit may see: they measure it. They should be like the others:
+    /// of calibration files in order the last would measure fits to the first ones.
     pub held_out: usize,
 }
 
@@ -49,8 +49,8 @@ impl Recovery<'_> {
         self.inputs.nrows().saturating_sub(self.held_out)
     }
 
-    /// The rows that judge: the held-out ones; without any, all.
-    pub fn judging(&self) -> Range<usize> {
+    /// The rows that measure a fit: the held-out ones; without any, all.
+    pub fn held_out_rows(&self) -> Range<usize> {
         let first = if self.held_out == 0 { 0 } else { self.fitted() };
         first..self.inputs.nrows()
     }
@@ -70,13 +70,13 @@ impl Recovery<'_> {
         narrowed.map_or_else(|| merged.mapped_output(x, cx.compute()), Ok)
     }
 
-    /// Relative output error on the judging rows, `Σ ‖y − t‖² / Σ ‖t‖²`: 0 is perfect, 1 is as good
-    /// as no output. Targets that are all 0 count as of unit energy.
+    /// Relative output error on the held-out rows, `Σ ‖y − t‖² / Σ ‖t‖²`: 0 is perfect, 1 is as
+    /// good as no output. Targets that are all 0 count as of unit energy.
     ///
     /// # Errors
     /// Those of [`Recovery::output`].
     pub fn error(&self, merged: &MergedLayer, cx: &Context) -> Result<f64> {
-        let rows = self.judging();
+        let rows = self.held_out_rows();
         let output = self.output(merged, rows.clone(), cx)?;
         Ok(relative_error(output.view(), self.targets.slice(s![rows, ..])))
     }
@@ -84,13 +84,13 @@ impl Recovery<'_> {
 
 /// `Σ (y − t)² / Σ t²`, in `f64`, in row order.
 fn relative_error(output: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) -> f64 {
-    let (mut miss, mut energy) = (0.0, 0.0);
+    let (mut residual, mut energy) = (0.0, 0.0);
     for (&y, &t) in output.iter().zip(targets) {
         let (y, t) = (f64::from(y), f64::from(t));
-        miss += (y - t) * (y - t);
+        residual += (y - t) * (y - t);
         energy += t * t;
     }
-    if energy > 0.0 { miss / energy } else { miss }
+    if energy > 0.0 { residual / energy } else { residual }
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
     use ndarray::array;
 
     #[test]
-    fn the_tail_judges_and_misfits_are_refused() {
+    fn the_tail_is_held_out_and_misfits_are_refused() {
         // One expert that gives back what is positive, with weight 1.
         let expert = Expert::relu(Array2::eye(2), Array2::eye(2)).unwrap();
         let router = Router::new(array![[1.0, 0.0]], None, None, RoutingRule::softmax(1, false));

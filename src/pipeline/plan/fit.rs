@@ -1,7 +1,7 @@
 //! What a least-squares fit of one layer takes.
 
 use super::shape::Layer;
-use crate::recover::{CHOOSING, LeastSquares, Solver};
+use crate::recover::{CHOICE_TOKENS, LeastSquares, Solver};
 
 /// The sizes that decide how a fit is solved.
 pub(super) struct FitSize {
@@ -19,7 +19,7 @@ impl FitSize {
     pub(super) fn of(fit: &LeastSquares, layer: &Layer, t: u64) -> Self {
         let features = (layer.kept * layer.d_ff) as usize;
         let judging = t / 10;
-        let fitted = fit.thinned(features, (t - judging) as usize);
+        let fitted = fit.subsampled(features, (t - judging) as usize);
         let solver = fit.solver(features, fitted);
         // What is no ridge is refused by the fit.
         let ridges = fit.candidates(features, fitted).map_or(0, |ridges| ridges.len()) as f64;
@@ -40,7 +40,7 @@ impl FitSize {
         let seen = |rows: f64| 6.0 * pass(rows);
         let solved = |n: f64, columns: f64| n.powi(3) / 3.0 + 2.0 * n * n * columns;
         let products = |rows: f64| rows * rows * k * k * d_ff / layer.kept.max(1) as f64;
-        let few = fitted.min(CHOOSING as f64);
+        let few = fitted.min(CHOICE_TOKENS as f64);
         let chosen = ridges * solved(few, judging);
         match solver {
             Solver::Features => {

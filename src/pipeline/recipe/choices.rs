@@ -15,7 +15,7 @@ use crate::merge::{DominantOnly, Fisher, FixDominant, MergeMoe, RegMean, Weighte
 use crate::model::Importance;
 use crate::pipeline::builder::PipelineBuilder;
 use crate::pipeline::options::AlignWhen;
-use crate::recover::{Chain, Distill, LeastSquares, Paper, Scale, UnitScale};
+use crate::recover::{Distill, KnowledgeDistillation, LeastSquares, Scale, Sequence, UnitScale};
 use crate::similarity::{
     ExpertOutputs, ExpertWeights, Feature, FeatureAbs, FeatureCorrelation, Gradients,
     MergedOutputError, Random, RouterLogits, RouterWeightFeature, RouterWeights, TokenOutputs,
@@ -158,14 +158,14 @@ choices! {
     "least-squares" LeastSquares(stage: LeastSquares) => Box::new(stage);
     /// [`Distill`] and its options.
     "distill" Distill(stage: Distill) => Box::new(stage);
-    /// [`Paper`] and its options.
-    "paper" Paper(stage: Paper) => Box::new(stage);
+    /// [`KnowledgeDistillation`] and its options.
+    "paper" Paper(stage: KnowledgeDistillation) => Box::new(stage);
 }
 
 impl RecoverChoice {
     /// All of them, one after the other.
-    pub(crate) fn chain(choices: &[Self]) -> Chain {
-        Chain(choices.iter().cloned().map(Self::stage).collect())
+    pub(crate) fn chain(choices: &[Self]) -> Sequence {
+        Sequence(choices.iter().cloned().map(Self::stage).collect())
     }
 }
 

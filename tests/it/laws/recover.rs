@@ -6,7 +6,9 @@ use mcsmoe::model::{
     Activation, Expert, GroupScore, Grouping, LayerId, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score,
 };
-use mcsmoe::recover::{Chain, Distill, HiddenLoss, LeastSquares, Paper, Per, Scale, UnitScale};
+use mcsmoe::recover::{
+    Distill, HiddenLoss, KnowledgeDistillation, LeastSquares, Per, Scale, Sequence, UnitScale,
+};
 use mcsmoe::stage::{Context, Recoverer, Recovery};
 use ndarray::{Array1, Array2, s};
 
@@ -253,7 +255,7 @@ fn recoverers() -> Vec<Box<dyn Recoverer>> {
         solvers(0.0).map(|s| LeastSquares { ridges: LeastSquares::default().ridges, ..s });
     let distill = Distill { epochs: 3, batch: 64, ..Distill::default() };
     let wild = Distill { learning_rate: 1e30, ..distill.clone() };
-    let chain = Chain(vec![Box::new(LeastSquares::default()), Box::new(distill.clone())]);
+    let chain = Sequence(vec![Box::new(LeastSquares::default()), Box::new(distill.clone())]);
     vec![
         Box::new(Scale::default()),
         Box::new(UnitScale::default()),
@@ -264,7 +266,11 @@ fn recoverers() -> Vec<Box<dyn Recoverer>> {
         Box::new(tokens),
         Box::new(distill),
         Box::new(wild),
-        Box::new(Paper { epochs: 3, batch: 64, ..Paper::default() }),
+        Box::new(KnowledgeDistillation {
+            epochs: 3,
+            batch: 64,
+            ..KnowledgeDistillation::default()
+        }),
         Box::new(chain),
     ]
 }
@@ -385,16 +391,21 @@ fn the_papers_losses_bring_the_experts_back_and_leave_the_router() {
     for hidden_loss in [HiddenLoss::LogMse, HiddenLoss::Cosine] {
         // The logarithm's slope grows as the error falls; the cosine's does not.
         let hidden = if hidden_loss == HiddenLoss::Cosine { 20.0 } else { 1.0 };
-        let paper = Paper { batch: 64, hidden, hidden_loss, ..Paper::default() };
+        let paper = KnowledgeDistillation {
+            batch: 64,
+            hidden,
+            hidden_loss,
+            ..KnowledgeDistillation::default()
+        };
         let found = paper.recover(&task, start.clone(), &cx).unwrap();
         let after = task.error(&found, &cx).unwrap();
         assert!(after < 0.8 * before, "{hidden_loss:?}: {before} to {after}");
         assert_eq!((&found.router, &found.narrowed), (&start.router, &start.narrowed));
     }
     for bad in [
-        Paper { alpha: -1.0, ..Paper::default() },
-        Paper { hidden: f64::NAN, ..Paper::default() },
-        Paper { temperature: 0.0, ..Paper::default() },
+        KnowledgeDistillation { alpha: -1.0, ..KnowledgeDistillation::default() },
+        KnowledgeDistillation { hidden: f64::NAN, ..KnowledgeDistillation::default() },
+        KnowledgeDistillation { temperature: 0.0, ..KnowledgeDistillation::default() },
     ] {
         let error = bad.recover(&task, start.clone(), &cx).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::OutOfRange { .. }), "{error}");

@@ -7,7 +7,7 @@ use mcsmoe::pipeline::{
     Calibration, EvaluateOptions, ExportChoice, Keep, Output, Recipe, RecoverChoice, RecoverOn,
     Report, Silent, Tokens, evaluate, merge_then_compress,
 };
-use mcsmoe::recover::{Distill, LeastSquares, Paper, UnitScale};
+use mcsmoe::recover::{Distill, KnowledgeDistillation, LeastSquares, UnitScale};
 use mcsmoe::{ErrorKind, Result};
 
 use crate::support::files::contents;
@@ -95,7 +95,7 @@ fn no_recoverer_harms_on_few_tokens() {
     };
     let bare = run("none", Vec::new());
     let lesson = Distill { epochs: 3, ..Distill::default() };
-    let paper = Paper { epochs: 3, ..Paper::default() };
+    let paper = KnowledgeDistillation { epochs: 3, ..KnowledgeDistillation::default() };
     let each: [(&str, RecoverChoice); 4] = [
         ("unit-scale", RecoverChoice::UnitScale(UnitScale::default())),
         ("least-squares", RecoverChoice::LeastSquares(LeastSquares::default())),

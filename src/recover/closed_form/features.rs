@@ -10,6 +10,7 @@ use crate::error::{Locate, Result};
 use crate::linalg::{Kernel, Rows, add_own, add_pairs};
 use crate::model::{MergedLayer, common};
 use crate::par;
+use crate::recover::best_so_far::squares;
 use crate::stage::{Context, Recovery};
 
 /// Tokens that one task works on.
@@ -20,7 +21,7 @@ const OUTPUTS: usize = 256;
 
 /// One merged expert's tokens.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct ExpertFeatures {
     /// Rows of the inputs, ascending.
     pub(super) tokens: Vec<usize>,
     /// The applied weight of each.
@@ -32,7 +33,7 @@ pub(super) struct Part {
 /// An expert, tokens that visit it with their weights, and the place of their hidden activations.
 type Block<'a> = (usize, &'a [usize], &'a [f32], ArrayViewMut2<'a, f32>);
 
-impl Part {
+impl ExpertFeatures {
     /// Of the visits of an expert, the hidden activations still 0.
     fn of(visits: &[(usize, f32)], d_ff: usize) -> Self {
         let (tokens, weights) = visits.iter().copied().unzip();
@@ -70,16 +71,11 @@ fn tiles(out: ArrayViewMut2<'_, f32>) -> Vec<(usize, Range<usize>, ArrayViewMut2
     tiles
 }
 
-/// `Σ x²`.
-pub(super) fn squares(x: ArrayView2<'_, f32>) -> f64 {
-    x.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
-}
-
 /// The block-sparse matrix `Φ: (t, m · d_ff)` of weighted hidden activations, an expert a block: a
 /// token has entries only in the blocks of the experts it visits. `4 t k d_ff` bytes.
 #[derive(Debug)]
 pub(super) struct Features {
-    pub(super) parts: Vec<Part>,
+    pub(super) parts: Vec<ExpertFeatures>,
     tokens: usize,
 }
 
@@ -93,8 +89,11 @@ impl Features {
     ) -> Result<Self> {
         let visits = merged.visits(narrowed, x, cx.compute())?;
         let single = cx.per_task();
-        let mut parts: Vec<_> =
-            visits.iter().zip(&merged.experts).map(|(v, e)| Part::of(v, e.view().d_ff())).collect();
+        let mut parts: Vec<_> = visits
+            .iter()
+            .zip(&merged.experts)
+            .map(|(v, e)| ExpertFeatures::of(v, e.view().d_ff()))
+            .collect();
         let mut blocks: Vec<_> =
             parts.iter_mut().enumerate().flat_map(|(e, part)| part.blocks(e)).collect();
         par::map_mut(&mut blocks, |_, (e, tokens, weights, out)| {
@@ -107,7 +106,7 @@ impl Features {
         Ok(Self { parts, tokens: x.nrows() })
     }
 
-    /// Of some rows of a task, and what the layer misses there.
+    /// Of some rows of a task, and the layer's residual there.
     pub(super) fn of_rows(
         task: &Recovery<'_>,
         rows: Range<usize>,
@@ -120,7 +119,7 @@ impl Features {
         Ok((features, residual))
     }
 
-    /// `T − Φ Wᵀ − Σ w b`: what the merged layer misses, `(t, d_model)`.
+    /// `T − Φ Wᵀ − Σ w b`: the residual of the merged layer, `(t, d_model)`.
     pub(super) fn residual(
         &self,
         merged: &MergedLayer,
@@ -171,7 +170,7 @@ impl Features {
     /// experts and blocks of output features.
     pub(super) fn moments(&self, v: &Array2<f32>, cx: &Context) -> Result<Vec<Array2<f32>>> {
         let single = cx.per_task();
-        let zeros = |part: &Part| Array2::zeros((v.ncols(), part.hidden.ncols()));
+        let zeros = |part: &ExpertFeatures| Array2::zeros((v.ncols(), part.hidden.ncols()));
         let mut sums: Vec<_> = self.parts.iter().map(zeros).collect();
         let parts = self.parts.iter().zip(&mut sums);
         let mut tasks: Vec<_> = parts
@@ -233,9 +232,9 @@ impl Features {
         })
     }
 
-    /// `Σ ‖R − Φ Δᵀ‖²`: what a layer that misses `R: (t, d_model)` does with `Δ: (d_model, d_ff)`
+    /// `Σ ‖R − Φ Δᵀ‖²`: what is left of the residual `R: (t, d_model)` with `Δ: (d_model, d_ff)`
     /// added to the down projection of each expert. A down pass.
-    pub(super) fn missed(
+    pub(super) fn remaining(
         &self,
         residual: &Array2<f32>,
         deltas: &[Array2<f32>],
@@ -249,15 +248,15 @@ impl Features {
 
     /// `Φ Φᵀ: (t, t)` in `f64`.
     pub(super) fn kernel(&self) -> Result<Kernel> {
-        Kernel::new(self.tokens, &self.parts.iter().map(Part::rows).collect::<Vec<_>>())
+        Kernel::new(self.tokens, &self.parts.iter().map(ExpertFeatures::rows).collect::<Vec<_>>())
     }
 
     /// A copy of what is there for some tokens in a row.
     pub(super) fn of(&self, tokens: Range<usize>) -> Self {
-        let of = |part: &Part| {
+        let of = |part: &ExpertFeatures| {
             let [from, to] = [tokens.start, tokens.end]
                 .map(|end| part.tokens.partition_point(|&token| token < end));
-            Part {
+            ExpertFeatures {
                 tokens: part.tokens[from..to].iter().map(|token| token - tokens.start).collect(),
                 weights: part.weights[from..to].to_vec(),
                 hidden: part.hidden.slice(s![from..to, ..]).to_owned(),

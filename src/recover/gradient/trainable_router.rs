@@ -10,7 +10,7 @@ use crate::model::{Router, Routing, RoutingRule, Score, close_dropped};
 /// A router in training. The choice of experts is not differentiated, the applied weights of the
 /// chosen ones are; the correction bias of the choice is fixed.
 #[derive(Debug, Clone)]
-pub(super) struct Gate {
+pub(super) struct TrainableRouter {
     pub(super) weight: Param,
     pub(super) bias: Option<Param>,
     router: Router,
@@ -18,7 +18,7 @@ pub(super) struct Gate {
     pub(super) map: Vec<Option<usize>>,
 }
 
-impl Gate {
+impl TrainableRouter {
     pub(super) fn new(router: &Router, map: Vec<Option<usize>>) -> Self {
         Self {
             weight: Param::new(router.weight().to_owned()),

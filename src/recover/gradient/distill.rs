@@ -3,11 +3,12 @@
 use ndarray::{ArrayView2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
-use super::course::Course;
-use super::features::squares;
-use crate::error::{Locate, Result};
+use super::training_loop::TrainingLoop;
+use crate::error::Result;
 use crate::model::MergedLayer;
-use crate::stage::{Context, Recoverer, Recovery, Stage};
+use crate::recover::best_so_far::squares;
+use crate::recover::recoverer;
+use crate::stage::{Context, Recovery, Stage};
 
 /// Trains the experts' matrices (biases included) and the rows of the router that is used, to
 /// minimise `Σ_x ‖y(x) − t(x)‖²` between the merged layer's output `y` and the original layer's `t`
@@ -16,8 +17,8 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 ///
 /// The choice of experts is made anew in every batch and not differentiated; the applied weights of
 /// the chosen ones are, with renormalisation and scale; the correction bias of the choice is fixed.
-/// An expert that no token of a batch visits is left alone in its step. After every epoch the rows
-/// that judge are evaluated; the best state is returned, the layer as it came if none is better.
+/// An expert that no token of a batch visits is left alone in its step. After every epoch the
+/// held-out rows are evaluated; the best state is returned, the layer as it came if none is better.
 /// Tokens are shuffled by the context's seed and the layer.
 ///
 /// The loss is divided by the mean energy of the targets: Adam's `ε` then means the same in every
@@ -59,21 +60,11 @@ impl Stage for Distill {
     }
 }
 
-impl Recoverer for Distill {
-    fn recover(
-        &self,
-        task: &Recovery<'_>,
-        merged: MergedLayer,
-        cx: &Context,
-    ) -> Result<MergedLayer> {
-        let id = merged.id;
-        self.run(task, merged, cx).in_layer(id)
-    }
-}
+recoverer!(Distill);
 
 impl Distill {
-    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
-        let course = Course {
+    fn fit(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+        let training = TrainingLoop {
             epochs: self.epochs,
             batch: self.batch,
             learning_rate: self.learning_rate,
@@ -85,11 +76,11 @@ impl Distill {
             let angle = std::f64::consts::PI * step as f64 / steps as f64;
             0.5 * (1.0 + angle.cos())
         };
-        let squares = |mut missed: ArrayViewMut2<'_, f32>, _: ArrayView2<'_, f32>| {
-            let scale = (2.0 / (energy * missed.nrows() as f64)) as f32;
-            missed.mapv_inplace(|miss| miss * scale);
+        let squares = |mut residual: ArrayViewMut2<'_, f32>, _: ArrayView2<'_, f32>| {
+            let scale = (2.0 / (energy * residual.nrows() as f64)) as f32;
+            residual.mapv_inplace(|r| r * scale);
         };
-        course.run(task, merged, cosine, squares, cx)
+        training.run(task, merged, cosine, squares, cx)
     }
 }
 

@@ -12,7 +12,7 @@ pub(super) type Deltas = Vec<Array2<f32>>;
 
 /// The equations themselves, in `f64`. The right-hand side is summed in `f32`: that is as if the
 /// residual were rounded once more, where a rounded Gram matrix would drown its small eigenvalues.
-pub(super) struct Normal<'a> {
+pub(super) struct NormalEquations<'a> {
     features: &'a Features,
     /// The lower triangle.
     gram: Array2<f64>,
@@ -22,7 +22,7 @@ pub(super) struct Normal<'a> {
     mean: f64,
 }
 
-impl<'a> Normal<'a> {
+impl<'a> NormalEquations<'a> {
     /// Nothing if no feature is other than 0.
     pub(super) fn new(
         features: &'a Features,

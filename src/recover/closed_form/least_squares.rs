@@ -3,15 +3,16 @@
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
-use super::best::descending;
-use super::dual::{by_tokens, choose};
+use super::by_tokens::{by_tokens, choose};
 use super::features::Features;
-use super::jury::Jury;
-use super::normal::{ConjugateGradients, Deltas, Normal};
-use super::thinned::Thinned;
+use super::held_out::HeldOutSelector;
+use super::normal_equations::{ConjugateGradients, Deltas, NormalEquations};
+use super::subsample::Subsampled;
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
-use crate::stage::{Context, Recoverer, Recovery, Stage};
+use crate::recover::best_so_far::descending;
+use crate::recover::recoverer;
+use crate::stage::{Context, Recovery, Stage};
 
 /// Refits the down projections of all merged experts of a layer together:
 ///
@@ -19,19 +20,19 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 ///
 /// with `h_e(x): (d_ff)` the hidden activations, `w_e(x)` the applied weight (members of a group
 /// that fire together add up) and `t(x)` the original layer's output. Biases stay. In terms of what
-/// is added, `Δ = W' − W`, these are the normal equations `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`:
-/// `Φ: (t, m · d_ff)` holds the weighted hidden activations, `R: (t, d_model)` what the merged
-/// layer misses, and `λ = ridge · tr(Φᵀ Φ) / min(t, m · d_ff)`, relative to the mean eigenvalue
-/// also where tokens are fewer than features. The ridge is the one of [`LeastSquares::ridges`] with
-/// the least error on the rows that judge; where fewer tokens are fitted than twice the features,
-/// only those from 0.1 on are tried, where more than six times, only those up to 0.1, if there is
-/// one. Experts that no token visits keep every bit.
+/// is added, `Δ = W' − W`, these are the normal equations `(Φᵀ Φ + λ I) Δᵀ = Φᵀ R`: `Φ: (t, m ·
+/// d_ff)` holds the weighted hidden activations, `R: (t, d_model)` the residual of the merged
+/// layer, and `λ = ridge · tr(Φᵀ Φ) / min(t, m · d_ff)`, relative to the mean eigenvalue also where
+/// tokens are fewer than features. The ridge is the one of [`LeastSquares::ridges`] with the least
+/// error on the held-out rows; where fewer tokens are fitted than twice the features, only those
+/// from 0.1 on are tried, where more than six times, only those up to 0.1, if there is one. Experts
+/// that no token visits keep every bit.
 ///
 /// Three ways lead to the solution, and the sizes decide which is taken:
 ///
 /// - **By features**, up to `dense_limit` of them: one Gram matrix in `f64`, of which only the
 ///   blocks of experts that fire together are computed (`t k² d_ff²` operations), and a Cholesky
-///   factorisation per ridge (`(m d_ff)³/3`), from the smallest ridge up until the judging error
+///   factorisation per ridge (`(m d_ff)³/3`), from the smallest ridge up until the held-out error
 ///   rises; memory `16 (m d_ff)²` bytes.
 /// - **By tokens**, up to `token_limit` that are fitted, where they are fewer than features or
 ///   features too many: `Δᵀ = Φᵀ (Φ Φᵀ + λ I)⁻¹ R`, the same solution. `t² k² d_ff / m` operations
@@ -40,7 +41,7 @@ use crate::stage::{Context, Recoverer, Recovery, Stage};
 ///   and its transpose (`4 t k d_ff d_model` operations), memory `20 m d_ff d_model` bytes.
 ///
 /// The last two choose `λ` by fits to at most 2,048 of the tokens, evenly apart, in the form of
-/// tokens: from the largest ridge down until the judging error rises, with the mean eigenvalue of
+/// tokens: from the largest ridge down until the held-out error rises, with the mean eigenvalue of
 /// those tokens. All keep the hidden activations, `4 t k d_ff` bytes.
 ///
 /// Source: MergeMoE (Miao et al., arXiv 2510.14436) solves a merged expert's down projection for
@@ -86,42 +87,34 @@ impl Stage for LeastSquares {
     }
 }
 
-impl Recoverer for LeastSquares {
-    fn recover(
-        &self,
-        task: &Recovery<'_>,
-        merged: MergedLayer,
-        cx: &Context,
-    ) -> Result<MergedLayer> {
-        let id = merged.id;
-        self.run(task, merged, cx).in_layer(id)
-    }
-}
+recoverer!(LeastSquares);
 
 /// The least ridge to choose where tokens are few, for so many features: then a fit can follow the
-/// noise, and the tenth of the tokens that judges may not tell. Of 256 tokens, 0.1 and more left
-/// Mixtral, Qwen3-MoE and OLMoE at 4.182, 4.014 and 3.882 nats, 0.01 to choose as well at 4.212,
-/// 4.079 and 3.931.
+/// noise, and the tenth of the tokens that is held out may not tell. Of 256 tokens, 0.1 and more
+/// left Mixtral, Qwen3-MoE and OLMoE at 4.182, 4.014 and 3.882 nats, 0.01 to choose as well at
+/// 4.212, 4.079 and 3.931.
 ///
 /// And the largest where tokens are many: of 7,373 for at most 1,024 features, 1 to choose as well
 /// left the three where they were, or worse by 0.003.
-const SURE: f64 = 0.1;
+const SAFE_RIDGE: f64 = 0.1;
 
 /// Fitted tokens for each feature below which tokens are few.
-const FEW: usize = 2;
+const FEW_TOKENS_PER_FEATURE: usize = 2;
 
 /// And above which they are many.
-const MANY: usize = 6;
+const MANY_TOKENS_PER_FEATURE: usize = 6;
 
 impl LeastSquares {
-    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+    fn fit(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         task.check(&merged)?;
         let features: usize = merged.experts.iter().map(|e| e.view().d_ff()).sum();
-        let few = self.thinned(features, task.fitted());
+        let few = self.subsampled(features, task.fitted());
         let ridges = self.candidates(features, few)?;
         let found = match few < task.fitted() {
-            true => self.fit(Thinned::of(task, few).task(), (&merged, features), &ridges, cx)?,
-            false => self.fit(*task, (&merged, features), &ridges, cx)?,
+            true => {
+                self.deltas(Subsampled::of(task, few).task(), (&merged, features), &ridges, cx)?
+            }
+            false => self.deltas(*task, (&merged, features), &ridges, cx)?,
         };
         match found {
             None => Ok(merged),
@@ -130,7 +123,7 @@ impl LeastSquares {
     }
 
     /// How many of the tokens that may be fitted are.
-    pub(crate) fn thinned(&self, features: usize, fitted: usize) -> usize {
+    pub(crate) fn subsampled(&self, features: usize, fitted: usize) -> usize {
         let most = self.most_tokens.filter(|_| features > self.dense_limit);
         most.map_or(fitted, |most| most.min(fitted))
     }
@@ -138,12 +131,12 @@ impl LeastSquares {
     /// The ridges to choose from, the largest first.
     pub(crate) fn candidates(&self, features: usize, fitted: usize) -> Result<Vec<f64>> {
         let mut ridges = descending(&self.ridges)?;
-        let sure = ridges.partition_point(|&ridge| ridge >= SURE);
-        if fitted < FEW * features && sure > 0 {
-            ridges.truncate(sure);
+        let safe = ridges.partition_point(|&ridge| ridge >= SAFE_RIDGE);
+        if fitted < FEW_TOKENS_PER_FEATURE * features && safe > 0 {
+            ridges.truncate(safe);
         }
-        let above = ridges.partition_point(|&ridge| ridge > SURE);
-        if fitted > MANY * features && above < ridges.len() {
+        let above = ridges.partition_point(|&ridge| ridge > SAFE_RIDGE);
+        if fitted > MANY_TOKENS_PER_FEATURE * features && above < ridges.len() {
             ridges.drain(..above);
         }
         Ok(ridges)
@@ -159,7 +152,7 @@ impl LeastSquares {
         }
     }
 
-    fn fit(
+    fn deltas(
         &self,
         task: Recovery<'_>,
         (merged, features): (&MergedLayer, usize),
@@ -182,15 +175,17 @@ impl LeastSquares {
         cx: &Context,
     ) -> Result<Option<Deltas>> {
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
-        let Some(mut system) = Normal::new(&features, &residual, cx)? else { return Ok(None) };
-        let mut jury = Jury::of(task, merged, cx)?;
+        let Some(mut system) = NormalEquations::new(&features, &residual, cx)? else {
+            return Ok(None);
+        };
+        let mut selector = HeldOutSelector::of(task, merged, cx)?;
         // Here tokens are many, so that a small ridge is the likely choice.
         for &ridge in ridges.iter().rev() {
-            if !jury.offer(system.solve(ridge, cx)?, cx)? && jury.found() {
+            if !selector.consider(system.solve(ridge, cx)?, cx)? && selector.found() {
                 break;
             }
         }
-        Ok(jury.best())
+        Ok(selector.best())
     }
 
     /// By conjugate gradients, without a system.
@@ -205,9 +200,9 @@ impl LeastSquares {
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), merged, cx)?;
         let system = ConjugateGradients::new(&features, &residual, cx)?;
         let deltas = system.solve(lambda, self.iterations, self.tolerance, cx)?;
-        let mut jury = Jury::of(task, merged, cx)?;
-        jury.offer(deltas, cx)?;
-        Ok(jury.best())
+        let mut selector = HeldOutSelector::of(task, merged, cx)?;
+        selector.consider(deltas, cx)?;
+        Ok(selector.best())
     }
 }
 

@@ -4,7 +4,7 @@
 use ndarray::{Array1, Array2};
 
 use super::adam::Param;
-use super::student::{Lesson, Student};
+use super::trainable_layer::{TrainStep, TrainableLayer};
 use crate::model::{
     Activation, Expert, GroupScore, Grouping, LayerId, Linear, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score,
@@ -111,11 +111,11 @@ impl Exact {
         let mut loss = 0.0;
         for t in 0..TOKENS {
             let x = x.row(t).mapv(f64::from);
-            let mut miss = -targets.row(t).mapv(f64::from);
+            let mut residual = -targets.row(t).mapv(f64::from);
             for (&row, w) in self.chosen.row(t).iter().zip(self.weights(t, &x)) {
-                miss.scaled_add(w, &self.expert(self.map[row as usize].unwrap(), &x));
+                residual.scaled_add(w, &self.expert(self.map[row as usize].unwrap(), &x));
             }
-            loss += 0.5 * scale * miss.dot(&miss);
+            loss += 0.5 * scale * residual.dot(&residual);
         }
         loss
     }
@@ -127,33 +127,33 @@ fn check(act: Activation, gated: bool, rule: RoutingRule, narrowed: bool) {
     let (x, targets) = (values(TOKENS, D, 91) * 1.5, values(TOKENS, D, 92));
     let task = Recovery { inputs: x.view(), targets: targets.view(), narrowed, held_out: 0 };
     let cx = Context::cpu(0);
-    let mut student = Student::new(&layer, narrowed, TOKENS);
+    let mut trainable = TrainableLayer::new(&layer, narrowed, TOKENS);
     let rows: Vec<usize> = (0..TOKENS).collect();
-    let passed = student.forward(&task, &rows, &cx).unwrap();
+    let pass = trainable.forward(&task, &rows, &cx).unwrap();
     let (router, map) = layer.choosing(narrowed);
     let wide = |param: &Param| param.value.mapv(f64::from);
-    let mut parts: Vec<Vec<_>> = student
-        .pupils
+    let mut parts: Vec<Vec<_>> = trainable
+        .experts
         .iter_mut()
         .map(|p| p.params().into_iter().map(|p| wide(p)).collect())
         .collect();
-    parts.push(vec![wide(&student.gate.weight), wide(student.gate.bias.as_ref().unwrap())]);
-    let chosen = passed.routing().experts.clone();
+    parts.push(vec![wide(&trainable.gate.weight), wide(trainable.gate.bias.as_ref().unwrap())]);
+    let chosen = pass.routing().experts.clone();
     let exact = Exact { parts, act, gated, rule: *router.rule(), map, chosen };
-    let loss: f64 = student.missed(&passed).iter().map(|&m| f64::from(m).powi(2)).sum();
+    let loss: f64 = trainable.residual(&pass).iter().map(|&m| f64::from(m).powi(2)).sum();
     approx::assert_relative_eq!(
         0.5 * SCALE * loss,
         exact.loss(&x, &targets, SCALE),
         max_relative = 1e-5
     );
-    let lesson = Lesson { experts: true, router: true, rate: 0.0 };
-    student.backward(&passed, SCALE as f32, lesson, &cx).unwrap();
-    let mut found: Vec<Vec<Array2<f32>>> = student
-        .pupils
+    let step = TrainStep { experts: true, router: true, rate: 0.0 };
+    trainable.backward(&pass, SCALE as f32, step, &cx).unwrap();
+    let mut found: Vec<Vec<Array2<f32>>> = trainable
+        .experts
         .iter_mut()
         .map(|p| p.params().into_iter().map(|p| p.gradient.clone()).collect())
         .collect();
-    let gate = &student.gate;
+    let gate = &trainable.gate;
     found.push(vec![gate.weight.gradient.clone(), gate.bias.as_ref().unwrap().gradient.clone()]);
     let largest = found.iter().flatten().flatten().fold(0.0f32, |m, g| m.max(g.abs()));
     let tolerance = 1e-4 * f64::from(largest);

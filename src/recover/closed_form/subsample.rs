@@ -1,4 +1,4 @@
-//! Fewer tokens to fit, the same to judge.
+//! Fewer tokens to fit, all held-out ones.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
@@ -10,15 +10,15 @@ pub(super) fn evenly(n: usize, most: usize) -> Vec<usize> {
     (0..chosen).map(|i| i * n / chosen).collect()
 }
 
-/// Part of a task, copied.
-pub(super) struct Thinned {
+/// ExpertFeatures of a task, copied.
+pub(super) struct Subsampled {
     inputs: Array2<f32>,
     targets: Array2<f32>,
     narrowed: bool,
     held_out: usize,
 }
 
-impl Thinned {
+impl Subsampled {
     /// At most `most` of the rows that may be fitted, evenly apart, and the held-out rows.
     pub(super) fn of(task: &Recovery<'_>, most: usize) -> Self {
         let mut rows = evenly(task.fitted(), most);
@@ -44,13 +44,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_evenly_apart_and_those_that_judge_stay() {
+    fn rows_are_evenly_apart_and_held_out_ones_stay() {
         let all = Array2::from_shape_fn((9, 1), |(i, _)| i as f32);
         let of = |held_out, most| {
             let (inputs, targets) = (all.view(), all.view());
-            let thinned =
-                Thinned::of(&Recovery { inputs, targets, narrowed: true, held_out }, most);
-            let task = thinned.task();
+            let subsampled =
+                Subsampled::of(&Recovery { inputs, targets, narrowed: true, held_out }, most);
+            let task = subsampled.task();
             assert_eq!((task.targets, task.held_out, task.narrowed), (task.inputs, held_out, true));
             task.inputs.iter().copied().collect::<Vec<_>>()
         };

@@ -3,12 +3,13 @@
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis, concatenate};
 use serde::{Deserialize, Serialize};
 
-use super::best::{Best, descending};
 use super::features::Features;
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, Linear, MergedLayer};
 use crate::par;
-use crate::stage::{Context, Recoverer, Recovery, Stage};
+use crate::recover::best_so_far::{BestSoFar, descending};
+use crate::recover::recoverer;
+use crate::stage::{Context, Recovery, Stage};
 
 /// What gets a factor of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -26,10 +27,10 @@ pub enum Per {
 /// `s = argmin Σ_x ‖Σ_e w_e(x) W_e (s_e ⊙ h_e(x)) − t(x)‖² + λ ‖s − 1‖²`.
 ///
 /// `m d_ff` (or `m d_model`) numbers: what averaging takes from a hidden unit's amplitude, no more,
-/// for samples too small for [`LeastSquares`](super::LeastSquares), which contains it. Solved for
-/// `s − 1`; the matrix of the normal equations is `A = (Φᵀ Φ) ⊙ (Wᵀ W)` for hidden units, `λ` a
-/// ridge times its mean diagonal, from the largest ridge down until the error on the rows that
-/// judge rises. Biases stay. Experts that no token visits keep every bit.
+/// for samples too small for [`LeastSquares`](crate::recover::LeastSquares), which contains it.
+/// Solved for `s − 1`; the matrix of the normal equations is `A = (Φᵀ Φ) ⊙ (Wᵀ W)` for hidden
+/// units, `λ` a ridge times its mean diagonal, from the largest ridge down until the error on the
+/// held-out rows rises. Biases stay. Experts that no token visits keep every bit.
 ///
 /// Up to `dense_limit` hidden units by a Cholesky factorisation per ridge: `t k² d_ff²` and
 /// `(m d_ff)³/3` operations, memory `24 (m d_ff)²` bytes. Beyond, and for outputs, by conjugate
@@ -67,31 +68,21 @@ impl Stage for UnitScale {
     }
 }
 
-impl Recoverer for UnitScale {
-    fn recover(
-        &self,
-        task: &Recovery<'_>,
-        merged: MergedLayer,
-        cx: &Context,
-    ) -> Result<MergedLayer> {
-        let id = merged.id;
-        self.run(task, merged, cx).in_layer(id)
-    }
-}
+recoverer!(UnitScale);
 
 impl UnitScale {
-    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+    fn fit(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         let ridges = descending(&self.ridges)?;
         task.check(&merged)?;
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), &merged, cx)?;
         let down = merged.experts.iter().map(|e| e.view().down.weight).collect();
-        let system = System { features: &features, down, per: self.per };
+        let system = ScaleSystem { features: &features, down, per: self.per };
         let mean = system.mean_diagonal(cx)?;
         if mean <= 0.0 {
             return Ok(merged);
         }
         let rhs = system.contract(&features.moments(&residual, cx)?);
-        let mut best = Best::new(task, &merged, cx)?;
+        let mut best = BestSoFar::new(task, &merged, cx)?;
         let mut steps = Array2::zeros(rhs.dim());
         let dense = self.per == Per::Hidden && features.width() <= self.dense_limit;
         let gram = dense.then(|| system.matrix(cx)).transpose()?;
@@ -101,7 +92,7 @@ impl UnitScale {
                 None => self.solve(&system, ridge * mean, &rhs, &mut steps, cx)?,
             }
             let layer = system.scaled_layer(&merged, &steps)?;
-            if !best.offer(layer, cx)? {
+            if !best.consider(layer, cx)? {
                 break;
             }
         }
@@ -112,7 +103,7 @@ impl UnitScale {
     /// Conjugate gradients for `(A + λ I) p = rhs`, on from the `p` that is given.
     fn solve(
         &self,
-        system: &System<'_>,
+        system: &ScaleSystem<'_>,
         lambda: f64,
         rhs: &Array2<f64>,
         p: &mut Array2<f64>,
@@ -162,13 +153,13 @@ fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
 }
 
 /// The normal equations of the factors; a row of factors for every expert.
-struct System<'a> {
+struct ScaleSystem<'a> {
     features: &'a Features,
     down: Vec<ArrayView2<'a, f32>>,
     per: Per,
 }
 
-impl System<'_> {
+impl ScaleSystem<'_> {
     /// The axis of a down projection along which there is a factor for every line.
     fn axis(&self) -> Axis {
         Axis(if self.per == Per::Hidden { 1 } else { 0 })

@@ -3,10 +3,11 @@
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
-use super::course::Course;
-use crate::error::{Error, Locate, Result};
+use super::training_loop::TrainingLoop;
+use crate::error::{Error, Result};
 use crate::model::MergedLayer;
-use crate::stage::{Context, Recoverer, Recovery, Stage};
+use crate::recover::recoverer;
+use crate::stage::{Context, Recovery, Stage};
 
 /// How hidden states are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -25,9 +26,9 @@ pub enum HiddenLoss {
 /// `L = hidden · H(y, t) + alpha · mean_x KL(softmax(t / T) ‖ softmax(y / T))`,
 ///
 /// `H` the logarithm of the mean squared error, or the cosine. Router rows are frozen, as the paper
-/// freezes them; Adam, a linear warm-up of 16 steps, then linearly to 0. After every epoch the rows
-/// that judge are evaluated by squared error; the best state is returned, the layer as it came if
-/// none is better. Cost and memory: those of [`Distill`](super::Distill).
+/// freezes them; Adam, a linear warm-up of 16 steps, then linearly to 0. After every epoch the
+/// held-out rows are evaluated by squared error; the best state is returned, the layer as it came
+/// if none is better. Cost and memory: those of [`Distill`](crate::recover::Distill).
 ///
 /// Source: arXiv 2310.01334, §3.2, with the weights of its code: `α = 0.2`, `T = 2`, 10 epochs.
 /// *Deviations:* the paper trains the whole model, on the task's loss, on KL of the logits, and
@@ -38,7 +39,7 @@ pub enum HiddenLoss {
 /// there).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Paper {
+pub struct KnowledgeDistillation {
     /// Passes over the tokens.
     pub epochs: usize,
     /// The learning rate after the warm-up.
@@ -57,7 +58,7 @@ pub struct Paper {
     pub warm_up: usize,
 }
 
-impl Default for Paper {
+impl Default for KnowledgeDistillation {
     fn default() -> Self {
         Self {
             epochs: 10,
@@ -72,26 +73,16 @@ impl Default for Paper {
     }
 }
 
-impl Stage for Paper {
+impl Stage for KnowledgeDistillation {
     fn name(&self) -> &str {
         "paper"
     }
 }
 
-impl Recoverer for Paper {
-    fn recover(
-        &self,
-        task: &Recovery<'_>,
-        merged: MergedLayer,
-        cx: &Context,
-    ) -> Result<MergedLayer> {
-        let id = merged.id;
-        self.run(task, merged, cx).in_layer(id)
-    }
-}
+recoverer!(KnowledgeDistillation);
 
-impl Paper {
-    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+impl KnowledgeDistillation {
+    fn fit(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         for (weight, what) in [(self.hidden, "hidden-state loss"), (self.alpha, "KL loss")] {
             if !weight.is_finite() || weight < 0.0 {
                 return Err(Error::range(format!("weight of the {what}"), "0 or more", weight));
@@ -102,29 +93,29 @@ impl Paper {
         }
         let (epochs, batch) = (self.epochs, self.batch);
         let learning_rate = self.learning_rate;
-        let course = Course { epochs, batch, learning_rate, experts: true, router: false };
+        let training = TrainingLoop { epochs, batch, learning_rate, experts: true, router: false };
         let schedule = |step: usize, steps: usize| {
             let warm = (step + 1) as f64 / self.warm_up.max(1) as f64;
             warm.min((steps - step) as f64 / steps.saturating_sub(self.warm_up).max(1) as f64)
         };
-        course.run(task, merged, schedule, |missed, t| self.slope(missed, t), cx)
+        training.run(task, merged, schedule, |residual, t| self.loss_gradient(residual, t), cx)
     }
 
     /// Turns `y − t` into `∂L/∂y`.
-    fn slope(&self, mut missed: ArrayViewMut2<'_, f32>, targets: ArrayView2<'_, f32>) {
-        let rows = missed.nrows() as f64;
-        let square: f64 = missed.iter().map(|&m| f64::from(m) * f64::from(m)).sum();
-        for (mut miss, t) in missed.rows_mut().into_iter().zip(targets.rows()) {
+    fn loss_gradient(&self, mut residual: ArrayViewMut2<'_, f32>, targets: ArrayView2<'_, f32>) {
+        let rows = residual.nrows() as f64;
+        let square: f64 = residual.iter().map(|&m| f64::from(m) * f64::from(m)).sum();
+        for (mut row, t) in residual.rows_mut().into_iter().zip(targets.rows()) {
             let y: Vec<f64> =
-                miss.iter().zip(t).map(|(&m, &t)| f64::from(m) + f64::from(t)).collect();
+                row.iter().zip(t).map(|(&m, &t)| f64::from(m) + f64::from(t)).collect();
             let hidden: Vec<f64> = match self.hidden_loss {
                 HiddenLoss::LogMse => {
                     let by = if square > 0.0 { 2.0 / square } else { 0.0 };
-                    miss.iter().map(|&m| by * f64::from(m)).collect()
+                    row.iter().map(|&m| by * f64::from(m)).collect()
                 }
-                HiddenLoss::Cosine => cosine_slope(&y, t, rows),
+                HiddenLoss::Cosine => cosine_gradient(&y, t, rows),
             };
-            self.combine(&mut miss, &hidden, &y, t, rows);
+            self.combine(&mut row, &hidden, &y, t, rows);
         }
     }
 
@@ -146,7 +137,7 @@ impl Paper {
 }
 
 /// `∂/∂y` of `(1 − cos(y, t)) / 2b`; 0 where either is 0.
-fn cosine_slope(y: &[f64], t: ArrayView1<'_, f32>, rows: f64) -> Vec<f64> {
+fn cosine_gradient(y: &[f64], t: ArrayView1<'_, f32>, rows: f64) -> Vec<f64> {
     let t: Vec<f64> = t.iter().map(|&t| f64::from(t)).collect();
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let (yy, tt, yt) = (dot(y, y), dot(&t, &t), dot(y, &t));
@@ -170,41 +161,50 @@ mod tests {
     use super::*;
     use ndarray::Array2;
 
-    fn loss(paper: &Paper, y: &Array2<f64>, t: &Array2<f32>) -> f64 {
+    fn loss(distillation: &KnowledgeDistillation, y: &Array2<f64>, t: &Array2<f32>) -> f64 {
         let (rows, d) = y.dim();
         let (mut kl, mut square, mut cosine) = (0.0, 0.0, 0.0);
         for (y, t) in y.rows().into_iter().zip(t.rows()) {
             let t = t.mapv(f64::from);
-            let (p, q) =
-                (softmax(&t.to_vec(), paper.temperature), softmax(&y.to_vec(), paper.temperature));
+            let (p, q) = (
+                softmax(&t.to_vec(), distillation.temperature),
+                softmax(&y.to_vec(), distillation.temperature),
+            );
             kl += p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum::<f64>();
             square += (&y - &t).mapv(|m| m * m).sum();
             cosine += (1.0 - y.dot(&t) / (y.dot(&y) * t.dot(&t)).sqrt()) / 2.0;
         }
-        let hidden = match paper.hidden_loss {
+        let hidden = match distillation.hidden_loss {
             HiddenLoss::LogMse => (square / (rows * d) as f64).ln(),
             HiddenLoss::Cosine => cosine / rows as f64,
         };
-        paper.hidden * hidden + paper.alpha * kl / rows as f64
+        distillation.hidden * hidden + distillation.alpha * kl / rows as f64
     }
 
     #[test]
-    fn slopes_are_those_of_the_losses() {
+    fn gradients_are_those_of_the_losses() {
         let value = |(i, j): (usize, usize)| ((i * 7 + j * 3) as f32 * 0.9).sin();
         let t = Array2::from_shape_fn((3, 5), value);
         let y = Array2::from_shape_fn((3, 5), |(i, j)| f64::from(value((j + 1, i + 2))) * 1.5);
         for hidden_loss in [HiddenLoss::LogMse, HiddenLoss::Cosine] {
-            let paper = Paper { hidden: 0.7, hidden_loss, ..Paper::default() };
-            let mut slope = (&y - &t.mapv(f64::from)).mapv(|m| m as f32);
-            paper.slope(slope.view_mut(), t.view());
+            let distillation = KnowledgeDistillation {
+                hidden: 0.7,
+                hidden_loss,
+                ..KnowledgeDistillation::default()
+            };
+            let mut gradient = (&y - &t.mapv(f64::from)).mapv(|m| m as f32);
+            distillation.loss_gradient(gradient.view_mut(), t.view());
             for at in [(0, 0), (1, 3), (2, 4)] {
                 let moved = |by: f64| {
                     let mut y = y.clone();
                     y[at] += by;
-                    loss(&paper, &y, &t)
+                    loss(&distillation, &y, &t)
                 };
                 let expected = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-                assert!((f64::from(slope[at]) - expected).abs() < 1e-5, "{hidden_loss:?} {at:?}");
+                assert!(
+                    (f64::from(gradient[at]) - expected).abs() < 1e-5,
+                    "{hidden_loss:?} {at:?}"
+                );
             }
         }
     }

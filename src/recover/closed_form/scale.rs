@@ -3,20 +3,21 @@
 use ndarray::{Array2, ArrayView1};
 use serde::{Deserialize, Serialize};
 
-use super::best::{Best, descending};
 use super::features::Features;
 use crate::error::{Locate, Result};
 use crate::linalg::mean_eigenvalue;
 use crate::model::{Expert, MergedLayer, common};
 use crate::par;
-use crate::stage::{Context, Recoverer, Recovery, Stage};
+use crate::recover::best_so_far::{BestSoFar, descending};
+use crate::recover::recoverer;
+use crate::stage::{Context, Recovery, Stage};
 
 /// Scales the output of every expert by one factor, all factors fitted together:
 ///
 /// `s = argmin Σ_x ‖Σ_e s_e w_e(x) E_e(x) − t(x)‖²`, folded into down projection and its bias.
 ///
 /// Averaging shrinks activations; this undoes the mean of it, with `m` numbers that no sample is
-/// too small for. [`LeastSquares`](super::LeastSquares) contains it. The normal equations,
+/// too small for. [`LeastSquares`](crate::recover::LeastSquares) contains it. The normal equations,
 /// `(G + λ I) (s − 1) = Σ_x ⟨w_e E_e, t − y⟩`, `G: (m, m)` the inner products of the experts'
 /// weighted outputs, are solved by Cholesky with `λ = ridge · tr(G) / m`. Experts that no token
 /// visits keep every bit. Cost: a forward pass and `t k² d_model` operations; memory
@@ -43,20 +44,10 @@ impl Stage for Scale {
     }
 }
 
-impl Recoverer for Scale {
-    fn recover(
-        &self,
-        task: &Recovery<'_>,
-        merged: MergedLayer,
-        cx: &Context,
-    ) -> Result<MergedLayer> {
-        let id = merged.id;
-        self.run(task, merged, cx).in_layer(id)
-    }
-}
+recoverer!(Scale);
 
 impl Scale {
-    fn run(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
+    fn fit(&self, task: &Recovery<'_>, merged: MergedLayer, cx: &Context) -> Result<MergedLayer> {
         descending(&[self.ridge])?;
         task.check(&merged)?;
         let (features, residual) = Features::of_rows(task, 0..task.fitted(), &merged, cx)?;
@@ -70,8 +61,8 @@ impl Scale {
                 *expert = times(expert, (1.0 + step) as f32).in_expert(e)?;
             }
         }
-        let mut best = Best::new(task, &merged, cx)?;
-        best.offer(scaled, cx)?;
+        let mut best = BestSoFar::new(task, &merged, cx)?;
+        best.consider(scaled, cx)?;
         Ok(best.or(merged))
     }
 }

@@ -10,12 +10,12 @@ use crate::model::{Activation, Expert, Linear};
 
 /// A projection in training.
 #[derive(Debug, Clone)]
-struct Layer {
+struct TrainableLinear {
     weight: Param,
     bias: Option<Param>,
 }
 
-impl Layer {
+impl TrainableLinear {
     fn new(linear: Linear) -> Self {
         Self { weight: Param::new(linear.weight), bias: linear.bias.map(Param::row) }
     }
@@ -91,11 +91,11 @@ impl Buffer {
 
 /// One expert in training.
 #[derive(Debug, Clone)]
-pub(super) struct Pupil {
+pub(super) struct TrainableExpert {
     activation: Activation,
-    gate: Option<Layer>,
-    up: Layer,
-    down: Layer,
+    gate: Option<TrainableLinear>,
+    up: TrainableLinear,
+    down: TrainableLinear,
     /// `(n, d_model)` inputs; `(n, d_ff)` projections, hidden activations and their gradient;
     /// `(n, d_model)` outputs, then their gradient.
     x: Buffer,
@@ -106,15 +106,15 @@ pub(super) struct Pupil {
     y: Buffer,
 }
 
-impl Pupil {
+impl TrainableExpert {
     pub(super) fn new(expert: &Expert) -> Self {
         let (view, (gate, up, down)) = (expert.view(), expert.clone().into_parts());
         let (d, f) = (Buffer::new(view.d_model()), Buffer::new(view.d_ff()));
         Self {
             activation: view.activation,
-            gate: gate.map(Layer::new),
-            up: Layer::new(up),
-            down: Layer::new(down),
+            gate: gate.map(TrainableLinear::new),
+            up: TrainableLinear::new(up),
+            down: TrainableLinear::new(down),
             x: d.clone(),
             y: d,
             gates: f.clone(),
@@ -125,7 +125,7 @@ impl Pupil {
     }
 
     pub(super) fn expert(&self) -> Result<Expert> {
-        let gate = self.gate.as_ref().map(Layer::linear);
+        let gate = self.gate.as_ref().map(TrainableLinear::linear);
         Expert::new(gate, self.up.linear(), self.down.linear(), self.activation)
     }
 

@@ -10,11 +10,11 @@ use crate::stage::{Context, Needs, Recoverer, Recovery, Stage};
 /// the usual chain: the closed form is nearly free and a good start, gradients reach gate, up and
 /// router, and the last fit takes what they leave to the down projections.
 #[derive(Debug, Default)]
-pub struct Chain(pub Vec<Box<dyn Recoverer>>);
+pub struct Sequence(pub Vec<Box<dyn Recoverer>>);
 
-impl Stage for Chain {
+impl Stage for Sequence {
     fn name(&self) -> &str {
-        "chain"
+        "sequence"
     }
 
     fn needs(&self) -> Needs {
@@ -22,7 +22,7 @@ impl Stage for Chain {
     }
 }
 
-impl Recoverer for Chain {
+impl Recoverer for Sequence {
     fn recover(
         &self,
         task: &Recovery<'_>,

@@ -1,31 +1,32 @@
-//! The judge of the candidates of a least-squares fit.
+//! The choice among the candidates of a least-squares fit by their error on held-out rows.
 
 use ndarray::Array2;
 
-use super::features::{Features, squares};
-use super::normal::Deltas;
+use super::features::Features;
+use super::normal_equations::Deltas;
 use crate::error::Result;
 use crate::model::MergedLayer;
+use crate::recover::best_so_far::squares;
 use crate::stage::{Context, Recovery};
 
-/// The judging rows up to the down projections, which is all that the candidates differ in.
-pub(super) struct Jury {
+/// The held_out_rows rows up to the down projections, which is all that the candidates differ in.
+pub(super) struct HeldOutSelector {
     features: Features,
-    /// What the start misses.
+    /// Of the layer at the start.
     residual: Array2<f32>,
-    /// `Σ ‖·‖²` of what the best so far misses.
+    /// `Σ ‖·‖²` of the residual of the best so far.
     least: f64,
     best: Option<Deltas>,
 }
 
-impl Jury {
-    /// With the judging rows of `task`.
+impl HeldOutSelector {
+    /// With the held_out_rows rows of `task`.
     pub(super) fn of(task: &Recovery<'_>, start: &MergedLayer, cx: &Context) -> Result<Self> {
-        let (features, residual) = Features::of_rows(task, task.judging(), start, cx)?;
+        let (features, residual) = Features::of_rows(task, task.held_out_rows(), start, cx)?;
         Ok(Self::new(features, residual))
     }
 
-    /// With the features of some rows, and what the start misses there.
+    /// With the features of some rows, and the residual of the start there.
     pub(super) fn new(features: Features, residual: Array2<f32>) -> Self {
         let least = squares(residual.view());
         Self { features, residual, least, best: None }
@@ -33,11 +34,11 @@ impl Jury {
 
     /// Takes a candidate if it is better than the start and all before; says whether it was. By
     /// more than what a forward pass rounds: it may not find the layer worse than the start.
-    pub(super) fn offer(&mut self, deltas: Deltas, cx: &Context) -> Result<bool> {
-        let missed = self.features.missed(&self.residual, &deltas, cx)?;
-        let better = missed < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
+    pub(super) fn consider(&mut self, deltas: Deltas, cx: &Context) -> Result<bool> {
+        let error = self.features.remaining(&self.residual, &deltas, cx)?;
+        let better = error < self.least * (1.0 - f64::from(f32::EPSILON).sqrt());
         if better {
-            (self.least, self.best) = (missed, Some(deltas));
+            (self.least, self.best) = (error, Some(deltas));
         }
         Ok(better)
     }
