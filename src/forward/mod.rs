@@ -6,8 +6,8 @@
 //! that a merged layer can stand in for the routed experts ([`Mlp::add_to`]).
 //!
 //! What is particular about a family is data, read from `config.json` by its table (the crate's
-//! `families`); attention, norms, experts and head are shared. Everything is computed in `f32`; sums are added in a fixed
-//! order, so results have the same bits for every number of threads.
+//! `families`); attention, norms, experts and head are shared. Everything is computed in `f32`;
+//! sums are added in a fixed order, so results have the same bits for every number of threads.
 //!
 //! The reference is transformers: logits agree to the rounding of `f32`.
 

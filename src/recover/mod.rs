@@ -18,7 +18,7 @@ mod closed_form;
 mod gradient;
 mod sequence;
 
-pub(crate) use closed_form::{CHOICE_TOKENS, Solver};
+pub(crate) use closed_form::{CHOICE_TOKENS, MAX_BLOCK, Solver};
 pub use closed_form::{LeastSquares, Per, Scale, UnitScale};
 pub use gradient::{Distill, HiddenLoss, KnowledgeDistillation};
 pub use sequence::Sequence;

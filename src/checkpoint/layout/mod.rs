@@ -1,5 +1,5 @@
-//! From tensor names to MoE layers: which experts a checkpoint holds, by the layouts of the families
-//! (`crate::families`).
+//! From tensor names to MoE layers: which experts a checkpoint holds, by the layouts of the
+//! families (`crate::families`).
 
 mod factors;
 pub(crate) mod names;

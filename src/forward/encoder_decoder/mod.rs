@@ -40,8 +40,8 @@ impl<S: TensorSource> Switch<S> {
     /// Reads and checks the configuration.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for another family, [`ErrorKind::Config`](crate::ErrorKind::Config)
-    /// for an invalid configuration.
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for another family,
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) for an invalid configuration.
     pub fn open(source: S, cx: Context) -> Result<Self> {
         let spec = families::encoder_decoder(source.config())?;
         Ok(Self { source, spec, cx })
@@ -60,8 +60,8 @@ impl<S: TensorSource> Switch<S> {
     /// Embeds the tokens of every window of a stack.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window or a token id outside the vocabulary; those of
-    /// the source.
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for an empty window or a token id
+    /// outside the vocabulary; those of the source.
     pub fn embed(&self, stack: Stack, windows: &[impl AsRef<[u32]>]) -> Result<Hidden> {
         for window in windows.iter().map(AsRef::as_ref) {
             if window.is_empty() {

@@ -66,7 +66,8 @@ const NOISE: f64 = 1e-6;
 ///
 /// Cost: `2 m n l` operations a product, four to eight of them, through [`Compute::gemm`] or, on a
 /// device with a memory of its own,
-/// [`DeviceMatrix::multiply`](crate::linalg::DeviceMatrix::multiply); `4 (m + n) l²` for QR on one thread. Memory: `3 (m + n) l` numbers beside `A`.
+/// [`DeviceMatrix::multiply`](crate::linalg::DeviceMatrix::multiply); `4 (m + n) l²` for QR on one
+/// thread. Memory: `3 (m + n) l` numbers beside `A`.
 ///
 /// # Errors
 /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a rank above `min(m, n)` or a

@@ -18,25 +18,24 @@ use crate::stage::Needs;
 const ALL_EIGENVALUES_SIDE: f64 = 512.0;
 
 /// What a run computes, reads and writes: floating-point operations (FLOPs) of every phase, a
-/// multiply-add counted as two, and bytes of files. How long that takes is for the machine to say: a
-/// run tells the time left after its first layers.
+/// multiply-add counted as two, and bytes of files. How long that takes is for the machine to say:
+/// a run tells the time left after its first layers.
 ///
 /// With `t` tokens in windows of `w`, an expert of `e` parameters and `k` of them for a token, and
 /// `F` the FLOPs of all layers per token (two a parameter of attention, shared experts and chosen
 /// experts, `2 w a` for scores of heads of `a` columns together):
 ///
 /// - calibrate: `t F`, three times that where gradients are collected;
-/// - merge: `6 d_ff² d_model + 256 d_ff²` for each expert that is aligned (all but one, or in groups
-///   all but the dominant); output errors on the samples, `4 k e` or `6 k e` a sample; where
+/// - merge: `6 d_ff² d_model + 256 d_ff²` for each expert that is aligned (all but one, or in
+///   groups all but the dominant); output errors on the samples, `4 k e` or `6 k e` a sample; where
 ///   removals are measured, all experts on those tokens, and `t³/6 + 2 t² (k d_ff/n + d_model)` for
 ///   every refit; decompositions, at the products that the randomised one may take;
 /// - recover: what it sees of the text once more, through the original's and the merged experts, or
-///   through what [`RecoverOn`] asks for;
-///   least squares: `6 t k e / 3` for features, then the Gram matrix `t k² d_ff²`, a factorisation
-///   `(m d_ff)³/3` and two solutions per ridge; or products between tokens `t² k² d_ff / m`, `t³/3`
-///   and two solutions, and the same for each ridge with at most 2,048 tokens; or the latter and all
-///   conjugate-gradient steps, of `4 t k d_ff d_model`, which often stop sooner;
-///   distillation: `14 t k d_ff d_model` an epoch.
+///   through what [`RecoverOn`] asks for; least squares: `6 t k e / 3` for features, then the Gram
+///   matrix `t k² d_ff²`, a factorisation `(m d_ff)³/3` and two solutions per ridge; or products
+///   between tokens `t² k² d_ff / m`, `t³/3` and two solutions, and the same for each ridge with at
+///   most 2,048 tokens; or the latter and all passes of block Gauss–Seidel, which often stop
+///   sooner; distillation: `14 t k d_ff d_model` an epoch.
 ///
 /// Exponentials, hashes and conversions of element types are not counted. Verification and
 /// evaluation are not part of it.

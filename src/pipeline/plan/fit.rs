@@ -1,7 +1,7 @@
 //! What a least-squares fit of one layer takes.
 
 use super::shape::Layer;
-use crate::recover::{CHOICE_TOKENS, LeastSquares, Solver};
+use crate::recover::{CHOICE_TOKENS, LeastSquares, MAX_BLOCK, Solver};
 
 /// The sizes that decide how a fit is solved.
 pub(super) struct FitSize {
@@ -52,10 +52,13 @@ impl FitSize {
                 let wide = products(self.rows()) + solved(fitted, d);
                 seen(self.rows()) + chosen + wide + 2.0 * pass(self.rows() + judging)
             }
-            Solver::Iterative => {
+            Solver::Blocks => {
                 let choice = seen(few + judging) + products(few + judging) + chosen;
-                let steps = 4.0 * pass(fitted) * fit.iterations as f64;
-                choice + seen(self.rows()) + steps + 2.0 * pass(judging)
+                let block = d_ff.min(MAX_BLOCK as f64);
+                let inverses = fitted * k * d_ff * block + 7.0 / 3.0 * features * block * block;
+                let each = 4.0 * pass(fitted) + 2.0 * features * block * d;
+                let passes = each * fit.iterations as f64;
+                choice + seen(self.rows()) + inverses + passes + 2.0 * pass(judging)
             }
         }
     }
@@ -71,7 +74,11 @@ impl FitSize {
                 let system = 16.0 * n * n + 24.0 * n * layer.d_model as f64;
                 hidden(n + self.judging) + system + 2.0 * added
             }
-            Solver::Iterative => hidden(n) + 6.0 * added,
+            Solver::Blocks => {
+                let block = (layer.d_ff as f64).min(MAX_BLOCK as f64);
+                let residuals = 8.0 * n * layer.d_model as f64;
+                hidden(n) + residuals + 4.0 * self.features * block + 3.0 * added
+            }
         };
         bytes as u64
     }

@@ -32,8 +32,8 @@ const BATCH: u64 = 4 * (32 << 20);
 /// - merge: `4 P (1 + m/n) + B`, samples, gain matrices, and what recovery holds: inputs, targets
 ///   `16 t d_model` and the layer behind them when it follows text, hidden activations
 ///   `4 t k d_ff`, and for least squares `40 (m d_ff)²`, or where it is solved by tokens
-///   `16 t² + 24 t d_model + 8 m d_ff d_model`, or `24 m d_ff d_model` for conjugate gradients;
-///   for distillation `28 P m/n`.
+///   `16 t² + 24 t d_model + 8 m d_ff d_model`, or by blocks of `b` features
+///   `8 t d_model + 4 m d_ff (b + 3 d_model)`; for distillation `28 P m/n`.
 ///
 /// The allocator and what is not in the list are taken as 64 MiB. The pages of shards that are
 /// copied are given back and not counted.

@@ -84,7 +84,7 @@ fn with<'a>(
     Recovery { inputs: x.view(), targets: targets.view(), narrowed, held_out }
 }
 
-/// The solvers of the same equations: by features, by conjugate gradients, by tokens.
+/// The solvers of the same equations: by features, by block Gauss–Seidel, by tokens.
 fn solvers(ridge: f64) -> [LeastSquares; 3] {
     let features = LeastSquares { ridges: vec![ridge], token_limit: 0, ..LeastSquares::default() };
     let iterative =
@@ -134,6 +134,52 @@ fn the_solvers_agree() {
                 let (a, b) = (a.view().down.weight, b.view().down.weight);
                 approx::assert_abs_diff_eq!(a, b, epsilon = tolerance);
             }
+        }
+    }
+}
+
+/// Eight wide experts of two a token, on inputs whose directions have very different energies.
+fn wide_layer(d: usize, f: usize) -> MergedLayer {
+    let mut numbers = Numbers(31);
+    let one = |numbers: &mut Numbers| {
+        let (gate, up, down) = (numbers.matrix(f, d), numbers.matrix(f, d), numbers.matrix(d, f));
+        Expert::swiglu(gate, up, down).unwrap()
+    };
+    let experts = (0..8).map(|_| one(&mut numbers)).collect();
+    let rule = RoutingRule::softmax(2, true);
+    let router = Router::new(numbers.matrix(8, d), None, None, rule).unwrap();
+    let (id, grouping) = (LayerId::causal(0), Grouping::identity(8));
+    MergedLayer::new(id, experts, grouping, router, None).unwrap()
+}
+
+#[test]
+fn five_passes_of_block_gauss_seidel_are_near_the_exact_fit_and_eight_are_there() {
+    let (d, f) = (32, 96);
+    let truth = wide_layer(d, f);
+    let start = perturbed(&truth, 4, 0.3, false);
+    let cx = Context::cpu(0);
+    // Fewer tokens than the 768 features, and more.
+    for tokens in [600, 1600] {
+        let (mut x, noise) = (Numbers(7).matrix(tokens, d), Numbers(8).matrix(tokens, d));
+        for (i, mut column) in x.columns_mut().into_iter().enumerate() {
+            column *= 3.0 * 0.9f32.powi(i as i32);
+        }
+        let targets = output(&truth, &x, false) + 0.1 * noise;
+        let task = with(&x, &targets, false, tokens / 10);
+        for ridge in [0.01, 0.1, 1.0] {
+            let dense =
+                LeastSquares { ridges: vec![ridge], token_limit: 0, ..LeastSquares::default() };
+            let error = |solver: LeastSquares| {
+                task.error(&solver.recover(&task, start.clone(), &cx).unwrap(), &cx).unwrap()
+            };
+            let after = |iterations| {
+                let (dense_limit, tolerance) = (0, 0.0);
+                error(LeastSquares { dense_limit, iterations, tolerance, ..dense.clone() })
+            };
+            let (exact, five, eight) = (error(dense.clone()), after(5), after(8));
+            assert!(exact < 0.9 * task.error(&start, &cx).unwrap());
+            let shares = (five / exact, eight / exact);
+            assert!(shares.0 < 1.025 && shares.1 < 1.002, "{tokens} {ridge}: {shares:?}");
         }
     }
 }
