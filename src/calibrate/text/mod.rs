@@ -1,31 +1,45 @@
 //! Text in: files become windows of token ids, for calibration and evaluation alike.
 //!
-//! [`Text::read`] takes one file or a folder of them, in order of their names:
+//! [`Text::read`] takes one file or a folder. A file is a *source*; of a folder every file and every
+//! subfolder is one, in order of their names.
 //!
 //! | file | holds |
 //! |---|---|
-//! | `.txt` | UTF-8 text |
-//! | `.jsonl` | one JSON object a line, with a `text` field |
-//! | `.safetensors` | one tensor of token ids, `I32` or `I64`: `[n]`, or `[windows, length]` |
+//! | `.txt` | UTF-8 text, one document |
+//! | `.jsonl`, `.json` | JSON objects, a document each: a `text` field, another by [`TextOptions::field`], or a conversation |
+//! | `.safetensors` | one tensor of token ids, `[n]` or `[windows, length]`, and perhaps its `attention_mask` |
 //!
-//! Text is tokenised with the checkpoint's own `tokenizer.json`, without special tokens, and cut
-//! into windows of a fixed length that do not overlap; a shorter rest is left out. Lines of a
-//! `.jsonl` file follow each other without a separator. Rows of a two-axis tensor are windows
-//! already. What was read is recorded ([`TextRecord`]), so that a result can be traced to its text.
+//! Text files may be compressed by gzip or Zstandard. Conversations are `messages`,
+//! `conversations` (ShareGPT) or pairs such as `prompt` and `response`; the model's own chat
+//! template makes text of them.
+//!
+//! Text is tokenised with the checkpoint's own `tokenizer.json`. The documents of a source are
+//! joined with the model's end-of-sequence token and cut into windows of a fixed length that do not
+//! overlap. Each begins with the special tokens that the tokenizer's post-processor puts before a
+//! text. Rows of a two-axis tensor are windows already. Sources of a folder that are shorter than a
+//! window are joined. What was read is recorded ([`TextRecord`]), so that a result can be traced to
+//! its text.
+//!
+//! # Memory
+//! Text is read as a stream. Of all sources together about 16 MiB of text are kept, of a longer one
+//! a sample of pieces of 64 KiB drawn by the seed, and their tokens; more only if more tokens are
+//! asked for. Neither depends on the size of the files.
 //!
 //! Without the feature `text` there is no tokenizer, and only files of token ids are read.
 
-mod ids;
 mod load;
+mod options;
 mod pcg64;
+mod pieces;
+mod read;
 mod record;
-mod select;
-mod source;
+mod shares;
 mod span;
 mod vocabulary;
+mod windows;
 
-pub use load::{Limits, Text, TextFile};
-pub use record::{FileRecord, TextRecord};
-pub use select::{Select, TextOptions};
+pub use load::{Limits, Text, TextSource};
+pub use options::{Conversations, Select, Separator, SpecialTokens, TextOptions};
+pub use record::{FileRecord, SourceRecord, TemplateRecord, TextRecord};
 pub use span::SpanCorruption;
 pub use vocabulary::{Vocabulary, sentinels};

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::pipeline::activations::tokens::Tokens;
 
 /// Where the statistics of a run come from: a file, or text that is run through the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Calibration {
     /// A statistics file.
@@ -30,7 +30,7 @@ impl Calibration {
     /// Windows of `window` tokens, drawn from a text file or a folder of them by `seed`, as many as
     /// fit in `max_tokens`.
     pub fn text(path: impl Into<PathBuf>, window: usize, max_tokens: usize, seed: u64) -> Self {
-        let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
+        let options = TextOptions::new(window).select(Select::Tokens(max_tokens)).seed(seed);
         Self::Text { path: path.into(), options }
     }
 

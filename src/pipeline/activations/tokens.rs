@@ -49,8 +49,8 @@ impl Tokens {
         seed: u64,
     ) -> Result<Self> {
         let subject = Subject::open(source, &Context::cpu(seed))?;
-        let window = window.unwrap_or_else(|| subject.window());
-        let options = TextOptions { window, select: Select::Tokens(max_tokens), seed };
+        let select = Select::Tokens(max_tokens);
+        let options = TextOptions { window, select, seed, ..TextOptions::default() };
         Self::cut(&subject, path, &options)
     }
 

@@ -65,11 +65,8 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
     }
     let checkpoint = Checkpoint::open(folder)?;
     let subject = Subject::open(&checkpoint, &Context::cpu(options.seed))?;
-    let cut = TextOptions {
-        window: options.prompt,
-        select: Select::Tokens(options.prompts.saturating_mul(options.prompt)),
-        seed: options.seed,
-    };
+    let drawn = Select::Tokens(options.prompts.saturating_mul(options.prompt));
+    let cut = TextOptions::new(options.prompt).select(drawn).seed(options.seed);
     let text = Text::read(text, folder, subject.limits(), &cut)?;
     let prompts: Vec<Vec<u32>> = text.windows().map(<[u32]>::to_vec).collect();
     let new = continuations(&subject, &prompts, options.new_tokens, options.seed)?;
@@ -96,8 +93,8 @@ pub fn generate(folder: &Path, prompt: &str, max_new: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(folder)?;
     let subject = Subject::open(&checkpoint, &Context::cpu(0))?;
     let vocabulary = Vocabulary::open(folder)?;
-    vocabulary.check(subject.limits().vocab)?;
-    let prompt = [vocabulary.encode(prompt)?];
+    let prompt = [vocabulary.encode_whole(prompt)?];
+    vocabulary.check(&prompt[0], subject.limits().vocab)?;
     let new = match &subject.model {
         Model::Causal(model) => model.generate_each(&prompt, max_new)?,
         Model::Switch(model) => model.generate_each(&prompt, max_new)?,

@@ -44,20 +44,14 @@ impl<'a> Subject<'a> {
     pub(crate) fn limits(&self) -> Limits {
         match &self.model {
             Model::Causal(model) => {
-                Limits { vocab: model.spec().vocab, longest: model.spec().longest_window }
+                let longest = model.spec().longest_window;
+                Limits { vocab: model.spec().vocab, longest, usual: 512 }
             }
             // Relative positions: any length, up to what span corruption can draw.
-            Model::Switch(model) => Limits { vocab: model.spec().vocab, longest: 10_000 },
+            Model::Switch(model) => {
+                Limits { vocab: model.spec().vocab, longest: 10_000, usual: 256 }
+            }
         }
-    }
-
-    /// Tokens of a window where nothing else is asked for.
-    pub(crate) fn window(&self) -> usize {
-        self.usual().min(self.limits().longest)
-    }
-
-    fn usual(&self) -> usize {
-        if self.model.switch().is_some() { 256 } else { 512 }
     }
 
     /// Reads the text that an evaluation asks for.
@@ -67,26 +61,26 @@ impl<'a> Subject<'a> {
         limits: Limits,
         options: &EvaluateOptions,
     ) -> Result<Text> {
-        let window = options.window.unwrap_or(self.usual().min(limits.longest));
         let options = TextOptions {
-            window,
+            window: options.window,
             select: Select::Windows(options.max_windows),
             seed: options.seed,
+            ..TextOptions::default()
         };
         Text::read(path, self.checkpoint.dir(), limits, &options)
     }
 
-    /// The windows as the model wants them. The seed of window `w` of file `f` is
-    /// `seed + 1000 f + w`.
+    /// The windows as the model wants them. The seed of window `w` of source `s` is
+    /// `seed + 1000 s + w`.
     pub(crate) fn items(&self, text: &Text, seed: u64) -> Result<Items> {
         let Model::Switch(_) = self.model else {
             return Ok(Items::Causal(text.windows().map(<[u32]>::to_vec).collect()));
         };
         let corruption = self.corruption()?;
         let mut pairs = Vec::new();
-        for (f, file) in text.files().iter().enumerate() {
-            for (w, window) in file.windows.iter().enumerate() {
-                let seed = seed.wrapping_add(1000 * f as u64 + w as u64);
+        for (s, source) in text.sources().iter().enumerate() {
+            for (w, window) in source.windows.iter().enumerate() {
+                let seed = seed.wrapping_add(1000 * s as u64 + w as u64);
                 pairs.push(corruption.corrupt(window, seed)?);
             }
         }

@@ -154,10 +154,10 @@ pub(crate) fn summary(
     };
     let mut rest = windows;
     let mut files = Vec::new();
-    for file in text.files() {
-        let (own, later) = rest.split_at(file.windows.len().min(rest.len()));
+    for source in text.sources() {
+        let (own, later) = rest.split_at(source.windows.len().min(rest.len()));
         rest = later;
-        files.push(FileScore { name: file.name.clone(), score: total(own) });
+        files.push(FileScore { name: source.name.clone(), score: total(own) });
     }
     Evaluation {
         family: subject.checkpoint.family().into(),

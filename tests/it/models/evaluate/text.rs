@@ -1,6 +1,6 @@
 //! What needs a tokenizer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mcsmoe::ErrorKind;
 use mcsmoe::calibrate::text::{Limits, Select, Text, TextOptions};
@@ -13,12 +13,18 @@ use serde_json::Value;
 
 use super::{TOLERANCE, bundled, copied, fixtures, golden, options, write_ids};
 
+/// The bundled texts, without those for calibration.
+fn both_texts() -> PathBuf {
+    let [legal, python] = ["text/legal.txt", "text/python.txt"].map(|name| fixtures().join(name));
+    format!("{},{}", legal.display(), python.display()).into()
+}
+
 #[test]
 fn perplexity_on_text_is_that_of_the_reference() {
     let golden = &golden()["causal"];
     let size = |key: &str| golden[key].as_u64().unwrap() as usize;
     let options = options(size("window"), size("max_windows"));
-    let found = evaluate(&bundled(), &fixtures().join("text"), &options).unwrap();
+    let found = evaluate(&bundled(), &both_texts(), &options).unwrap();
     assert_eq!((found.files.len(), found.task), (2, Task::CausalLm));
     let mut sum = 0.0;
     for file in &found.files {
@@ -39,7 +45,7 @@ fn perplexity_on_text_is_that_of_the_reference() {
 
 #[test]
 fn native_and_expanded_folders_of_a_merge_are_one_model() {
-    let (target, text) = (tempfile::tempdir().unwrap(), fixtures().join("text"));
+    let (target, text) = (tempfile::tempdir().unwrap(), both_texts());
     let stats = fixtures().join("mixtral-8e.stats.safetensors");
     let mut scores = Vec::new();
     for (name, export) in [
@@ -122,18 +128,18 @@ fn lines_and_ids_are_read_as_the_text_that_they_hold() {
     let line = serde_json::json!({ "text": text, "source": 1 });
     std::fs::write(dir.path().join("b.jsonl"), format!("{line}\n\n")).unwrap();
     std::fs::write(dir.path().join("c.md"), "not read").unwrap();
-    let limits = Limits { vocab: 2048, longest: 1024 };
+    let limits = Limits { vocab: 2048, longest: 1024, usual: 512 };
     let cut = TextOptions::new(100);
     let read = |path: &Path, cut: &TextOptions| Text::read(path, &bundled(), limits, cut).unwrap();
     let both = read(dir.path(), &cut);
-    assert_eq!(both.files()[0].windows, both.files()[1].windows);
-    let ids: Vec<i64> = both.files()[0].windows.concat().iter().map(|&t| i64::from(t)).collect();
+    assert_eq!(both.sources()[0].windows, both.sources()[1].windows);
+    let ids: Vec<i64> = both.sources()[0].windows.concat().iter().map(|&t| i64::from(t)).collect();
     write_ids(&dir.path().join("d.safetensors"), vec![ids.len()], &ids);
     write_ids(&dir.path().join("e.safetensors"), vec![ids.len() / 100, 100], &ids);
     let all = read(dir.path(), &cut);
-    assert_eq!(all.files().iter().map(|f| &*f.name).collect::<String>(), "abde");
-    assert!(all.files().iter().all(|f| f.windows == all.files()[0].windows));
-    let drawn = read(dir.path(), &TextOptions { seed: 7, ..cut.select(Select::Tokens(750)) });
+    assert_eq!(all.sources().iter().map(|f| &*f.name).collect::<String>(), "abde");
+    assert!(all.sources().iter().all(|f| f.windows == all.sources()[0].windows));
+    let drawn = read(dir.path(), &cut.select(Select::Tokens(750)).seed(7));
     assert_eq!((drawn.windows().count(), drawn.record().tokens), (7, 700));
     assert_eq!(drawn.record().options.seed, 7);
 }
@@ -169,11 +175,16 @@ fn hostile_text_is_refused_with_the_file() {
     let token = serde_json::json!({"id": 2048, "content": "<new>", "single_word": false,
         "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     foreign["added_tokens"].as_array_mut().unwrap().push(token);
-    for (content, says) in [
-        (Some(foreign.to_string()), "below the model's vocabulary of 2048, found 2048"),
-        (Some("{}".into()), "malformed tokenizer.json"),
-        (None, "No such file"),
-    ] {
+    std::fs::write(&tokenizer, foreign.to_string()).unwrap();
+    // An id that the model does not have harms only a text that uses it.
+    evaluate(model.path(), &text, &options(64, 1)).unwrap();
+    let used = dir.path().join("used.txt");
+    std::fs::write(&used, std::fs::read_to_string(&text).unwrap() + "<new>" + &"more ".repeat(200))
+        .unwrap();
+    let error = evaluate(model.path(), &used, &options(64, 1)).unwrap_err();
+    let says = "`<new>` in the text: expected below the model's vocabulary of 2048, found 2048";
+    assert!(error.to_string().contains(says), "{error}");
+    for (content, says) in [(Some("{}"), "malformed tokenizer.json"), (None, "AutoTokenizer")] {
         match content {
             Some(content) => std::fs::write(&tokenizer, content).unwrap(),
             None => std::fs::remove_file(&tokenizer).unwrap(),
