@@ -7,7 +7,8 @@ use std::path::Path;
 use mcsmoe::pipeline::{EvaluateOptions, evaluate};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (model, text) = (Path::new("tests/fixtures/mixtral-8e"), Path::new("tests/fixtures/text"));
+    let model = Path::new("tests/fixtures/mixtral-8e");
+    let text = Path::new("tests/fixtures/text/legal.txt,tests/fixtures/text/python.txt");
     let options = EvaluateOptions { max_windows: 8, ..EvaluateOptions::default() };
     let score = evaluate(model, text, &options)?.score;
     println!("perplexity {:.2} on {} tokens", score.perplexity, score.tokens);

@@ -7,7 +7,9 @@
 
 mod collect;
 mod file;
+mod input;
 pub mod text;
 
 pub use collect::{Batch, Collector};
 pub use file::{StatsFile, StatsWriter, statistics_from_json, statistics_to_json, write_stats};
+pub use input::InputKind;

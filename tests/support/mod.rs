@@ -16,6 +16,12 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
+/// The bundled texts for evaluation, without those for calibration, as one path.
+pub(crate) fn evaluation_texts() -> PathBuf {
+    let [legal, python] = ["text/legal.txt", "text/python.txt"].map(fixture);
+    format!("{},{}", legal.display(), python.display()).into()
+}
+
 /// Name of the test `child` of a module, for the processes that it starts of this program.
 pub(crate) fn child_of(module: &str) -> String {
     let (_program, path) = module.split_once("::").unwrap();

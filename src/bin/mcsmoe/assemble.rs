@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use mcsmoe::calibrate::StatsFile;
+use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
 
 use crate::args::{Global, Method, Running};
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let recipe = args.method.read("fast", None)?;
     let Places { model, calibration, target } = &args.places;
     let source = Checkpoint::open(model)?;
-    if !StatsFile::is_one(calibration)? {
+    if InputKind::of(calibration)? == InputKind::Text {
         return Err(Failure::Usage("parts are made from a statistics file: give that".into()));
     }
     let stats = StatsFile::open(calibration)?;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use mcsmoe::Recipe;
-use mcsmoe::calibrate::StatsFile;
+use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{Comparison, EvaluateOptions, Verification, compare, verify as check};
 use mcsmoe::report::Quality;
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
 fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
     let Places { model, calibration, target } = &args.task.places;
     let source = Checkpoint::open(model)?;
-    if !StatsFile::is_one(calibration)? {
+    if InputKind::of(calibration)? == InputKind::Text {
         let reason = "layers depend on each other unless statistics are given: run `calibrate`";
         return Err(Failure::Usage(reason.into()));
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use mcsmoe::calibrate::StatsFile;
+use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::{Checkpoint, Partial};
 use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, plan};
 use serde::Serialize;
@@ -121,7 +121,7 @@ pub(crate) fn dry_run(task: &Task, recipe: &Recipe, global: &Global, show: &Show
     let Task { places, text, running, .. } = task;
     let source = Checkpoint::open(&places.model)?;
     global.compute()?;
-    let is_text = !StatsFile::is_one(&places.calibration)?;
+    let is_text = InputKind::of(&places.calibration)? == InputKind::Text;
     let output = bounded(&source, recipe, task, is_text)?;
     if !running.resume {
         drop(Partial::create(source.dir(), &places.target)?);

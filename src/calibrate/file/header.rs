@@ -12,14 +12,14 @@ const MAX_HEADER: u64 = 100_000_000;
 
 /// Tensors with their byte ranges, the file's own metadata, and where the data begins.
 #[derive(Debug)]
-pub(super) struct Header {
-    pub(super) tensors: Metadata,
-    pub(super) data: u64,
+pub(in crate::calibrate) struct Header {
+    pub(in crate::calibrate) tensors: Metadata,
+    pub(in crate::calibrate) data: u64,
 }
 
 /// Reads and checks the header: its length, its JSON, and that the byte ranges of the tensors are
 /// contiguous, of the size that type and shape ask for, and fill the file exactly.
-pub(super) fn read(file: &File) -> Result<Header> {
+pub(in crate::calibrate) fn read(file: &File) -> Result<Header> {
     let size = file.metadata().map_err(|e| Error::io("file size", e))?.len();
     if size < 8 {
         return Err(malformed(format!("{size} bytes are too few for a header")));
@@ -42,6 +42,6 @@ pub(super) fn read(file: &File) -> Result<Header> {
     Ok(Header { tensors, data: 8 + length })
 }
 
-pub(super) fn malformed(reason: String) -> Error {
+pub(in crate::calibrate) fn malformed(reason: String) -> Error {
     ErrorKind::Format { format: "statistics file (safetensors)", reason }.into()
 }

@@ -1,11 +1,11 @@
 //! Statistics files: read and written one layer at a time, and their form as JSON.
 
-mod header;
+pub(super) mod header;
 mod json;
 mod layer;
 mod stats_file;
-mod tensor;
-mod tensor_names;
+pub(super) mod tensor;
+pub(super) mod tensor_names;
 mod writer;
 
 pub use json::{statistics_from_json, statistics_to_json};

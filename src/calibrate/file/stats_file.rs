@@ -61,20 +61,6 @@ struct Note {
 }
 
 impl StatsFile {
-    /// Whether a path looks like a statistics file rather than text or token ids: a file that ends
-    /// in `.safetensors` and holds anything but a single tensor.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`]; [`ErrorKind::Format`] for such a file without a valid header.
-    pub fn is_one(path: &Path) -> Result<bool> {
-        let ends = path.extension().is_some_and(|ending| ending == "safetensors");
-        if !ends || path.is_dir() {
-            return Ok(false);
-        }
-        let file = File::open(path).map_err(|e| Error::io("open", e)).in_file(path)?;
-        Ok(header::read(&file).in_file(path)?.tensors.tensors().len() != 1)
-    }
-
     /// Reads and checks the header: sizes, types and shapes of every tensor against each other and
     /// against the metadata.
     ///

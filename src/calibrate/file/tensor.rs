@@ -113,7 +113,7 @@ pub(super) fn wrong_type(found: Dtype, supported: &str) -> Error {
 }
 
 /// Fills `buffer` from `offset` without moving a shared cursor, so that threads may share the file.
-pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
+pub(in crate::calibrate) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
     #[cfg(unix)]
     let read = std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset);
     #[cfg(windows)]

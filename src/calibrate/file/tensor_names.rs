@@ -35,7 +35,7 @@ enum Kind {
 
 /// One tensor of a layer.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(in crate::calibrate) struct Part {
     pub(super) name: &'static str,
     axes: &'static [Axis],
     kind: Kind,
@@ -69,7 +69,7 @@ pub(super) const PARTS: &[Part] = &[
 ];
 
 /// Splits `layers.3.counts` into the layer and the known part; `None` for any other tensor.
-pub(super) fn split(name: &str) -> Option<(LayerId, &'static Part)> {
+pub(in crate::calibrate) fn split(name: &str) -> Option<(LayerId, &'static Part)> {
     PARTS.iter().find_map(|part| {
         let layer = name.strip_suffix(part.name)?.strip_suffix('.')?;
         let id: LayerId = layer.parse().ok()?;

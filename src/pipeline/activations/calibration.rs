@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::calibrate::StatsFile;
 use crate::calibrate::text::{Select, TextOptions};
+use crate::calibrate::{InputKind, StatsFile};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::pipeline::activations::tokens::Tokens;
@@ -35,8 +35,7 @@ impl Calibration {
     }
 
     /// Whatever lies at `path`: a statistics file, or text or token ids, which are cut as
-    /// [`Tokens::read`] says. A statistics file is a `.safetensors` file of several tensors; token
-    /// ids are one.
+    /// [`Tokens::read`] says; [`InputKind::of`] tells which.
     ///
     /// # Errors
     /// Those of [`StatsFile::open`] and [`Tokens::read`].
@@ -47,7 +46,7 @@ impl Calibration {
         max_tokens: usize,
         seed: u64,
     ) -> Result<Self> {
-        if StatsFile::is_one(path)? {
+        if InputKind::of(path)? == InputKind::Statistics {
             StatsFile::open(path)?;
             return Ok(path.into());
         }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::fixture;
+use crate::support::{evaluation_texts, fixture};
 use mcsmoe::Result;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::decompose::{LowRank, PerMatrix};
@@ -65,7 +65,7 @@ fn whatever_fits_is_left_whole() {
     run(&merged.export(ExportChoice::Native), &plain).unwrap();
     assert_eq!(expert_bytes(&folder), expert_bytes(&plain));
     let options = EvaluateOptions { max_windows: 1, ..EvaluateOptions::default() };
-    let of = |folder: &Path| evaluate(folder, &fixture("text"), &options).unwrap().score.nll;
+    let of = |folder: &Path| evaluate(folder, &evaluation_texts(), &options).unwrap().score.nll;
     assert_eq!(of(&folder), of(&plain));
 }
 

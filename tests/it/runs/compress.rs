@@ -17,7 +17,7 @@ use mcsmoe::{ErrorKind, Result};
 use ndarray::Array2;
 
 use crate::support::files::contents;
-use crate::support::fixture;
+use crate::support::{evaluation_texts, fixture};
 
 const MAGNITUDE: LineScore = LineScore::Magnitude;
 
@@ -81,7 +81,7 @@ fn every_export_of_the_preset_predicts_and_counts_its_factors() {
             assert!(rank.original > 1.0 && rank.merged > 1.0 && rank.compressed > 1.0);
             assert!(rank.merging.abs() < 1.0 && rank.compressing.abs() < 1.0);
         }
-        scores.push(evaluate(&target, &fixture("text"), &options).unwrap().score.perplexity);
+        scores.push(evaluate(&target, &evaluation_texts(), &options).unwrap().score.perplexity);
     }
     assert!(scores.iter().all(|p| p.is_finite() && *p < 2048.0), "{scores:?}");
     // One function: factors rounded to bfloat16, or their product.

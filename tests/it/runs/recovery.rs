@@ -11,7 +11,7 @@ use mcsmoe::recover::{Distill, KnowledgeDistillation, LeastSquares, UnitScale};
 use mcsmoe::{ErrorKind, Result};
 
 use crate::support::files::contents;
-use crate::support::fixture;
+use crate::support::{evaluation_texts, fixture};
 
 fn text(tokens: usize) -> Calibration {
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
@@ -26,7 +26,7 @@ fn merge(preset: &str, export: ExportChoice, given: Calibration, target: &Path) 
 
 fn loss(model: &Path) -> f64 {
     let options = EvaluateOptions { max_windows: 6, ..EvaluateOptions::default() };
-    evaluate(model, &fixture("text"), &options).unwrap().score.nll
+    evaluate(model, &evaluation_texts(), &options).unwrap().score.nll
 }
 
 /// What the whole model loses, and how much more one pruned on 4,096 tokens does.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::support::fixture;
+use crate::support::{evaluation_texts, fixture};
 use mcsmoe::calibrate::{StatsFile, write_stats};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::{Expert, FactoredExpert, LayerId, Role, Structure, Weight};
@@ -26,7 +26,7 @@ fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
 
 fn loss(folder: &Path) -> f64 {
     let options = EvaluateOptions { max_windows: 1, ..EvaluateOptions::default() };
-    evaluate(folder, &fixture("text"), &options).unwrap().score.nll
+    evaluate(folder, &evaluation_texts(), &options).unwrap().score.nll
 }
 
 fn neurons(keep: f64, rank: usize) -> Option<CompressChoice> {

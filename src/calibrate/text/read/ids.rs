@@ -7,8 +7,8 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
 use super::malformed;
-use crate::calibrate::header::{self, Header};
-use crate::calibrate::tensor::read_at;
+use crate::calibrate::file::header::{self, Header};
+use crate::calibrate::file::tensor::read_at;
 use crate::calibrate::text::pieces::{Body, Pieces};
 use crate::error::{Error, ErrorKind, Locate, Result};
 

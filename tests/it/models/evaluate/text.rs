@@ -1,7 +1,8 @@
 //! What needs a tokenizer.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::support::evaluation_texts;
 use mcsmoe::ErrorKind;
 use mcsmoe::calibrate::text::{Limits, Select, Text, TextOptions};
 use mcsmoe::checkpoint::Checkpoint;
@@ -13,18 +14,12 @@ use serde_json::Value;
 
 use super::{TOLERANCE, bundled, copied, fixtures, golden, options, write_ids};
 
-/// The bundled texts, without those for calibration.
-fn both_texts() -> PathBuf {
-    let [legal, python] = ["text/legal.txt", "text/python.txt"].map(|name| fixtures().join(name));
-    format!("{},{}", legal.display(), python.display()).into()
-}
-
 #[test]
 fn perplexity_on_text_is_that_of_the_reference() {
     let golden = &golden()["causal"];
     let size = |key: &str| golden[key].as_u64().unwrap() as usize;
     let options = options(size("window"), size("max_windows"));
-    let found = evaluate(&bundled(), &both_texts(), &options).unwrap();
+    let found = evaluate(&bundled(), &evaluation_texts(), &options).unwrap();
     assert_eq!((found.files.len(), found.task), (2, Task::CausalLm));
     let mut sum = 0.0;
     for file in &found.files {
@@ -45,7 +40,7 @@ fn perplexity_on_text_is_that_of_the_reference() {
 
 #[test]
 fn native_and_expanded_folders_of_a_merge_are_one_model() {
-    let (target, text) = (tempfile::tempdir().unwrap(), both_texts());
+    let (target, text) = (tempfile::tempdir().unwrap(), evaluation_texts());
     let stats = fixtures().join("mixtral-8e.stats.safetensors");
     let mut scores = Vec::new();
     for (name, export) in [
@@ -159,7 +154,7 @@ fn hostile_text_is_refused_with_the_file() {
     refused("latin1.txt", b"caf\xe9", "invalid byte at offset 3");
     refused("bad.jsonl", b"{\"text\": \"a\"}\n{\"txt\": 1}", "line 2");
     refused("bad.safetensors", b"nonsense", "token ids (safetensors)");
-    refused("a.docx", b"text", ".txt, .jsonl, .safetensors");
+    refused("a.docx", b"text", ".txt, .jsonl, .json");
     let missing = dir.path().join("missing.txt");
     let error = evaluate(model.path(), &missing, &options(64, 1)).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Io { .. }), "{error}");
