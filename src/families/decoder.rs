@@ -141,6 +141,14 @@ impl MixerSpec {
             Self::Latent(latent) => Some(&latent.rope),
         }
     }
+
+    /// Numbers that are kept of `tokens` tokens of one sequence while it is continued.
+    pub(crate) fn state_numbers(&self, tokens: usize) -> usize {
+        match self {
+            Self::Grouped(s) => 2 * tokens * s.kv_heads * s.head_dim,
+            Self::Latent(s) => tokens * s.heads * (s.d_nope + s.d_rope + s.d_value),
+        }
+    }
 }
 
 /// Experts that every token visits, beside the routed ones.

@@ -75,6 +75,7 @@ mod runs {
     #[cfg(feature = "gpu")]
     mod gpu;
     mod one_pass;
+    mod own_text;
     mod pipeline;
     mod plan;
     mod recipe;

@@ -23,6 +23,7 @@ mod run;
 mod show;
 mod verify;
 mod work;
+mod write_text;
 
 use std::process::ExitCode;
 
@@ -47,6 +48,7 @@ enum Command {
     Inspect(inspect::Args),
     Calibrate(calibrate::Args),
     Presets(presets::Args),
+    WriteText(write_text::Args),
     Plan(plan::Args),
     Merge(merge::Args),
     Compress(compress::Args),
@@ -79,6 +81,7 @@ fn start(global: &Global, command: Command, show: &Show) -> Outcome {
         Command::Inspect(args) => inspect::run(&args, show),
         Command::Calibrate(args) => calibrate::run(&args, global, show),
         Command::Presets(args) => presets::run(&args, show),
+        Command::WriteText(args) => write_text::run(&args, global, show),
         Command::Plan(args) => plan::run(&args, global, show),
         Command::Merge(args) => merge::run(&args, global, show),
         Command::Compress(args) => compress::run(&args, global, show),

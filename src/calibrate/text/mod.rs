@@ -31,6 +31,7 @@ mod load;
 mod options;
 mod pcg64;
 mod pieces;
+mod plain_tokens;
 mod read;
 mod record;
 mod shares;
@@ -40,6 +41,7 @@ mod windows;
 
 pub use load::{Limits, Text, TextSource};
 pub use options::{Conversations, Select, Separator, SpecialTokens, TextOptions};
+pub use plain_tokens::plain_tokens;
 pub use record::{FileRecord, SourceRecord, TemplateRecord, TextRecord};
 pub use span::SpanCorruption;
 pub use vocabulary::{Vocabulary, sentinels};

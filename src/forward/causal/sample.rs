@@ -22,8 +22,10 @@ pub struct SampleOptions {
     pub temperature: f64,
     /// Whether a token may be drawn: one flag for each id. Others are never drawn.
     pub allowed: Vec<bool>,
-    /// Sequence `i` draws from stream `i` of the generator with this seed.
+    /// Seed of the generator; sequence `i` draws from its stream `first_stream + i`.
     pub seed: u64,
+    /// The stream of the first sequence: what is sampled in several calls is what one call gives.
+    pub first_stream: u64,
     /// The first so many layers stay in memory; the others are read again for every position.
     pub held_layers: usize,
 }
@@ -61,6 +63,12 @@ impl<S: TensorSource> Causal<S> {
             }
         }
         Ok(sequences)
+    }
+
+    /// Bytes that are kept of one sequence of `length` tokens while it is continued, over all
+    /// layers: keys and values, or the state of another mixer.
+    pub fn state_bytes(&self, length: usize) -> u64 {
+        4 * self.spec().mixers.iter().map(|mixer| mixer.state_numbers(length) as u64).sum::<u64>()
     }
 
     fn check_sample(
@@ -113,7 +121,7 @@ impl<'a, S: TensorSource> Writer<'a, S> {
         let layers = model.spec().layers;
         let generator = |stream: usize| {
             let mut generator = ChaCha8Rng::seed_from_u64(options.seed);
-            generator.set_stream(stream as u64);
+            generator.set_stream(options.first_stream.wrapping_add(stream as u64));
             generator
         };
         Ok(Self {
@@ -197,7 +205,7 @@ mod tests {
 
     fn options(allowed: &[bool], temperature: f64) -> SampleOptions {
         let allowed = allowed.to_vec();
-        SampleOptions { length: 2, temperature, allowed, seed: 0, held_layers: 0 }
+        SampleOptions { length: 2, temperature, allowed, seed: 0, first_stream: 0, held_layers: 0 }
     }
 
     #[test]

@@ -11,7 +11,14 @@ fn fixtures() -> PathBuf {
 
 fn options(vocab: usize) -> SampleOptions {
     let allowed = vec![true; vocab];
-    SampleOptions { length: 12, temperature: 1.0, allowed, seed: 7, held_layers: 0 }
+    SampleOptions {
+        length: 12,
+        temperature: 1.0,
+        allowed,
+        seed: 7,
+        first_stream: 0,
+        held_layers: 0,
+    }
 }
 
 /// Runs `test` on every decoder-only checkpoint among the fixtures.
@@ -56,6 +63,8 @@ fn held_layers_threads_and_company_do_not_change_a_sequence() {
         let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let alone = one.install(|| model.sample(&prompts, &options).unwrap());
         assert_eq!(alone, sampled, "{name}");
+        let rest = SampleOptions { first_stream: 2, ..options.clone() };
+        assert_eq!(model.sample(&prompts[2..], &rest).unwrap(), sampled[2..], "{name}");
         let other = SampleOptions { seed: 8, ..options.clone() };
         assert_ne!(model.sample(&prompts, &other).unwrap(), sampled, "{name}");
     });

@@ -377,3 +377,27 @@ fn statistics_are_converted_and_progress_is_plain_without_a_terminal() {
         assert!(code == 0 && script.contains("convert-stats"));
     }
 }
+
+#[test]
+fn a_model_writes_text_that_a_run_takes() {
+    let p = Places::new();
+    let (texts, target) = (p.at("texts"), p.at("merged"));
+    fs::create_dir(&texts).unwrap();
+    fs::copy(fixture("text/calib/python.txt"), texts.join("python.txt")).unwrap();
+    let (ids, lines) = (texts.join("own.safetensors"), p.at("own.jsonl"));
+    let write: [&dyn AsRef<std::ffi::OsStr>; 8] =
+        [&"write-text", &p.model, &ids, &"--tokens", &"1000", &"--jsonl", &lines, &"--quiet"];
+    let done = json(&write);
+    assert_eq!((&done["sequences"], &done["tokens"]), (&31.into(), &992.into()));
+    let text = fs::read_to_string(&lines).unwrap();
+    assert_eq!(text.lines().count(), 31);
+    assert!(
+        text.lines().all(|line| serde_json::from_str::<Value>(line).unwrap()["text"].is_string())
+    );
+    // What exists is not overwritten.
+    let before = fs::read(&ids).unwrap();
+    let (code, _, err) = run(&write);
+    assert!(code != 0 && err.contains("own.safetensors"), "{code} {err}");
+    assert_eq!(fs::read(&ids).unwrap(), before);
+    json(&[&"run", &p.model, &texts, &target, &"--keep", &"50%"]);
+}
