@@ -29,7 +29,7 @@ mod tests {
     fn config() -> Value {
         json!({"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64,
-            "max_position_embeddings": 128})
+            "max_position_embeddings": 128, "moe_intermediate_size": 16})
     }
 
     /// The attention of a layer, as the table of the family reads it.
