@@ -1,8 +1,16 @@
 //! One error type for the whole crate: what went wrong ([`ErrorKind`]) and where ([`Place`]).
 //!
-//! Rooms return a bare kind, because they do not know whose layer they work on; whoever knows the
-//! place adds it on the way out with [`Locate`]. Nothing is ever reported by message alone: a
-//! caller can match on [`Error::kind`].
+//! A stage returns a kind without a place, because it does not know which layer it works on; its
+//! caller adds the place with [`Locate`]. A program can match on [`Error::kind`].
+//!
+//! ```
+//! use mcsmoe::checkpoint::Checkpoint;
+//! use mcsmoe::error::ErrorKind;
+//!
+//! let error = Checkpoint::open("no/such/folder").unwrap_err();
+//! assert!(matches!(error.kind(), ErrorKind::Io { .. } | ErrorKind::Unsupported { .. }));
+//! assert!(error.to_string().contains("no/such/folder"));
+//! ```
 
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -1,9 +1,9 @@
 //! Parallelism whose results do not depend on the number of threads.
 //!
-//! Two shapes of work are enough for the whole crate: independent outputs ([`map`],
-//! [`for_each_chunk`]), and sums over fixed blocks that are added in block order
-//! ([`sum_blocks`]). Neither lets rayon decide an order of floating-point additions. The caller's
-//! rayon pool decides the width; there is no global switch.
+//! Independent outputs in order ([`map`], [`in_turn`], [`map_mut`], [`for_each_chunk`]), sums over
+//! fixed blocks that are added in block order ([`sum_blocks`]), and a producer with a consumer on a
+//! thread of its own ([`producer_consumer`]). None lets rayon decide an order of floating-point
+//! additions. The caller's rayon pool decides the width; there is no global switch.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// The error of the smallest failing index, whichever thread finished first.
-pub fn map<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+pub(crate) fn map<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     let results: Vec<Result<T>> = (0..n).into_par_iter().map(&f).collect();
     results.into_iter().collect()
 }
@@ -27,7 +27,7 @@ pub fn map<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<V
 ///
 /// # Errors
 /// The error of the smallest index that failed.
-pub fn in_turn<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+pub(crate) fn in_turn<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let parts = rayon::broadcast(|_| {
         let mut done = Vec::new();
@@ -51,7 +51,7 @@ pub fn in_turn<T: Send>(n: usize, f: impl Fn(usize) -> Result<T> + Sync) -> Resu
 ///
 /// # Errors
 /// The error of the smallest failing index; the other items were changed all the same.
-pub fn map_mut<T: Send, U: Send>(
+pub(crate) fn map_mut<T: Send, U: Send>(
     items: &mut [T],
     f: impl Fn(usize, &mut T) -> Result<U> + Sync,
 ) -> Result<Vec<U>> {
@@ -71,7 +71,7 @@ pub fn map_mut<T: Send, U: Send>(
 /// # Errors
 /// That of `consume`, which is then the cause of both; else that of `produce`.
 /// [`ErrorKind::Io`](crate::ErrorKind::Io) when the system grants no further threads.
-pub fn producer_consumer<T: Send, R>(
+pub(crate) fn producer_consumer<T: Send, R>(
     capacity: usize,
     consume: impl FnMut(T) -> Result<()> + Send,
     produce: impl FnOnce(&SyncSender<T>) -> Result<R>,
@@ -110,7 +110,7 @@ fn pool_of_the_same_width() -> Result<Option<rayon::ThreadPool>> {
 ///
 /// # Errors
 /// The error of the first failing block.
-pub fn sum_blocks<T: Send>(
+pub(crate) fn sum_blocks<T: Send>(
     n: usize,
     block: usize,
     f: impl Fn(std::ops::Range<usize>) -> Result<T> + Sync,
@@ -135,7 +135,11 @@ pub fn sum_blocks<T: Send>(
 }
 
 /// Calls `f(index, chunk)` in parallel on the consecutive chunks of `data`.
-pub fn for_each_chunk<T: Send>(data: &mut [T], chunk: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+pub(crate) fn for_each_chunk<T: Send>(
+    data: &mut [T],
+    chunk: usize,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
     data.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, part)| f(i, part));
 }
 

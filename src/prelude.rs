@@ -1,4 +1,14 @@
-//! The traits and the names that a program that plugs in its own stage needs.
+//! The names that a program with a stage of its own needs; see the example in [`crate::stage`].
+//!
+//! ```
+//! use mcsmoe::prelude::*;
+//!
+//! # fn main() -> Result<()> {
+//! let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?;
+//! # let _ = recipe;
+//! # Ok(())
+//! # }
+//! ```
 
 #[doc(no_inline)]
 pub use crate::error::{Error, ErrorKind, Result};

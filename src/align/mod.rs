@@ -1,5 +1,4 @@
-//! In which order do hidden units line up? One method a file, and the policy of who lines up with
-//! whom.
+//! Alignment of hidden units before an average: one method a file, and the choice of a reference.
 //!
 //! An expert computes the same function whatever the order of its hidden units, so two experts that
 //! learned the same can look unrelated entry by entry. An [`Aligner`](crate::stage::Aligner)
@@ -11,6 +10,24 @@
 //! | [`Identity`] | nothing | – |
 //! | [`WeightMatching`] (paper) | weights of the units | – |
 //! | [`ActivationMatching`] (paper) | what the units do on real inputs | samples |
+//!
+//! ```
+//! use mcsmoe::align::WeightMatching;
+//! use mcsmoe::model::Expert;
+//! use mcsmoe::stage::{AlignPair, Aligner, Context};
+//! use ndarray::array;
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! // The same expert, its two hidden units in the other order.
+//! let reference = Expert::relu(array![[1.0, 0.0], [0.0, 2.0]], array![[1.0, 3.0], [0.0, 0.0]])?;
+//! let target = Expert::relu(array![[0.0, 2.0], [1.0, 0.0]], array![[3.0, 1.0], [0.0, 0.0]])?;
+//! let (reference, target) = (reference.view(), target.view());
+//! let pair = AlignPair { reference, target, inputs: None };
+//! let order = WeightMatching::default().align(&pair, &Context::cpu(0))?;
+//! assert_eq!(order.as_slice(), [1, 0]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod activation_matching;
 mod identity;
@@ -19,7 +36,6 @@ mod weight_matching;
 
 pub use activation_matching::ActivationMatching;
 pub use identity::Identity;
-pub use reference::{
-    PARALLEL_THRESHOLD, Reference, align_groups, align_layer, align_members, reference_of,
-};
+pub(crate) use reference::{PARALLEL_THRESHOLD, align_members, reference_of};
+pub use reference::{Reference, align_groups, align_layer};
 pub use weight_matching::WeightMatching;

@@ -27,7 +27,7 @@ pub enum Reference {
 /// thread; above it two pairs, whose products use all threads. A pair holds a gain matrix of
 /// `d_ff²` `f32`, 64 MiB here: the memory is `threads × 64 MiB` or two large gains. Two and not
 /// one, because the assignment runs on one thread and would leave the others idle.
-pub const PARALLEL_THRESHOLD: usize = 4096;
+pub(crate) const PARALLEL_THRESHOLD: usize = 4096;
 
 /// Aligns every group of a layer: a permutation per expert of the layer, in order.
 ///
@@ -68,7 +68,7 @@ pub fn align_groups(
 ///
 /// # Errors
 /// [`ErrorKind::Missing`] when the medoid is asked for without a similarity table.
-pub fn reference_of(
+pub(crate) fn reference_of(
     reference: Reference,
     grouping: &Grouping,
     g: usize,
@@ -92,7 +92,7 @@ pub fn reference_of(
 /// # Errors
 /// [`ErrorKind::Missing`] without samples where they are needed, else those of the aligner, with
 /// the expert.
-pub fn align_members(
+pub(crate) fn align_members(
     aligner: &dyn Aligner,
     reference: (usize, ExpertView<'_>),
     indices: &[usize],

@@ -1,4 +1,4 @@
-//! Which experts become one? One method a file.
+//! Grouping methods: which experts of a layer become one. One method a file.
 //!
 //! | method | idea | source |
 //! |---|---|---|
@@ -15,8 +15,30 @@
 //! the earlier layer. What cannot be met is an [`ErrorKind::Budget`](crate::ErrorKind::Budget) that
 //! names what can.
 //!
-//! Each answers two questions in turn: how many groups does a layer get (`Quota`), and which
+//! Each answers two questions in turn: how many groups a layer gets (`Quota`), and which
 //! experts share one.
+//!
+//! ```
+//! use mcsmoe::group::Dominant;
+//! use mcsmoe::model::{Budget, LayerId, RoutingStats, SimilarityMatrix, Target};
+//! use mcsmoe::stage::{Context, Grouper, LayerSummary};
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! // Four experts: 0 is like 1, and 2 is like 3.
+//! let alike = |i, j| if i / 2 == j / 2 { 0.9 } else { 0.1 };
+//! let layer = LayerSummary {
+//!     id: LayerId::causal(0),
+//!     similarity: SimilarityMatrix::from_pairs(4, |i, j| Ok((alike(i, j), 1.0 - alike(i, j))))?,
+//!     stats: RoutingStats::from_counts(vec![40, 10, 20, 30], 100),
+//!     candidates: None,
+//! };
+//! let budget = Budget::new(Target::PerLayer(2));
+//! let groupings = Dominant::default().group(&[layer], &budget, &Context::cpu(0))?;
+//! assert_eq!(groupings[0].members(0), [0, 1]);
+//! assert_eq!(groupings[0].dominants(), [0, 3]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod agglomerative;
 mod clusters;

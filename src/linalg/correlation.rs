@@ -17,7 +17,7 @@ const EPSILON: f64 = 1e-7;
 ///
 /// # Errors
 /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the numbers of rows differ.
-pub fn correlation(
+pub(crate) fn correlation(
     x: ArrayView2<'_, f32>,
     y: ArrayView2<'_, f32>,
     compute: &dyn Compute,

@@ -22,7 +22,7 @@ const BANDS: usize = 8;
 ///
 /// # Errors
 /// [`ErrorKind::Shape`](crate::ErrorKind::Shape) when the shapes do not fit.
-pub fn add_cross(
+pub(crate) fn add_cross(
     a: ArrayView2<'_, f32>,
     b: ArrayView2<'_, f32>,
     out: ArrayViewMut2<'_, f64>,
@@ -55,7 +55,7 @@ pub(crate) fn add_pairs(
 ///
 /// # Errors
 /// As [`add_cross`].
-pub fn add_own(a: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f64>) -> Result<()> {
+pub(crate) fn add_own(a: ArrayView2<'_, f32>, out: ArrayViewMut2<'_, f64>) -> Result<()> {
     let p = a.ncols();
     if out.dim() != (p, p) {
         return Err(misfit(a, a, &out));

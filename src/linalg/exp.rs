@@ -3,7 +3,7 @@
 
 /// Runs `f` compiled for AVX2 where the processor has it. Plain loops in an `#[inline(always)]`
 /// closure become wider vector code with the same bits, for nothing in them may be fused.
-pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
@@ -13,7 +13,7 @@ pub fn vectorised<R>(f: impl FnOnce() -> R) -> R {
 /// `expf`, in pairs to shorten the chain of dependent operations; `2ⁿ` by the exponent bits. NaN
 /// gives NaN.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // Adding 1.5 · 2²³ rounds to the nearest integer, which then stands in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;

@@ -1,11 +1,26 @@
-//! Dense linear algebra on `f32` matrices: what the rooms may ask of a device ([`Compute`]), the
-//! CPU that answers ([`Cpu`]), and, one a file, what is always solved on the CPU: the linear
-//! assignment ([`assign`]), [`correlation`], the factorisations ([`svd()`], [`truncated_svd`],
-//! [`rsvd`], [`qr()`], [`eigh()`], [`cholesky()`]) and `f64` systems ([`add_cross`],
-//! [`solve_spd`], [`solve_lower`]). [`Activation`] and [`Mlp`] are what a device must know of an
-//! expert. Factorisations run on one thread: give each parallel task its own matrix.
-//! [`LinalgBackend`] is all of them as an object: [`PureRust`], or `Lapack` with the feature
-//! `lapack`. [`exp`](exp()) is the one scalar kernel that several rooms vectorise.
+//! Dense linear algebra: devices, decompositions, and linear assignment.
+//!
+//! - A device multiplies `f32` matrices ([`Compute`]): the processor ([`Cpu`]) or, with the feature
+//!   `gpu`, a graphics card. [`Mlp`], [`LinearView`] and [`Activation`] describe an expert to it.
+//! - A backend decomposes and solves ([`LinalgBackend`]): pure Rust ([`PureRust`]) or, with the
+//!   feature `lapack`, LAPACK. Decompositions run on one thread: give each parallel task its own
+//!   matrix. [`truncated_svd`] and [`rsvd`] use both a device and a backend.
+//! - [`assign`] solves the linear assignment problem.
+//!
+//! ```
+//! use mcsmoe::linalg::{Compute, Cpu, LinalgBackend, PureRust};
+//! use ndarray::{Array2, array};
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! let a = array![[3.0, 0.0], [0.0, -2.0]];
+//! let mut square = Array2::zeros((2, 2));
+//! Cpu::new().gemm(1.0, a.view(), a.view(), 0.0, square.view_mut())?;
+//! assert_eq!(square, array![[9.0, 0.0], [0.0, 4.0]]);
+//! let values = PureRust.singular_values(a.view())?;
+//! assert!((values[0] - 3.0).abs() < 1e-5 && (values[1] - 2.0).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
 
 mod assign;
 mod backend;
@@ -25,12 +40,11 @@ pub use backend::{
     svd, truncated_svd,
 };
 pub(crate) use backend::{mean_eigenvalue, renew};
-pub use correlation::correlation;
-pub(crate) use cross::add_pairs;
-pub use cross::{add_cross, add_own};
+pub(crate) use correlation::correlation;
+pub(crate) use cross::{add_cross, add_own, add_pairs};
 pub use device::{Activation, Compute, Cpu, DeviceMatrix, LinearView, Mlp, Product, Term};
 pub(crate) use device::{activate, gated};
 #[cfg(feature = "gpu")]
 pub(crate) use device::{add_bias, check_terms, check_weights, hidden_by_parts, mlp_by_parts};
-pub use exp::{exp, vectorised};
+pub(crate) use exp::{exp, vectorised};
 pub(crate) use kernel::{Kernel, Rows};

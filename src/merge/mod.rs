@@ -1,4 +1,4 @@
-//! One expert from a group, and the router afterwards. One method a file.
+//! Merging: one expert from the members of a group. One method a file.
 //!
 //! | merger | merged expert | needs |
 //! |---|---|---|
@@ -10,8 +10,33 @@
 //! | [`RegMean`] | each matrix by regression on the members' own inputs | samples |
 //! | [`MergeMoe`] | averaged gate and up, down fitted to the members' combined output | samples |
 //!
-//! Members arrive with the permutations that line them up; no merger looks for its own. [`router`]
-//! holds what becomes of the router when its rows are narrowed to the groups.
+//! Members come with the permutations that align them; no merger looks for its own. [`router`] has
+//! the methods that narrow the router's rows to the groups.
+//!
+//! ```
+//! use mcsmoe::merge::DominantOnly;
+//! use mcsmoe::model::{Expert, LayerId, MoeLayer, Permutation, Router, RoutingRule, RoutingStats};
+//! use mcsmoe::stage::{Context, LayerView, Members, Merger};
+//! use ndarray::Array2;
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! let expert = |scale: f32| Expert::relu(Array2::eye(2), Array2::eye(2) * scale);
+//! let router = Router::new(Array2::eye(2), None, None, RoutingRule::softmax(1, false))?;
+//! let layer = MoeLayer::new(LayerId::causal(0), vec![expert(1.0)?, expert(3.0)?], router)?;
+//! let stats = RoutingStats::from_counts(vec![1, 3], 4);
+//! let experts: Vec<_> = layer.experts().iter().map(Expert::view).collect();
+//! let members = Members {
+//!     layer: LayerView::of(&layer, &stats),
+//!     indices: &[0, 1],
+//!     dominant: 1,
+//!     experts: &experts,
+//!     permutations: &[Permutation::identity(2), Permutation::identity(2)],
+//! };
+//! let merged = DominantOnly::default().merge(&members, &Context::cpu(0))?;
+//! assert_eq!(&merged, &layer.experts()[1]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod dominant;
 mod fisher;

@@ -1,4 +1,4 @@
-//! How alike are the experts of a layer? One metric a file.
+//! Similarity metrics between the experts of a layer: one metric a file.
 //!
 //! Every metric is a small struct that implements [`Similarity`](crate::stage::Similarity); its
 //! [`needs`](crate::stage::Stage::needs) name the statistics it reads. Larger is more alike, the
@@ -16,6 +16,24 @@
 //!
 //! Metrics on weights compare entry by entry, so two experts that differ only in the order of their
 //! hidden units look unrelated to them: align the layer first, or use another basis.
+//!
+//! ```
+//! use mcsmoe::model::{LayerId, Router, RoutingRule, RoutingStats};
+//! use mcsmoe::similarity::RouterWeights;
+//! use mcsmoe::stage::{Context, LayerView, Similarity};
+//! use ndarray::array;
+//!
+//! # fn main() -> mcsmoe::Result<()> {
+//! let rows = array![[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]];
+//! let router = Router::new(rows, None, None, RoutingRule::softmax(1, false))?;
+//! let stats = RoutingStats::from_counts(vec![5, 3, 2], 10);
+//! let layer = LayerView::new(LayerId::causal(0), &router, &stats);
+//! let table = RouterWeights::default().similarity(&layer, &Context::cpu(0))?;
+//! let table = table.similarities();
+//! assert!(table[[0, 1]] > table[[0, 2]]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod expert_outputs;
 mod expert_weights;

@@ -1,4 +1,4 @@
-//! Where a stage runs.
+//! The context of a stage: device, linear-algebra backend, seed.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What a decomposer is given besides the weights: second moments of the inputs, and a budget.
+//! Inputs of a decomposition besides the weights: second moments, and a budget.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
@@ -116,39 +116,39 @@ impl RankBudget {
         Self { rank, rows: 0 }
     }
 
-    /// The same with a share of `lines` rows (or columns) kept, rounded up.
+    /// The same with a share of `available` rows (or columns) kept, rounded up.
     ///
     /// # Errors
     /// [`ErrorKind::OutOfRange`] for a share outside `(0, 1]`.
-    pub fn with_share(self, lines: usize, share: f64) -> Result<Self> {
+    pub fn with_share(self, available: usize, share: f64) -> Result<Self> {
         if !(share > 0.0 && share <= 1.0) {
             return Err(Error::range("share of kept rows", "a number in (0, 1]", share));
         }
         // A product such as 0.1 · 30 lies a rounding error above the whole number.
-        let rows = (share * lines as f64 - 1e-9).ceil() as usize;
+        let rows = (share * available as f64 - 1e-9).ceil() as usize;
         Ok(Self { rows, ..self })
     }
 
     /// Numbers that a matrix of this budget stores: `r (m + n) + k n`, with `k m` for columns.
     pub const fn parameters(&self, (m, n): (usize, usize), structure: Structure) -> usize {
-        let line = match structure {
+        let length = match structure {
             Structure::Rows => n,
             Structure::Columns => m,
         };
-        self.rank * (m + n) + self.rows * line
+        self.rank * (m + n) + self.rows * length
     }
 
-    /// Fails unless the budget fits an `(m, n)` matrix with `lines` rows (or columns) to keep.
+    /// Fails unless the budget fits an `(m, n)` matrix with `available` rows (or columns) to keep.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] for a rank above `min(m, n)`, more than `lines` rows, or neither
+    /// [`ErrorKind::OutOfRange`] for a rank above `min(m, n)`, more than `available` rows, or neither
     /// rank nor rows.
-    pub fn check(&self, (m, n): (usize, usize), lines: usize) -> Result<()> {
+    pub fn check(&self, (m, n): (usize, usize), available: usize) -> Result<()> {
         if self.rank > m.min(n) {
             return Err(Error::range("rank", format!("at most {}", m.min(n)), self.rank));
         }
-        if self.rows > lines {
-            return Err(Error::range("kept rows", format!("at most {lines}"), self.rows));
+        if self.rows > available {
+            return Err(Error::range("kept rows", format!("at most {available}"), self.rows));
         }
         if (self.rank, self.rows) == (0, 0) {
             let kind = ErrorKind::OutOfRange {
@@ -162,7 +162,7 @@ impl RankBudget {
     }
 }
 
-/// What is stored of a matrix.
+/// The stored form of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kept {
@@ -170,9 +170,9 @@ pub enum Kept {
     Dense,
     /// `L R + S`.
     Factors {
-        /// At most this rank, and this number of lines.
+        /// At most this rank, and this number of rows or columns.
         budget: RankBudget,
-        /// Which lines.
+        /// Whether rows or columns.
         structure: Structure,
     },
 }

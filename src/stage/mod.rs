@@ -1,9 +1,30 @@
-//! The stages of a merge, as object-safe traits with one required method each, and what they share:
-//! the statistics they need ([`Needs`]), the layer they look at ([`LayerView`]) and where they run
-//! ([`Context`]).
+//! Stages of a run: object-safe traits with one required method each.
 //!
-//! Every trait is implemented for `&T` and `Box<T>`, so stages compose and can be boxed by the
-//! pipeline's builder. A stage never learns which stage ran before it.
+//! Stages share the statistics they need ([`Needs`]), the layer they read ([`LayerView`]) and the
+//! device they run on ([`Context`]). Every trait is implemented for `&T` and `Box<T>`, so stages
+//! compose and can be boxed by the pipeline's builder. A stage does not know which stage ran before
+//! it.
+//!
+//! A merger of one's own, which keeps the first member:
+//!
+//! ```
+//! use mcsmoe::prelude::*;
+//!
+//! #[derive(Debug)]
+//! struct FirstMember;
+//!
+//! impl Stage for FirstMember {
+//!     fn name(&self) -> &str {
+//!         "first-member"
+//!     }
+//! }
+//!
+//! impl Merger for FirstMember {
+//!     fn merge(&self, members: &Members<'_>, cx: &Context) -> Result<Expert> {
+//!         members.aligned(0, cx)
+//!     }
+//! }
+//! ```
 
 mod compress;
 mod context;
@@ -30,7 +51,7 @@ pub use recovery::Recovery;
 pub use size_budget::{Portion, Size, SizeBudget, Spectrum};
 pub use view::{AlignPair, Candidate, LayerSummary, LayerView, Members};
 
-/// What all stages have.
+/// The name and the needs of a stage.
 pub trait Stage: Debug + Send + Sync {
     /// The stage's name in recipes and reports, e.g. `router-logits`.
     fn name(&self) -> &str;
@@ -43,7 +64,7 @@ pub trait Stage: Debug + Send + Sync {
     }
 }
 
-/// How alike are the experts of a layer?
+/// A similarity metric between the experts of a layer.
 pub trait Similarity: Stage {
     /// A symmetric `(n, n)` table.
     ///
@@ -52,7 +73,7 @@ pub trait Similarity: Stage {
     fn similarity(&self, layer: &LayerView<'_>, cx: &Context) -> Result<SimilarityMatrix>;
 }
 
-/// Which experts become one? Sees all layers at once, because the number of experts per layer may
+/// A grouping method. Sees all layers at once, because the number of experts per layer may
 /// follow from a budget over all of them.
 pub trait Grouper: Stage {
     /// One grouping per layer, in order, that meets the budget exactly.
@@ -102,7 +123,7 @@ pub trait Grouper: Stage {
     }
 }
 
-/// In which order do a target's hidden units line up with a reference's?
+/// An alignment method: the order of a target's hidden units that fits a reference's.
 pub trait Aligner: Stage {
     /// The permutation that makes the target most like the reference.
     ///
@@ -112,7 +133,7 @@ pub trait Aligner: Stage {
     fn align(&self, pair: &AlignPair<'_>, cx: &Context) -> Result<Permutation>;
 }
 
-/// One expert from a group.
+/// A merging method: one expert from a group.
 pub trait Merger: Stage {
     /// The merged expert, in the common order of hidden units.
     ///
@@ -121,7 +142,7 @@ pub trait Merger: Stage {
     fn merge(&self, members: &Members<'_>, cx: &Context) -> Result<Expert>;
 }
 
-/// A router with one row per group, for runtimes that know no expert map.
+/// A method that narrows a router to one row per group, for runtimes without an expert map.
 pub trait RouterMerger: Stage {
     /// The `m`-row router, its policy included.
     ///
@@ -136,7 +157,7 @@ pub trait RouterMerger: Stage {
     ) -> Result<Router>;
 }
 
-/// Brings a merged layer back towards the output of the original one.
+/// A recovery method: brings a merged layer back towards the output of the original one.
 pub trait Recoverer: Stage {
     /// The recovered layer: the same grouping, other weights. Never worse than `merged` on the rows
     /// of [`Recovery::held_out_rows`]: what does not improve is returned as it came.
@@ -151,7 +172,7 @@ pub trait Recoverer: Stage {
     ) -> Result<MergedLayer>;
 }
 
-/// Makes the experts of a merged and recovered layer smaller.
+/// A compression method: makes the experts of a merged and recovered layer smaller.
 pub trait Compressor: Stage {
     /// The compressed experts, as many as the layer has, of what [`Compressor::storage`] promises.
     /// The layer's router and grouping stay as they are.
@@ -204,7 +225,8 @@ pub trait Compressor: Stage {
     }
 }
 
-/// A weight matrix as a product of two thin ones, plus a few dense rows or columns.
+/// A decomposition method: a weight matrix as a product of two thin ones, plus a few dense rows or
+/// columns.
 pub trait Decomposer: Stage {
     /// `W: (m, n) ≈ L R + S` within the budget. `moments` are those of the inputs of `W`; methods
     /// that weigh errors by them say what they do without.

@@ -1,4 +1,4 @@
-//! What a recoverer works towards, and the rows that measure it.
+//! The task of a recoverer: inputs, target outputs, held-out rows.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! What a stage sees: a layer, two experts, a group.
+//! Inputs of stages: a layer, a pair of experts, a group.
 
 use ndarray::ArrayView2;
 
@@ -17,7 +17,7 @@ pub struct LayerView<'a> {
     pub id: LayerId,
     /// Its router.
     pub router: &'a Router,
-    /// What was observed of it.
+    /// Its routing statistics.
     pub stats: &'a RoutingStats,
     experts: Option<&'a [Expert]>,
 }
@@ -62,7 +62,7 @@ impl<'a> LayerView<'a> {
     }
 }
 
-/// What a grouper knows of one layer.
+/// The input of a grouper for one layer.
 #[derive(Debug, Clone)]
 pub struct LayerSummary {
     /// Which layer it is.
@@ -92,7 +92,7 @@ impl LayerSummary {
     }
 }
 
-/// Two experts to be lined up, and inputs on which to compare their activations.
+/// Two experts to align, and inputs on which to compare their activations.
 #[derive(Debug, Clone, Copy)]
 pub struct AlignPair<'a> {
     /// The expert whose order of hidden units is kept.
@@ -103,7 +103,7 @@ pub struct AlignPair<'a> {
     pub inputs: Option<ArrayView2<'a, f32>>,
 }
 
-/// A group of experts to merge, lined up.
+/// A group of experts to merge, with the permutations that align them.
 #[derive(Debug, Clone, Copy)]
 pub struct Members<'a> {
     /// The layer they come from.
@@ -114,7 +114,7 @@ pub struct Members<'a> {
     pub dominant: usize,
     /// The experts, not yet permuted.
     pub experts: &'a [ExpertView<'a>],
-    /// For each expert, the permutation that lines it up.
+    /// For each expert, the permutation that aligns it.
     pub permutations: &'a [Permutation],
 }
 

@@ -9,6 +9,7 @@ use mcsmoe::linalg::{
     Activation, Compute, Cpu, LinearView, Mlp, Product, PureRust, Randomized, Term, rsvd,
 };
 use ndarray::{Array1, Array2, ArrayView2, s};
+use rayon::prelude::*;
 
 /// Values in [−1, 1] with full mantissas, or in bf16.
 fn matrix(rows: usize, cols: usize, seed: usize, bf16: bool) -> Array2<f32> {
@@ -325,7 +326,7 @@ fn the_same_device_gives_the_same_bits_from_many_threads() {
             task.gemm(1.0, a.view(), b.view(), 0.0, out.view_mut())?;
             Ok(out.mapv(f32::to_bits))
         };
-        let all = mcsmoe::par::map(12, product).unwrap();
+        let all = (0..12).into_par_iter().map(product).collect::<mcsmoe::Result<Vec<_>>>().unwrap();
         assert!(all.iter().all(|bits| *bits == all[0]), "{name}");
     }
 }
