@@ -22,28 +22,28 @@
 //! # }
 //! ```
 //!
-//! # The way through the house
+//! # Modules
 //!
-//! Data flows one way, and every step is a trait with one required method in [`stage`]:
+//! Data flows one way, and every method is a trait with one required method in [`stage`]:
 //!
 //! 1. [`checkpoint`] opens the source: memory-mapped shards, layers recognised by tensor names.
-//! 2. [`calibrate`] reads the routing statistics: how often, and with what, experts were used.
-//! 3. [`similarity`] says how alike the experts of a layer are ([`stage::Similarity`]).
+//! 2. [`calibrate`] reads the routing statistics, or [`forward`] computes them from text.
+//! 3. [`similarity`] measures how alike the experts of a layer are ([`stage::Similarity`]).
 //! 4. [`group`] decides, over all layers at once, which become one ([`stage::Grouper`]).
-//! 5. [`align`] lines hidden units up, so that an average means something ([`stage::Aligner`]).
+//! 5. [`align`] permutes hidden units, so that an average means something ([`stage::Aligner`]).
 //! 6. [`merge`] makes one expert of each group ([`stage::Merger`]) and, for runtimes without an
 //!    expert map, a router with one row per group ([`stage::RouterMerger`]).
-//! 7. [`recover`] refits what was merged to the original layer's output ([`stage::Recoverer`]).
-//! 8. [`checkpoint`] writes the target; it appears whole or not at all.
+//! 7. [`recover`] refits merged experts to the original layer's output ([`stage::Recoverer`]).
+//! 8. [`checkpoint`] writes the target; it appears complete or not at all.
 //!
 //! [`decompose`] makes merged experts smaller ([`stage::Compressor`]), matrices as low rank plus
 //! dense rows ([`stage::Decomposer`]): the paper's second half, `compress` in a recipe, between
 //! recovery and writing.
 //!
-//! [`pipeline`] is the roof: the only module that knows this order. The values that travel are in
-//! [`model`] and valid by construction; [`linalg`] holds the arithmetic, [`par`] the parallelism.
-//! The same input gives the same bytes at any number of threads. `report`, behind a feature of that
-//! name, shows a run as a page with pictures and as a model card.
+//! [`pipeline`] is the only module that knows this order. The values that stages exchange are in
+//! [`model`] and valid by construction; [`linalg`] has the arithmetic. The same input gives the same
+//! bytes at any number of threads. `report`, behind a feature of that name, shows a run as a page
+//! with pictures and as a model card.
 //!
 //! # A stage of one's own
 //!
@@ -88,7 +88,7 @@ pub mod group;
 pub mod linalg;
 pub mod merge;
 pub mod model;
-pub mod par;
+mod par;
 pub mod pipeline;
 pub mod prelude;
 pub mod recover;
@@ -96,6 +96,10 @@ pub mod recover;
 pub mod report;
 pub mod similarity;
 pub mod stage;
+
+/// The matrices of this crate's API, in the version that it uses.
+#[doc(no_inline)]
+pub use ndarray;
 
 pub use error::{DeviceFault, Error, ErrorKind, Locate, Place, Result};
 pub use pipeline::{Pipeline, Recipe, Report, merge_then_compress};

@@ -1,4 +1,4 @@
-//! Where a forward pass gets its weights: the door between checkpoint and forward.
+//! The source of a forward pass's weights: the interface between checkpoint and forward.
 
 use ndarray::{Array1, Array2};
 

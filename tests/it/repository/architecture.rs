@@ -1,15 +1,16 @@
-//! The dependency rule of the house: rooms never import each other; only the roof knows them all.
+//! The dependency rule between layers of modules: foundation, core, stages, pipeline. Modules of
+//! the stages layer never import each other; only the pipeline imports them all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const CELLAR: &[&str] = &["error", "par", "linalg"];
+const FOUNDATION: &[&str] = &["error", "par", "linalg"];
 /// Implements `linalg::Compute`; only a context chooses it.
 const GPU: &str = "gpu";
-const GROUND: &[&str] = &["error", "par", "linalg", "model"];
+const CORE: &[&str] = &["error", "par", "linalg", "model"];
 /// What is particular about each model family, read by checkpoint, forward and plan.
 const FAMILIES: &str = "families";
-const ROOMS: &[&str] = &[
+const STAGES: &[&str] = &[
     "checkpoint",
     "forward",
     "calibrate",
@@ -21,24 +22,24 @@ const ROOMS: &[&str] = &[
     "decompose",
 ];
 
-/// What a module may import from the crate; `None` is the roof, which may import everything.
+/// What a module may import from the crate; `None` is the pipeline layer, which may import everything.
 fn allowed(module: &str) -> Option<Vec<&'static str>> {
     let set = match module {
         "error" => &[][..],
         "par" => &["error"],
-        "linalg" => CELLAR,
-        "model" => GROUND,
-        GPU => CELLAR,
-        FAMILIES => GROUND,
-        "stage" => return Some([GROUND, &[GPU]].concat()),
-        room if ROOMS.contains(&room) => {
-            return Some([GROUND, &["stage", FAMILIES]].concat());
+        "linalg" => FOUNDATION,
+        "model" => CORE,
+        GPU => FOUNDATION,
+        FAMILIES => CORE,
+        "stage" => return Some([CORE, &[GPU]].concat()),
+        module if STAGES.contains(&module) => {
+            return Some([CORE, &["stage", FAMILIES]].concat());
         }
-        // Draws what the pipeline tells; it runs nothing.
-        "report" => return Some([GROUND, &["checkpoint", "pipeline"]].concat()),
+        // Draws what the pipeline reports; it runs nothing.
+        "report" => return Some([CORE, &["checkpoint", "pipeline"]].concat()),
         "pipeline" | "lib" | "prelude" => return None,
         other => panic!(
-            "src/{other} has no place in the house: name it in tests/it/repository/architecture.rs"
+            "src/{other} belongs to no layer: name it in tests/it/repository/architecture.rs"
         ),
     };
     Some(set.to_vec())
@@ -94,12 +95,12 @@ fn imports(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn rooms_never_import_each_other() {
+fn modules_of_the_stages_layer_never_import_each_other() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     texts(&src, &["rs"], &mut files);
     assert!(files.len() > 20, "the scan found only {} files", files.len());
-    let mut doors = Vec::new();
+    let mut forbidden = Vec::new();
     for file in files {
         let relative = file.strip_prefix(&src).unwrap();
         let module = relative.components().next().unwrap().as_os_str().to_str().unwrap();
@@ -112,11 +113,11 @@ fn rooms_never_import_each_other() {
             let error_type = ["DeviceFault", "Error", "ErrorKind", "Locate", "Place", "Result"]
                 .contains(&&*import);
             if import != module && !error_type && !allowed.contains(&&*import) {
-                doors.push(format!("{} imports crate::{import}", relative.display()));
+                forbidden.push(format!("{} imports crate::{import}", relative.display()));
             }
         }
     }
-    assert!(doors.is_empty(), "forbidden doors:\n{}", doors.join("\n"));
+    assert!(forbidden.is_empty(), "forbidden imports:\n{}", forbidden.join("\n"));
 }
 
 #[test]
