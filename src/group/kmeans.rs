@@ -6,7 +6,6 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::clusters::{Representative, grouping};
-use super::layer_rng;
 use super::quota::{Quota, Rest, Spread, free};
 use crate::error::{Locate, Result};
 use crate::model::{Budget, Grouping, LayerId};
@@ -66,7 +65,7 @@ impl Grouper for KMeans {
             let points = Points::new(layer, &experts, k, budget.group_capacity);
             let mut clusters = vec![Vec::new(); k];
             if k > 0 {
-                let best = points.best_of(self.restarts, &mut layer_rng(cx.seed(), layer.id));
+                let best = points.best_of(self.restarts, &mut layer.id.random_numbers(cx.seed()));
                 best.label.iter().zip(&experts).for_each(|(&c, &i)| clusters[c].push(i));
             }
             grouping(layer, budget, clusters, self.representative).in_layer(layer.id)

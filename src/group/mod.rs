@@ -63,21 +63,3 @@ pub use random::RandomGroups;
 pub use ranking::{LayerScale, needs_of};
 pub use removal::{Removal, Rest};
 pub use task_specific::{TaskSpecific, UsageTracker};
-
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-
-use crate::model::{LayerId, Stack};
-
-/// The random numbers of one layer: a stream of its own under the context's seed, so that neither
-/// the number of threads nor the choice of layers changes what a layer draws.
-fn layer_rng(seed: u64, id: LayerId) -> ChaCha8Rng {
-    let stack = match id.stack {
-        Stack::Causal => 0,
-        Stack::Encoder => 1,
-        Stack::Decoder => 2,
-    };
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(stack << 32 | id.index as u64);
-    rng
-}

@@ -6,7 +6,6 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::clusters::{Representative, grouping};
-use super::layer_rng;
 use super::quota::{Quota, Rest, Spread, free};
 use crate::error::{Locate, Result};
 use crate::model::{Budget, Grouping, LayerId};
@@ -41,7 +40,7 @@ impl Grouper for RandomGroups {
         let quota = Quota::new(layers, budget, Spread::Uniform, Rest::Joins)?;
         par::map(layers.len(), |l| {
             let layer = &layers[l];
-            let mut rng = layer_rng(cx.seed(), layer.id);
+            let mut rng = layer.id.random_numbers(cx.seed());
             let experts = free(layer, budget);
             let groups = quota.least[l] - budget.protected_in(layer.id);
             let capacity = budget.group_capacity.unwrap_or(usize::MAX);

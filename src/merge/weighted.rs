@@ -1,7 +1,6 @@
 //! Weighted averages of the aligned members.
 
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -76,8 +75,7 @@ pub(super) fn normalised(weights: &[f64]) -> Result<Vec<f64>> {
 
 /// One number per expert of a layer, whatever its group.
 fn random(id: LayerId, experts: usize, seed: u64) -> Vec<f64> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(((id.stack as u64) << 32) | id.index as u64);
+    let mut rng = id.random_numbers(seed);
     (0..experts).map(|_| (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64).collect()
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use ndarray::{Array2, ArrayView2, Axis};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::expert::Expert;
@@ -39,6 +41,19 @@ impl LayerId {
     /// A layer of a decoder-only model.
     pub const fn causal(index: usize) -> Self {
         Self { stack: Stack::Causal, index }
+    }
+
+    /// The random numbers of this layer: a stream of its own under `seed`, so that neither the
+    /// number of threads nor the choice of layers changes what a layer draws.
+    pub(crate) fn random_numbers(self, seed: u64) -> ChaCha8Rng {
+        let stack = match self.stack {
+            Stack::Causal => 0,
+            Stack::Encoder => 1,
+            Stack::Decoder => 2,
+        };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream((stack << 32) | self.index as u64);
+        rng
     }
 }
 

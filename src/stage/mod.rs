@@ -48,6 +48,7 @@ pub use context::Context;
 pub use decompose::{Kept, Moments, RankBudget};
 pub use needs::Needs;
 pub use recovery::Recovery;
+pub(crate) use recovery::relative_error;
 pub use size_budget::{Portion, Size, SizeBudget, Spectrum};
 pub use view::{AlignPair, Candidate, LayerSummary, LayerView, Members};
 

@@ -82,8 +82,9 @@ impl Recovery<'_> {
     }
 }
 
-/// `Σ (y − t)² / Σ t²`, in `f64`, in row order.
-fn relative_error(output: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) -> f64 {
+/// `Σ (y − t)² / Σ t²`, in `f64`, in row order. Targets that are all 0 count as of unit energy, so
+/// that an output that is not 0 has an error.
+pub(crate) fn relative_error(output: ArrayView2<'_, f32>, targets: ArrayView2<'_, f32>) -> f64 {
     let (mut residual, mut energy) = (0.0, 0.0);
     for (&y, &t) in output.iter().zip(targets) {
         let (y, t) = (f64::from(y), f64::from(t));
@@ -117,6 +118,9 @@ mod tests {
         let cx = Context::cpu(0);
         assert_eq!(of(1).error(&merged, &cx).unwrap(), 4.0 / 13.0);
         assert_eq!(of(0).error(&merged, &cx).unwrap(), (64.0 + 49.0 + 4.0) / (162.0 + 13.0));
+        let zero = Array2::zeros((1, 2));
+        assert_eq!(relative_error(targets.slice(s![1.., ..]), zero.view()), 13.0);
+        assert_eq!(relative_error(zero.view(), zero.view()), 0.0);
         assert!(of(2).check(&merged).is_ok() && of(3).check(&merged).is_err());
         let narrow = targets.slice(s![.., ..1]);
         assert!(Recovery { targets: narrow, ..of(0) }.check(&merged).is_err());

@@ -5,7 +5,6 @@ use rand::Rng;
 
 use super::Removal;
 use crate::error::{Locate, Result};
-use crate::group::layer_rng;
 use crate::linalg::Compute;
 use crate::model::{Expert, Router};
 use crate::par;
@@ -174,7 +173,7 @@ fn signs(layer: &LayerView<'_>, width: usize, seed: u64) -> Option<Array2<f32>> 
     if d <= width {
         return None;
     }
-    let mut rng = layer_rng(seed, layer.id);
+    let mut rng = layer.id.random_numbers(seed);
     let size = 1.0 / (width.max(1) as f32).sqrt();
     let sign = || if rng.next_u32() & 1 == 0 { size } else { -size };
     Some(Array2::from_shape_simple_fn((d, width.max(1)), sign))

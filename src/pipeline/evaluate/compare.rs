@@ -14,8 +14,7 @@ use crate::model::{Finite, LayerId, TensorSource};
 use crate::par;
 use crate::pipeline::evaluate::model::{Items, Ran, Subject};
 use crate::pipeline::evaluate::perplexity::{EvaluateOptions, Evaluation, summary};
-use crate::pipeline::layer::process::relative_error;
-use crate::stage::Context;
+use crate::stage::{Context, relative_error};
 
 /// How far the routed experts of a layer are from the original ones.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -118,7 +117,7 @@ fn layer_error(other: &Subject<'_>, seen: &Observation<'_>, cx: &Context) -> Res
     let layer = TensorSource::moe(other.checkpoint, seen.id)?;
     let routed = route(&layer, Choice::Mapped, seen.inputs, seen.windows, capacity, cx)?;
     let output = routed_sum(&layer.experts, &routed.visits, seen.inputs, cx)?;
-    Ok(relative_error(seen.output, output.view()))
+    Ok(relative_error(output.view(), seen.output))
 }
 
 /// What both predict of one token.

@@ -2,7 +2,7 @@
 //! then merge layer by layer. Works on anything that yields layers, so that checkpoints and
 //! in-memory layers share one path.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 
 use crate::align;
 use crate::checkpoint::Factoring;
@@ -20,7 +20,7 @@ use crate::pipeline::progress::{Observer, Phase};
 use crate::pipeline::report::{self, Change, Kind, LayerReport, OutputError};
 use crate::stage::{
     Compression, Context, LayerSummary, LayerView, Members, Merger, Needs, Recovery, RouterMerger,
-    Similarity,
+    Similarity, relative_error,
 };
 
 /// Where layers and their statistics come from.
@@ -373,8 +373,8 @@ impl Before {
         let mapped = merged.mapped_output(inputs.view(), cx.compute())?;
         let narrowed = merged.narrowed_output(inputs.view(), cx.compute())?;
         Ok(Some(OutputError {
-            mapped: relative_error(exact.view(), mapped.view()),
-            narrowed: narrowed.map(|n| relative_error(exact.view(), n.view())),
+            mapped: relative_error(mapped.view(), exact.view()),
+            narrowed: narrowed.map(|n| relative_error(n.view(), exact.view())),
         }))
     }
 }
@@ -408,14 +408,6 @@ pub(crate) fn describe(
         compression: None,
         spectra: Vec::new(),
     }
-}
-
-/// `Σ‖y − y'‖² / Σ‖y‖²`; 0 when both are 0.
-pub(crate) fn relative_error(exact: ArrayView2<'_, f32>, found: ArrayView2<'_, f32>) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let error: f64 = exact.iter().zip(found).map(|(&a, &b)| square(a - b)).sum();
-    let energy: f64 = exact.iter().map(|&a| square(a)).sum();
-    if energy > 0.0 { error / energy } else { 0.0 }
 }
 
 /// Announces a phase.
