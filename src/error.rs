@@ -8,8 +8,10 @@
 //! use mcsmoe::error::ErrorKind;
 //!
 //! let error = Checkpoint::open("no/such/folder").unwrap_err();
-//! assert!(matches!(error.kind(), ErrorKind::Io { .. } | ErrorKind::Unsupported { .. }));
 //! assert!(error.to_string().contains("no/such/folder"));
+//! if let ErrorKind::Io { source, .. } = error.kind() {
+//!     assert_eq!(source.kind(), std::io::ErrorKind::NotFound);
+//! }
 //! ```
 
 use std::fmt;
