@@ -43,6 +43,10 @@ SMALL = BASE | dict(vocab_size=32, hidden_size=16, intermediate_size=20, num_exp
                     head_dim=8, initializer_range=0.35)
 SHARED = SMALL | dict(moe_intermediate_size=8, n_routed_experts=4, n_shared_experts=1,
                       first_k_dense_replace=1, routed_scaling_factor=1.5)
+HYBRID = SMALL | dict(moe_intermediate_size=8, num_experts=4, shared_expert_intermediate_size=12,
+                      linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+                      linear_value_head_dim=5, max_position_embeddings=256,
+                      layer_types=["linear_attention", "full_attention"])
 YARN = dict(factor=4.0, mscale=1.0, mscale_all_dim=0.8, beta_fast=8, beta_slow=1,
             original_max_position_embeddings=16)
 MODELS = {
@@ -100,7 +104,12 @@ MODELS = {
         moe_layer_start_index=1, moe_layer_end_index=1))),
     "minimax-m2": tf.MiniMaxM2Config(**(SMALL | dict(
         intermediate_size=8, num_local_experts=4, rotary_dim=4))),
+    "qwen3-next": tf.Qwen3NextConfig(**HYBRID, norm_topk_prob=True, attention_bias=True),
+    "qwen3.5-moe": tf.Qwen3_5MoeTextConfig(**HYBRID),
 }
+ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
+# Tokens of a window, where 20 are too few: a chunk of the gated delta rule has 64.
+LENGTHS = {"qwen3-next": 150, "qwen3.5-moe": 150}
 
 
 def build(config):
@@ -114,7 +123,9 @@ def build(config):
             if name.endswith("bias") or "correction" in name:
                 value.normal_(0, 0.2)
             elif "norm" in name:
-                value.uniform_(0.5, 1.5)
+                # Qwen3-Next stores its norms, but for the gated one, as differences from one.
+                centred = config.model_type in ZERO_CENTRED and "linear_attn" not in name
+                value.uniform_(-0.5, 0.5) if centred else value.uniform_(0.5, 1.5)
             elif switch and value.dim() == 2 and "relative" not in name:
                 value.normal_(0, 1.0 if "shared" in name or "classifier" in name else 0.2)
             value.copy_(value.bfloat16().float())
@@ -181,7 +192,7 @@ def main():
                 shutil.copy(os.path.join(temporary, file), os.path.join(out, file))
             auto = AutoModelForSeq2SeqLM if "switch" in name else AutoModelForCausalLM
             again = auto.from_pretrained(temporary, dtype=torch.float32).eval()
-        length = 40 if "switch" in name or config.hidden_size > 16 else 20
+        length = 40 if "switch" in name or config.hidden_size > 16 else LENGTHS.get(name, 20)
         # 40 tokens are beyond every sliding window, and beyond the trained length of `dynamic`.
         write(os.path.join(out, "golden.safetensors"), golden(again, length, number))
         size = sum(os.path.getsize(os.path.join(out, f)) for f in os.listdir(out))

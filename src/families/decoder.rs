@@ -19,6 +19,8 @@ pub(crate) struct NormSpec {
 pub(crate) enum NormKind {
     /// `w ⊙ x / sqrt(mean(x²) + ε)`.
     Rms,
+    /// The same with `1 + w`: weights are stored as differences from one.
+    ZeroCentredRms,
 }
 
 /// Where norms are applied to queries and keys, before the rotation.
@@ -53,6 +55,11 @@ pub(crate) struct GroupedSpec {
     pub(crate) window: Option<usize>,
     /// Position embedding; `None` for layers without one.
     pub(crate) rope: Option<Rope>,
+    /// Whether each head's output is multiplied by `sigmoid` of a gate, whose projection lies in
+    /// `q_proj`: of each head its query, then its gate.
+    pub(crate) gated: bool,
+    /// Whether each head has a sink: a logit in the softmax that stands for no token.
+    pub(crate) sinks: bool,
 }
 
 impl GroupedSpec {
@@ -82,6 +89,8 @@ impl GroupedSpec {
             clip: None,
             window: None,
             rope: Some(Rope::parse(keys, head_dim, rope)?),
+            gated: false,
+            sinks: false,
         })
     }
 
@@ -124,6 +133,30 @@ pub(crate) struct LatentSpec {
     pub(crate) rope: Rope,
 }
 
+/// Gated delta net (arXiv 2412.06464).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct DeltaNetSpec {
+    /// Number of query and key heads; each serves as many consecutive value heads.
+    pub(crate) key_heads: usize,
+    /// Number of value heads.
+    pub(crate) value_heads: usize,
+    /// Width of a query or key.
+    pub(crate) d_key: usize,
+    /// Width of a value.
+    pub(crate) d_value: usize,
+    /// Taps of the convolution.
+    pub(crate) kernel: usize,
+    /// Whether projections lie together, by key head, in `in_proj_qkvz` and `in_proj_ba`.
+    pub(crate) together: bool,
+}
+
+impl DeltaNetSpec {
+    /// Channels of the convolution: all queries, keys and values.
+    pub(crate) fn channels(&self) -> usize {
+        2 * self.key_heads * self.d_key + self.value_heads * self.d_value
+    }
+}
+
 /// What mixes the tokens of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum MixerSpec {
@@ -131,6 +164,8 @@ pub(crate) enum MixerSpec {
     Grouped(GroupedSpec),
     /// Attention with latent keys and values.
     Latent(LatentSpec),
+    /// Gated delta net.
+    DeltaNet(DeltaNetSpec),
 }
 
 impl MixerSpec {
@@ -139,6 +174,7 @@ impl MixerSpec {
         match self {
             Self::Grouped(grouped) => grouped.rope.as_ref(),
             Self::Latent(latent) => Some(&latent.rope),
+            Self::DeltaNet(_) => None,
         }
     }
 
@@ -147,6 +183,9 @@ impl MixerSpec {
         match self {
             Self::Grouped(s) => 2 * tokens * s.kv_heads * s.head_dim,
             Self::Latent(s) => tokens * s.heads * (s.d_nope + s.d_rope + s.d_value),
+            Self::DeltaNet(s) => {
+                s.value_heads * s.d_key * s.d_value + (s.kernel - 1) * s.channels()
+            }
         }
     }
 }
@@ -202,6 +241,8 @@ pub(crate) struct DecoderSpec {
     pub(crate) end: Vec<u32>,
     /// Most tokens that a window may hold.
     pub(crate) longest_window: usize,
+    /// What sets that limit.
+    pub(crate) limit: &'static str,
 }
 
 impl DecoderSpec {
@@ -230,6 +271,7 @@ impl DecoderSpec {
             tied: keys.flag("tie_word_embeddings", false)?,
             end: keys.tokens("eos_token_id")?,
             longest_window: longest,
+            limit: "max_position_embeddings",
         })
     }
 }

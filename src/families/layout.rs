@@ -54,14 +54,15 @@ impl Layout {
     }
 }
 
-const GATE_UP_DOWN: &[(Role, &str)] =
+pub(crate) const GATE_UP_DOWN: &[(Role, &str)] =
     &[(Role::Gate, "gate_proj"), (Role::Up, "up_proj"), (Role::Down, "down_proj")];
 const W1_W3_W2: &[(Role, &str)] = &[(Role::Gate, "w1"), (Role::Up, "w3"), (Role::Down, "w2")];
 const WI_WO: &[(Role, &str)] = &[(Role::Up, "wi"), (Role::Down, "wo")];
 const FC1_FC2: &[(Role, &str)] = &[(Role::Up, "fc1"), (Role::Down, "fc2")];
 const W1_V1_W2: &[(Role, &str)] = &[(Role::Gate, "w1"), (Role::Up, "v1"), (Role::Down, "w2")];
 
-const MLP_ROUTERS: &[&str] = &["mlp.gate.weight", "mlp.gate.wg.weight", "mlp.router.gate.weight"];
+pub(crate) const MLP_ROUTERS: &[&str] =
+    &["mlp.gate.weight", "mlp.gate.wg.weight", "mlp.router.gate.weight"];
 const MLP_CORRECTIONS: &[&str] = &[
     "mlp.gate.e_score_correction_bias",
     "mlp.moe_statics.e_score_correction_bias",

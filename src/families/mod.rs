@@ -22,7 +22,8 @@ use serde_json::Value;
 
 pub(crate) use activation::{activation, expert_activation};
 pub(crate) use decoder::{
-    DecoderSpec, GroupedSpec, LatentSpec, MixerSpec, NormKind, NormSpec, QkNorm, SharedSpec,
+    DecoderSpec, DeltaNetSpec, GroupedSpec, LatentSpec, MixerSpec, NormKind, NormSpec, QkNorm,
+    SharedSpec,
 };
 pub(crate) use encoder_decoder::SwitchSpec;
 pub(crate) use keys::Keys;
@@ -127,10 +128,12 @@ pub(crate) fn find(model_type: &str) -> Option<&'static Family> {
     all().find(|family| family.model_types.contains(&model_type))
 }
 
-/// Every layout in which experts are looked for: those that families share, then their own.
-pub(crate) fn layouts() -> Vec<&'static Layout> {
-    let mut found = layout::SHARED.to_vec();
-    for layout in all().flat_map(|family| family.layouts) {
+/// The layouts in which experts of a model are looked for, in this order: those of its family, the
+/// ones that families share, then other families' own.
+pub(crate) fn layouts(model_type: &str) -> Vec<&'static Layout> {
+    let own = find(model_type).map_or(&[][..], |family| family.layouts);
+    let mut found: Vec<&'static Layout> = Vec::new();
+    for layout in own.iter().chain(layout::SHARED).chain(all().flat_map(|f| f.layouts)) {
         if !found.iter().any(|known| std::ptr::eq(*known, *layout)) {
             found.push(layout);
         }

@@ -63,6 +63,7 @@ impl<'a> Loader<'a> {
         let weight = self.vector(&format!("{name}.weight"), width)?;
         Ok(match norm.kind {
             NormKind::Rms => RmsNorm::new(weight, norm.eps),
+            NormKind::ZeroCentredRms => RmsNorm::new(weight + 1.0, norm.eps),
         })
     }
 

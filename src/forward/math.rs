@@ -44,6 +44,14 @@ pub(crate) fn softmax(x: &mut [f32]) {
     x.iter_mut().for_each(|x| *x *= scale);
 }
 
+/// `x ← exp(x) / (exp(other) + Σ exp(x))`: softmax beside a logit that stands for nothing.
+pub(crate) fn softmax_beside(x: &mut [f32], other: f32) {
+    let top = max(x).max(other);
+    x.iter_mut().for_each(|x| *x = exp(*x - top));
+    let scale = 1.0 / (fold(x, 0.0, |sum, x| sum + x, |a, b| a + b) + exp(other - top));
+    x.iter_mut().for_each(|x| *x *= scale);
+}
+
 /// `1 / (1 + e⁻ˣ)`.
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -69,6 +77,20 @@ pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sink_takes_the_part_of_a_token_without_a_value() {
+        for other in [-90.0, -1.0, 0.5, 40.0] {
+            let x: Vec<f32> = (0..37).map(|i| (i as f32 * 0.7).sin() * 9.0).collect();
+            let mut with = [x.clone(), vec![other]].concat();
+            softmax(&mut with);
+            let mut beside = x;
+            softmax_beside(&mut beside, other);
+            for (a, b) in beside.iter().zip(&with) {
+                assert!((a - b).abs() < 1e-6, "{a} {b}");
+            }
+        }
+    }
 
     #[test]
     fn softmax_sums_to_one_and_ignores_masked_scores() {

@@ -20,6 +20,7 @@ mod math;
 mod model;
 mod moe;
 mod norm;
+mod recurrent;
 mod windows;
 
 pub use causal::{Causal, DecoderLayer, SampleOptions};

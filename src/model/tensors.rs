@@ -17,7 +17,8 @@ pub trait TensorSource: Sync {
     /// The shape of a tensor; `None` when there is none of this name.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
-    /// A tensor of two axes, converted to `f32`.
+    /// A tensor of two axes, or of three with one of length 1 in the middle (the weights of a
+    /// convolution by channel), converted to `f32`.
     ///
     /// # Errors
     /// When it is missing or has another number of axes; those of reading it.

@@ -75,7 +75,7 @@ pub(crate) fn supported() -> String {
             format!("{} ({gate_up} [N,d,2f], interleaved, or MXFP4)", layout.name)
         }
     };
-    layouts().into_iter().map(words).collect::<Vec<_>>().join("; ")
+    layouts("").into_iter().map(words).collect::<Vec<_>>().join("; ")
 }
 
 /// Splits a tensor's name into its layer, the length of the block's prefix, and the rest.
@@ -136,7 +136,7 @@ mod tests {
     fn read(name: &str) -> Option<(String, &'static str, Part)> {
         let (id, _, rest) = site(name)?;
         // Which block is interleaved its router says.
-        let mut others = layouts().into_iter().filter(|l| !l.is_interleaved());
+        let mut others = layouts("").into_iter().filter(|l| !l.is_interleaved());
         others.find_map(|l| Some((id.to_string(), l.name, l.part(rest)?)))
     }
 

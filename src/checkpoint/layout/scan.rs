@@ -9,6 +9,7 @@ use super::scan_layer::LayerTensors;
 use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::families;
 use crate::model::{LayerId, Stack};
 
 pub(crate) const FORMAT: &str = "MoE layer";
@@ -37,12 +38,13 @@ pub(crate) struct Block {
 /// [`ErrorKind::Format`] and [`ErrorKind::Shape`] when a layer's tensors do not fit each other.
 pub(crate) fn scan(
     store: &Store,
+    family: &str,
     hidden_layers: Option<usize>,
     merged: impl Fn(LayerId) -> Option<usize>,
 ) -> Result<Scan> {
     let mut blocks: BTreeMap<LayerId, Block> = BTreeMap::new();
     let (mut mtp, mut routers) = (Vec::new(), Vec::new());
-    let layouts = crate::families::layouts();
+    let layouts = families::layouts(family);
     for (tensor, entry) in store.tensors().iter().map(|t| &t.entry).enumerate() {
         let site = names::site(&entry.name);
         if is_mtp(&entry.name, site.map(|(id, ..)| id), hidden_layers) {

@@ -89,7 +89,7 @@ impl Checkpoint {
         let maps = native.as_ref().map(|n| &n.expert_map);
         let merged = |id| maps.and_then(|maps| maps.get(&id)).map(Grouping::groups);
         let Scan { layout, layers: tensors, mtp } =
-            scan::scan(&store, hidden_layers, merged).in_file(dir)?;
+            scan::scan(&store, &family, hidden_layers, merged).in_file(dir)?;
         let activation = families::expert_activation(config.keys(), layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
         let info = |layer: &LayerTensors| {

@@ -69,7 +69,12 @@ impl Checkpoint {
     fn whole<const N: usize>(&self, name: &str) -> Result<([usize; N], Vec<f32>)> {
         let tensor = self.find(name)?;
         let shape = &self.store.entry(tensor).shape;
-        let Ok(shape) = <[usize; N]>::try_from(&shape[..]) else {
+        // Convolutions by channel have an axis of length 1 in the middle.
+        let squeezed: Vec<usize> = match shape[..] {
+            [first, 1, last] if N == 2 => vec![first, last],
+            _ => shape.clone(),
+        };
+        let Ok(shape) = <[usize; N]>::try_from(&squeezed[..]) else {
             let expected = format!("{N} axes");
             return Err(Error::shape("tensor", expected, shape))
                 .in_tensor(name)

@@ -1,6 +1,6 @@
 //! Queries, keys and values of grouped-query attention.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis};
 
 use super::rotation::Rotation;
 use crate::error::Result;
@@ -22,12 +22,13 @@ pub(crate) struct Grouped {
 }
 
 impl Grouped {
+    /// Reads the projections, and that to the gate of the heads' outputs, if there is one.
     pub(crate) fn load(
         loader: &Loader<'_>,
         s: &GroupedSpec,
         d: usize,
         norm: NormSpec,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Option<Linear>)> {
         let (wide, narrow) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let norms = match s.qk_norm {
             QkNorm::None => None,
@@ -37,14 +38,22 @@ impl Grouped {
         let load = |[q, k]: [usize; 2]| -> Result<[RmsNorm; 2]> {
             Ok([loader.norm("q_norm", q, norm)?, loader.norm("k_norm", k, norm)?])
         };
-        Ok(Self {
-            q: loader.linear("q_proj", (wide, d), s.qkv_bias)?,
+        let (q, gate) = if s.gated {
+            let both = loader.linear("q_proj", (2 * wide, d), s.qkv_bias)?;
+            let [q, gate] = [0, 1].map(|half| half_of_heads(&both, s, half));
+            (q, Some(gate))
+        } else {
+            (loader.linear("q_proj", (wide, d), s.qkv_bias)?, None)
+        };
+        let grouped = Self {
+            q,
             k: loader.linear("k_proj", (narrow, d), s.qkv_bias)?,
             v: loader.linear("v_proj", (narrow, d), s.qkv_bias)?,
             norms: norms.map(load).transpose()?,
             clip: s.clip,
             head_dim: s.head_dim,
-        })
+        };
+        Ok((grouped, gate))
     }
 
     pub(crate) fn forward(
@@ -70,5 +79,15 @@ impl Grouped {
             rotation.apply(&mut k, self.head_dim, 0)?;
         }
         Ok([q, k, v])
+    }
+}
+
+/// Of a projection whose rows hold two halves of each head in turn, one half.
+fn half_of_heads(both: &Linear, s: &GroupedSpec, half: usize) -> Linear {
+    let start = |head: usize| (2 * head + half) * s.head_dim;
+    let rows: Vec<usize> = (0..s.heads).flat_map(|h| start(h)..start(h) + s.head_dim).collect();
+    Linear {
+        weight: both.weight.select(Axis(0), &rows),
+        bias: both.bias.as_ref().map(|bias| bias.select(Axis(0), &rows)),
     }
 }

@@ -8,11 +8,12 @@ pub(crate) mod softmax;
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView2};
 
 use crate::error::Result;
 use crate::families::{GroupedSpec, LatentSpec, NormSpec, Rope};
 use crate::forward::load::Loader;
+use crate::forward::math::sigmoid;
 use crate::linalg::Compute;
 use crate::model::Linear;
 use crate::stage::Context;
@@ -20,7 +21,7 @@ pub(crate) use cache::{Cache, SequenceCache};
 use grouped::Grouped;
 use latent::Latent;
 use rotation::Rotation;
-use softmax::{Heads, Mask, Span, attend};
+use softmax::{Heads, Mask, Span, Terms, attend};
 
 /// The self-attention of one layer.
 #[derive(Debug)]
@@ -30,6 +31,10 @@ pub(crate) struct Attention {
     out: Linear,
     heads: Heads,
     mask: Mask,
+    /// Projection to the gate of the heads' outputs.
+    gate: Option<Linear>,
+    /// Logits of the sinks.
+    sinks: Option<Array1<f32>>,
 }
 
 #[derive(Debug)]
@@ -48,8 +53,11 @@ impl Attention {
     ) -> Result<Self> {
         let scale = 1.0 / (s.head_dim as f32).sqrt();
         let (d_key, d_value) = (s.head_dim, s.head_dim);
+        let (grouped, gate) = Grouped::load(loader, s, d, norm)?;
         Ok(Self {
-            project: Project::Grouped(Grouped::load(loader, s, d, norm)?),
+            project: Project::Grouped(grouped),
+            gate,
+            sinks: s.sinks.then(|| loader.vector("sinks", s.heads)).transpose()?,
             rope: s.rope.clone(),
             out: loader.linear("o_proj", (d, s.heads * d_value), s.out_bias)?,
             heads: Heads { heads: s.heads, kv_heads: s.kv_heads, d_key, d_value, scale },
@@ -64,6 +72,8 @@ impl Attention {
         let (heads, d_value) = (s.heads, s.d_value);
         Ok(Self {
             project: Project::Latent(Latent::load(loader, s, d)?),
+            gate: None,
+            sinks: None,
             rope: Some(s.rope.clone()),
             out: loader.linear("o_proj", (d, heads * d_value), s.bias)?,
             heads: Heads { heads, kv_heads: heads, d_key, d_value, scale },
@@ -83,8 +93,8 @@ impl Attention {
         let span = |w: &Range<usize>| Span { queries: w.clone(), keys: w.clone() };
         let spans: Vec<Span> = windows.iter().map(span).collect();
         let qkv = [q.view(), k.view(), v.view()];
-        let mixed = attend(qkv, &spans, self.heads, self.mask, None, cx)?;
-        self.out.view().forward(mixed.view(), cx.compute())
+        let mixed = attend(qkv, &spans, self.heads, self.mask, self.terms(), cx)?;
+        self.finish(x, mixed, cx.compute())
     }
 
     /// Attention of the next tokens of one window to themselves and to those in the cache.
@@ -97,8 +107,26 @@ impl Attention {
         let [q, k, v] = self.project(x, &[(0..x.nrows(), cache.len())], cx.compute())?;
         let [k, v] = cache.extend([k, v])?;
         let spans = [Span { queries: 0..q.nrows(), keys: 0..k.nrows() }];
-        let mixed = attend([q.view(), k, v], &spans, self.heads, self.mask, None, cx)?;
-        self.out.view().forward(mixed.view(), cx.compute())
+        let qkv = [q.view(), k, v];
+        let mixed = attend(qkv, &spans, self.heads, self.mask, self.terms(), cx)?;
+        self.finish(x, mixed, cx.compute())
+    }
+
+    fn terms(&self) -> Terms<'_> {
+        Terms { bias: None, sinks: self.sinks.as_ref().map(|sinks| sinks.view()) }
+    }
+
+    /// The gate, if there is one, and the output projection.
+    fn finish(
+        &self,
+        x: ArrayView2<'_, f32>,
+        mut mixed: Array2<f32>,
+        compute: &dyn Compute,
+    ) -> Result<Array2<f32>> {
+        if let Some(gate) = &self.gate {
+            mixed *= &gate.view().forward(x, compute)?.mapv(sigmoid);
+        }
+        self.out.view().forward(mixed.view(), compute)
     }
 
     /// Attention of the next token of every sequence to itself and to what the cache holds of the
@@ -114,8 +142,9 @@ impl Attention {
         cache.extend([k, v])?;
         let spans = cache.spans();
         let [k, v] = cache.views()?;
-        let mixed = attend([q.view(), k, v], &spans, self.heads, self.mask, None, cx)?;
-        self.out.view().forward(mixed.view(), cx.compute())
+        let qkv = [q.view(), k, v];
+        let mixed = attend(qkv, &spans, self.heads, self.mask, self.terms(), cx)?;
+        self.finish(x, mixed, cx.compute())
     }
 
     /// Queries, keys and values of pieces of windows, each with the number of tokens before it.

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 
 use crate::error::{Error, Result};
-use crate::forward::math::softmax;
+use crate::forward::math::{softmax, softmax_beside};
 use crate::par;
 use crate::stage::Context;
 
@@ -70,6 +70,15 @@ impl Bias {
     }
 }
 
+/// Terms of the scores besides the product of queries and keys.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Terms<'a> {
+    /// By distance.
+    pub(crate) bias: Option<&'a Bias>,
+    /// `(heads)` logits of sinks: each takes its part of the softmax, and has no value.
+    pub(crate) sinks: Option<ArrayView1<'a, f32>>,
+}
+
 /// `softmax(scale · Q Kᵀ + bias) V` per head: `Q: (t, heads · d_key)`, `K: (s, kv_heads · d_key)`,
 /// `V: (s, kv_heads · d_value)`; returns `(t, heads · d_value)`.
 pub(crate) fn attend(
@@ -77,7 +86,7 @@ pub(crate) fn attend(
     spans: &[Span],
     heads: Heads,
     mask: Mask,
-    bias: Option<&Bias>,
+    terms: Terms<'_>,
     cx: &Context,
 ) -> Result<Array2<f32>> {
     let group = heads.heads / heads.kv_heads.max(1);
@@ -91,8 +100,9 @@ pub(crate) fn attend(
         let q = slice(&q, &span.queries, head, heads.d_key);
         let k = slice(&k, &span.keys, kv, heads.d_key);
         let v = slice(&v, &span.keys, kv, heads.d_value);
-        let bias = bias.map(|bias| (bias, head));
-        one_head([q.view(), k.view(), v.view()], heads.scale, mask, bias, &single)
+        let bias = terms.bias.map(|bias| (bias, head));
+        let sink = terms.sinks.and_then(|sinks| sinks.get(head).copied());
+        one_head([q.view(), k.view(), v.view()], heads.scale, mask, (bias, sink), &single)
     })?;
     let mut out = Array2::zeros((q.nrows(), heads.heads * heads.d_value));
     for (task, part) in parts.iter().enumerate() {
@@ -107,7 +117,7 @@ fn one_head(
     [q, k, v]: [ArrayView2<'_, f32>; 3],
     scale: f32,
     mask: Mask,
-    bias: Option<(&Bias, usize)>,
+    (bias, sink): (Option<(&Bias, usize)>, Option<f32>),
     cx: &Context,
 ) -> Result<Array2<f32>> {
     let (t, keys) = (q.nrows(), k.nrows());
@@ -136,7 +146,10 @@ fn one_head(
             }
             row[..visible.start].fill(0.0);
             row[visible.end..].fill(0.0);
-            softmax(&mut row[visible]);
+            match sink {
+                None => softmax(&mut row[visible]),
+                Some(sink) => softmax_beside(&mut row[visible], sink),
+            }
         }
         cx.compute().gemm(1.0, scores.view(), v.slice(s![seen, ..]), 0.0, rows.view_mut())?;
     }
@@ -195,8 +208,8 @@ mod tests {
             [Span { queries: 0..300, keys: 0..300 }, Span { queries: 300..310, keys: 300..310 }];
         for window in [None, Some(1), Some(5), Some(150)] {
             let mask = Mask::Causal { window };
-            let qkv = [q.view(), k.view(), v.view()];
-            let out = attend(qkv, &spans, heads, mask, None, &Context::cpu(0)).unwrap();
+            let (qkv, cx) = ([q.view(), k.view(), v.view()], Context::cpu(0));
+            let out = attend(qkv, &spans, heads, mask, Terms::default(), &cx).unwrap();
             for span in &spans {
                 let expected = naive(qkv, span, heads, window);
                 let found = out.slice(s![span.queries.clone(), ..]);
@@ -213,7 +226,8 @@ mod tests {
         let span = [Span { queries: 0..2, keys: 0..9 }];
         let mask = Mask::Causal { window: Some(4) };
         let last = q.slice(s![7.., ..]);
-        let out = attend([last, k.view(), v.view()], &span, heads, mask, None, &Context::cpu(0));
+        let (qkv, cx) = ([last, k.view(), v.view()], Context::cpu(0));
+        let out = attend(qkv, &span, heads, mask, Terms::default(), &cx);
         let whole = naive(
             [q.view(), k.view(), v.view()],
             &Span { queries: 0..9, keys: 0..9 },

@@ -67,7 +67,7 @@ impl<S: TensorSource> Causal<S> {
     pub(super) fn check(&self, window: &[u32]) -> Result<()> {
         let longest = self.spec.longest_window;
         if window.is_empty() || window.len() > longest {
-            let expected = format!("1 to {longest} tokens (max_position_embeddings)");
+            let expected = format!("1 to {longest} tokens ({})", self.spec.limit);
             return Err(Error::range("window", expected, window.len()));
         }
         check_tokens(window, self.spec.vocab)
@@ -170,7 +170,7 @@ impl<S: TensorSource> Causal<S> {
         for prompt in prompts.iter().map(AsRef::as_ref) {
             let length = prompt.len().saturating_add(max_new);
             if length > longest {
-                let expected = format!("at most {longest} tokens (max_position_embeddings)");
+                let expected = format!("at most {longest} tokens ({})", self.spec.limit);
                 return Err(Error::range("prompt and continuation", expected, length));
             }
             self.check(prompt)?;

@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2, s};
 use super::norm;
 use crate::error::{Error, Locate, Result};
 use crate::families::SwitchSpec;
-use crate::forward::attention::softmax::{Bias, Heads, Mask, Span, attend};
+use crate::forward::attention::softmax::{Bias, Heads, Mask, Span, Terms, attend};
 use crate::forward::load::Loader;
 use crate::forward::moe::{FeedForward, Mlp};
 use crate::forward::norm::RmsNorm;
@@ -108,7 +108,8 @@ impl Attention {
         let q = self.q.view().forward(x.view(), cx.compute())?;
         let k = self.k.view().forward(context, cx.compute())?;
         let v = self.v.view().forward(context, cx.compute())?;
-        let mixed = attend([q.view(), k.view(), v.view()], spans, self.heads, mask, bias, cx)?;
+        let (qkv, terms) = ([q.view(), k.view(), v.view()], Terms { bias, sinks: None });
+        let mixed = attend(qkv, spans, self.heads, mask, terms, cx)?;
         self.o.view().forward(mixed.view(), cx.compute())
     }
 }
