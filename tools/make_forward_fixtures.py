@@ -106,6 +106,10 @@ MODELS = {
         intermediate_size=8, num_local_experts=4, rotary_dim=4))),
     "qwen3-next": tf.Qwen3NextConfig(**HYBRID, norm_topk_prob=True, attention_bias=True),
     "qwen3.5-moe": tf.Qwen3_5MoeTextConfig(**HYBRID),
+    "gpt-oss": tf.GptOssConfig(**(SMALL | dict(
+        intermediate_size=8, num_local_experts=4, sliding_window=6)),
+        **rope("yarn", theta=1.5e5, factor=8.0, beta_fast=8.0, beta_slow=1.0, truncate=False,
+               original_max_position_embeddings=16)),
 }
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
 # Tokens of a window, where 20 are too few: a chunk of the gated delta rule has 64.

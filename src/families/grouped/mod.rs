@@ -3,6 +3,7 @@
 mod dots;
 mod ernie;
 mod glm;
+mod gpt_oss;
 mod minimax;
 mod mixtral;
 mod olmo;
@@ -18,6 +19,7 @@ pub(super) const ALL: &[&[Family]] = &[
     dots::FAMILIES,
     ernie::FAMILIES,
     minimax::FAMILIES,
+    gpt_oss::FAMILIES,
 ];
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Families whose attention, norms or routers differ from what the forward pass knows.
 
-use crate::families::layout::{DBRX, FUSED, GPT_OSS, GRANITE, LLAMA4, MIXTRAL, QWEN};
+use crate::families::layout::{DBRX, FUSED, GRANITE, LLAMA4, MIXTRAL, QWEN};
 use crate::families::routing::{Renormalise, Routing, Scale};
 use crate::families::{Family, Forward, Runtimes};
 
@@ -38,13 +38,6 @@ pub(super) const FAMILIES: &[Family] = &[
     Family {
         model_types: &["granitemoe", "granitemoeshared"],
         layouts: &[&GRANITE],
-        routing: Routing::SOFTMAX_OF_TOP_K,
-        forward: Forward::Imported,
-        runtimes: Runtimes::BOTH,
-    },
-    Family {
-        model_types: &["gpt_oss"],
-        layouts: &[&GPT_OSS],
         routing: Routing::SOFTMAX_OF_TOP_K,
         forward: Forward::Imported,
         runtimes: Runtimes::BOTH,

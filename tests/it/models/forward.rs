@@ -38,7 +38,8 @@ const CAUSAL: [&str; 13] = [
 ];
 
 /// Families that differ from those by a few keys, read as a user reads them.
-const RELATIVES: [&str; 5] = ["glm4-moe", "glm4-moe-lite", "dots1", "ernie-4.5-moe", "minimax-m2"];
+const RELATIVES: [&str; 6] =
+    ["glm4-moe", "glm4-moe-lite", "dots1", "ernie-4.5-moe", "minimax-m2", "gpt-oss"];
 
 /// Families with a recurrence along the window, over more tokens than one of its chunks has.
 const RECURRENT: [&str; 2] = ["qwen3-next", "qwen3.5-moe"];
