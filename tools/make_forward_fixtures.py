@@ -47,6 +47,9 @@ HYBRID = SMALL | dict(moe_intermediate_size=8, num_experts=4, shared_expert_inte
                       linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
                       linear_value_head_dim=5, max_position_embeddings=256,
                       layer_types=["linear_attention", "full_attention"])
+INDEXED = SHARED | dict(num_key_value_heads=4, kv_lora_rank=6, q_lora_rank=7, qk_nope_head_dim=6,
+                        qk_rope_head_dim=4, v_head_dim=5, index_topk=32, index_head_dim=8,
+                        index_n_heads=2)
 YARN = dict(factor=4.0, mscale=1.0, mscale_all_dim=0.8, beta_fast=8, beta_slow=1,
             original_max_position_embeddings=16)
 MODELS = {
@@ -110,6 +113,8 @@ MODELS = {
         intermediate_size=8, num_local_experts=4, sliding_window=6)),
         **rope("yarn", theta=1.5e5, factor=8.0, beta_fast=8.0, beta_slow=1.0, truncate=False,
                original_max_position_embeddings=16)),
+    "deepseek-v3.2": tf.DeepseekV32Config(**INDEXED, n_group=2, topk_group=1),
+    "glm-5": tf.GlmMoeDsaConfig(**INDEXED),
 }
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
 # Tokens of a window, where 20 are too few: a chunk of the gated delta rule has 64.

@@ -1,5 +1,9 @@
 //! DeepSeek-V2 and V3; Kimi-K2 and GLM-4-MoE-lite are V3 under other names. Latent attention,
 //! shared experts, leading dense layers; V3 takes YaRN's temperature into the scores.
+//!
+//! DeepSeek-V3.2 and GLM-5 are V3 with an indexer that chooses `index_topk` keys for each query
+//! (arXiv 2512.02556, §2.1). In windows of at most so many tokens it chooses all, so that the dense
+//! pass is exact; longer windows are refused. The indexer's tensors are copied.
 
 use crate::error::Result;
 use crate::families::layout::{FUSED, QWEN};
@@ -38,24 +42,64 @@ pub(super) const FAMILIES: &[Family] = &[
         model_types: &["glm4_moe_lite"],
         layouts: &[&QWEN, &FUSED],
         routing: Routing::deepseek_v3(1.8, (1, 1)),
-        forward: Forward::Decoder(v3),
+        forward: Forward::Decoder(glm4_lite),
+        runtimes: Runtimes::UNKNOWN,
+    },
+    Family {
+        model_types: &["deepseek_v32"],
+        layouts: &[&QWEN, &FUSED],
+        routing: Routing::deepseek_v3(2.5, (8, 4)),
+        forward: Forward::Decoder(v32),
+        runtimes: Runtimes::UNKNOWN,
+    },
+    Family {
+        model_types: &["glm_moe_dsa"],
+        layouts: &[&QWEN, &FUSED],
+        routing: Routing::deepseek_v3(2.5, (1, 1)),
+        forward: Forward::Decoder(glm5),
         runtimes: Runtimes::UNKNOWN,
     },
 ];
 
 /// Neighbouring dimensions are rotated, always.
 fn v2(keys: Keys<'_>) -> Result<DecoderSpec> {
-    let spec = decoder(keys, Pairing::Neighbours, 2)?;
+    let spec = decoder(keys, 1e-6, Pairing::Neighbours, 2)?;
     Ok(DecoderSpec { mlp_bias: keys.flag("mlp_bias", false)?, ..spec })
 }
 
 /// Neighbouring dimensions are rotated, unless a key says otherwise.
-fn v3(keys: Keys<'_>) -> Result<DecoderSpec> {
+fn like_v3(keys: Keys<'_>, eps: f64) -> Result<DecoderSpec> {
     let neighbours = keys.flag("rope_interleave", true)?;
-    decoder(keys, if neighbours { Pairing::Neighbours } else { Pairing::Halves }, 1)
+    decoder(keys, eps, if neighbours { Pairing::Neighbours } else { Pairing::Halves }, 1)
 }
 
-fn decoder(keys: Keys<'_>, pairing: Pairing, shared: usize) -> Result<DecoderSpec> {
+fn v3(keys: Keys<'_>) -> Result<DecoderSpec> {
+    like_v3(keys, 1e-6)
+}
+
+fn glm4_lite(keys: Keys<'_>) -> Result<DecoderSpec> {
+    like_v3(keys, 1e-5)
+}
+
+fn v32(keys: Keys<'_>) -> Result<DecoderSpec> {
+    indexed(keys, decoder(keys, 1e-6, Pairing::Neighbours, 1)?)
+}
+
+fn glm5(keys: Keys<'_>) -> Result<DecoderSpec> {
+    indexed(keys, decoder(keys, 1e-5, Pairing::Neighbours, 1)?)
+}
+
+/// Windows are no longer than the number of keys that the indexer chooses.
+fn indexed(keys: Keys<'_>, spec: DecoderSpec) -> Result<DecoderSpec> {
+    let chosen = keys.optional_size("index_topk")?.unwrap_or(2048);
+    if chosen >= spec.longest_window {
+        return Ok(spec);
+    }
+    let limit = "index_topk: the forward pass has no sparse attention";
+    Ok(DecoderSpec { longest_window: chosen, limit, ..spec })
+}
+
+fn decoder(keys: Keys<'_>, eps: f64, pairing: Pairing, shared: usize) -> Result<DecoderSpec> {
     let d_rope = keys.size("qk_rope_head_dim")?;
     let rope = RopeDefaults { pairing, ..RopeDefaults::theta(1e4) };
     let attention = MixerSpec::Latent(LatentSpec {
@@ -70,5 +114,5 @@ fn decoder(keys: Keys<'_>, pairing: Pairing, shared: usize) -> Result<DecoderSpe
     });
     let mixers = vec![attention; keys.size("num_hidden_layers")?];
     let shared = SharedSpec::plain(keys, "n_shared_experts", shared)?;
-    Ok(DecoderSpec { shared, ..DecoderSpec::read(keys, 1e-6, mixers)? })
+    Ok(DecoderSpec { shared, ..DecoderSpec::read(keys, eps, mixers)? })
 }

@@ -38,8 +38,16 @@ const CAUSAL: [&str; 13] = [
 ];
 
 /// Families that differ from those by a few keys, read as a user reads them.
-const RELATIVES: [&str; 6] =
-    ["glm4-moe", "glm4-moe-lite", "dots1", "ernie-4.5-moe", "minimax-m2", "gpt-oss"];
+const RELATIVES: [&str; 8] = [
+    "glm4-moe",
+    "glm4-moe-lite",
+    "dots1",
+    "ernie-4.5-moe",
+    "minimax-m2",
+    "gpt-oss",
+    "deepseek-v3.2",
+    "glm-5",
+];
 
 /// Families with a recurrence along the window, over more tokens than one of its chunks has.
 const RECURRENT: [&str; 2] = ["qwen3-next", "qwen3.5-moe"];
@@ -106,6 +114,17 @@ fn logits_and_continuations_of_relatives_equal_the_references() {
 #[test]
 fn logits_and_continuations_of_recurrent_families_equal_the_references() {
     RECURRENT.iter().for_each(|name| logits_and_continuation_equal(name, FULL_TOLERANCE));
+}
+
+#[test]
+fn windows_beyond_the_keys_that_an_indexer_chooses_are_refused() {
+    for name in ["deepseek-v3.2", "glm-5"] {
+        let source = Checkpoint::open(folder_of(name)).unwrap();
+        let model = Causal::open(source, Context::cpu(0)).unwrap();
+        assert!(model.logits(&[1; 32]).is_ok(), "{name}");
+        let error = model.logits(&[1; 33]).unwrap_err().to_string();
+        assert!(error.contains("1 to 32 tokens (index_topk: "), "{error}");
+    }
 }
 
 /// `MCSMOE_FORWARD=MODEL_DIR:GOLDEN_DIR[,…]`: any checkpoint on this machine.
