@@ -50,6 +50,7 @@ HYBRID = SMALL | dict(moe_intermediate_size=8, num_experts=4, shared_expert_inte
 INDEXED = SHARED | dict(num_key_value_heads=4, kv_lora_rank=6, q_lora_rank=7, qk_nope_head_dim=6,
                         qk_rope_head_dim=4, v_head_dim=5, index_topk=32, index_head_dim=8,
                         index_n_heads=2)
+SHARED_AFTER = SMALL | dict(moe_intermediate_size=8)
 YARN = dict(factor=4.0, mscale=1.0, mscale_all_dim=0.8, beta_fast=8, beta_slow=1,
             original_max_position_embeddings=16)
 MODELS = {
@@ -115,6 +116,9 @@ MODELS = {
                original_max_position_embeddings=16)),
     "deepseek-v3.2": tf.DeepseekV32Config(**INDEXED, n_group=2, topk_group=1),
     "glm-5": tf.GlmMoeDsaConfig(**INDEXED),
+    "exaone-moe": tf.ExaoneMoeConfig(**(SHARED_AFTER | dict(
+        num_experts=4, num_shared_experts=1, sliding_window=6, routed_scaling_factor=1.5,
+        layer_types=["sliding_attention", "full_attention"], first_k_dense_replace=0))),
 }
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
 # Tokens of a window, where 20 are too few: a chunk of the gated delta rule has 64.

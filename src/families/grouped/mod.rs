@@ -2,6 +2,7 @@
 
 mod dots;
 mod ernie;
+mod exaone;
 mod glm;
 mod gpt_oss;
 mod minimax;
@@ -20,6 +21,7 @@ pub(super) const ALL: &[&[Family]] = &[
     ernie::FAMILIES,
     minimax::FAMILIES,
     gpt_oss::FAMILIES,
+    exaone::FAMILIES,
 ];
 
 #[cfg(test)]

@@ -38,7 +38,7 @@ const CAUSAL: [&str; 13] = [
 ];
 
 /// Families that differ from those by a few keys, read as a user reads them.
-const RELATIVES: [&str; 8] = [
+const RELATIVES: [&str; 9] = [
     "glm4-moe",
     "glm4-moe-lite",
     "dots1",
@@ -47,6 +47,7 @@ const RELATIVES: [&str; 8] = [
     "gpt-oss",
     "deepseek-v3.2",
     "glm-5",
+    "exaone-moe",
 ];
 
 /// Families with a recurrence along the window, over more tokens than one of its chunks has.
