@@ -113,6 +113,9 @@ pub(in crate::linalg) fn product<T: ComplexField + Copy + Send + Sync>(
     alpha: T,
     parallel: bool,
 ) -> Result<()> {
+    if out.is_empty() {
+        return Ok(());
+    }
     let (left, right) = (dense(a), dense(b));
     let (left, right) = (faer_ref(&left)?, faer_ref(&right)?);
     // An output that is not dense in either order is computed in a dense copy: rare.
@@ -186,9 +189,10 @@ fn tile_of(n: usize) -> usize {
     n.div_ceil(n.div_ceil(TILE).max(1)).next_multiple_of(16)
 }
 
-/// The matrix itself when it is dense in row or column order, else a dense copy.
+/// The matrix itself when it is dense in row or column order, else a dense copy; also of a part
+/// without elements, whose strides are those of the whole.
 fn dense<'a, T: Copy>(a: ArrayView2<'a, T>) -> CowArray<'a, T, Ix2> {
-    if a.is_standard_layout() || a.t().is_standard_layout() {
+    if !a.is_empty() && (a.is_standard_layout() || a.t().is_standard_layout()) {
         CowArray::from(a)
     } else {
         CowArray::from(a.as_standard_layout().into_owned())
@@ -258,6 +262,20 @@ mod tests {
     fn matrix(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
         let value = |(i, j)| ((i * 7919 + j * 104_729 + seed * 31) % 1013) as f32 / 506.5 - 1.0;
         Array2::from_shape_fn((rows, cols), value)
+    }
+
+    #[test]
+    fn parts_without_rows_or_depth_are_multiplied() {
+        let (a, b) = (matrix(7, 5, 1), matrix(5, 6, 2));
+        let cpu = Cpu::new();
+        let mut none = Array2::zeros((0, 6));
+        cpu.gemm(1.0, a.slice(ndarray::s![3..3, ..]), b.view(), 0.0, none.view_mut()).unwrap();
+        let (left, right) = (a.slice(ndarray::s![.., 2..2]), b.slice(ndarray::s![2..2, ..]));
+        let mut sums = Array2::ones((7, 6));
+        cpu.gemm(1.0, left, right, 1.0, sums.view_mut()).unwrap();
+        assert_eq!(sums, Array2::<f32>::ones((7, 6)));
+        cpu.gemm(1.0, left, right, 0.0, sums.view_mut()).unwrap();
+        assert_eq!(sums, Array2::<f32>::zeros((7, 6)));
     }
 
     fn naive(a: &ArrayView2<'_, f32>, b: &ArrayView2<'_, f32>) -> Array2<f64> {
