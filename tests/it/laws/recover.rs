@@ -88,7 +88,7 @@ fn with<'a>(
 fn solvers(ridge: f64) -> [LeastSquares; 3] {
     let features = LeastSquares { ridges: vec![ridge], token_limit: 0, ..LeastSquares::default() };
     let iterative =
-        LeastSquares { dense_limit: 0, iterations: 400, tolerance: 1e-7, ..features.clone() };
+        LeastSquares { dense_limit: 0, iterations: 200, tolerance: 0.0, ..features.clone() };
     let tokens = LeastSquares { dense_limit: 0, token_limit: 8192, ..features.clone() };
     [features, iterative, tokens]
 }
@@ -138,35 +138,45 @@ fn the_solvers_agree() {
     }
 }
 
-/// Eight wide experts of two a token, on inputs whose directions have very different energies.
+/// Sixteen wide experts of two a token.
 fn wide_layer(d: usize, f: usize) -> MergedLayer {
     let mut numbers = Numbers(31);
     let one = |numbers: &mut Numbers| {
         let (gate, up, down) = (numbers.matrix(f, d), numbers.matrix(f, d), numbers.matrix(d, f));
         Expert::swiglu(gate, up, down).unwrap()
     };
-    let experts = (0..8).map(|_| one(&mut numbers)).collect();
+    let experts = (0..16).map(|_| one(&mut numbers)).collect();
     let rule = RoutingRule::softmax(2, true);
-    let router = Router::new(numbers.matrix(8, d), None, None, rule).unwrap();
-    let (id, grouping) = (LayerId::causal(0), Grouping::identity(8));
+    let router = Router::new(numbers.matrix(16, d), None, None, rule).unwrap();
+    let (id, grouping) = (LayerId::causal(0), Grouping::identity(16));
     MergedLayer::new(id, experts, grouping, router, None).unwrap()
+}
+
+/// The layer without the second half of its experts.
+fn halved(layer: &MergedLayer) -> MergedLayer {
+    let kept = layer.experts.len() / 2;
+    let label = (0..layer.experts.len()).map(|e| (e < kept).then_some(e)).collect();
+    let grouping = Grouping::new(label, (0..kept).collect()).unwrap();
+    let (experts, router) = (layer.experts[..kept].to_vec(), layer.router.clone());
+    MergedLayer::new(layer.id, experts, grouping, router, None).unwrap()
 }
 
 #[test]
 fn five_passes_of_block_gauss_seidel_are_near_the_exact_fit_and_eight_are_there() {
     let (d, f) = (32, 96);
     let truth = wide_layer(d, f);
-    let start = perturbed(&truth, 4, 0.3, false);
+    let start = halved(&truth);
     let cx = Context::cpu(0);
     // Fewer tokens than the 768 features, and more.
-    for tokens in [600, 1600] {
-        let (mut x, noise) = (Numbers(7).matrix(tokens, d), Numbers(8).matrix(tokens, d));
+    for (tokens, ridges) in [(600, &[0.1, 1.0][..]), (1600, &[0.01, 0.1, 1.0])] {
+        let mut x = Numbers(7).matrix(tokens, d);
+        // Directions of very different energies, as hidden states have.
         for (i, mut column) in x.columns_mut().into_iter().enumerate() {
             column *= 3.0 * 0.9f32.powi(i as i32);
         }
-        let targets = output(&truth, &x, false) + 0.1 * noise;
+        let targets = output(&truth, &x, false);
         let task = with(&x, &targets, false, tokens / 10);
-        for ridge in [0.01, 0.1, 1.0] {
+        for &ridge in ridges {
             let dense =
                 LeastSquares { ridges: vec![ridge], token_limit: 0, ..LeastSquares::default() };
             let error = |solver: LeastSquares| {
@@ -177,9 +187,9 @@ fn five_passes_of_block_gauss_seidel_are_near_the_exact_fit_and_eight_are_there(
                 error(LeastSquares { dense_limit, iterations, tolerance, ..dense.clone() })
             };
             let (exact, five, eight) = (error(dense.clone()), after(5), after(8));
-            assert!(exact < 0.9 * task.error(&start, &cx).unwrap());
-            let shares = (five / exact, eight / exact);
-            assert!(shares.0 < 1.025 && shares.1 < 1.002, "{tokens} {ridge}: {shares:?}");
+            assert!(exact < 0.95 * task.error(&start, &cx).unwrap(), "{tokens} {ridge}");
+            let [five, eight] = [five, eight].map(|error| error / exact);
+            assert!(five < 1.025 && eight < 1.002, "{tokens} {ridge}: {five} {eight}");
         }
     }
 }
