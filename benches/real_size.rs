@@ -4,9 +4,9 @@
 //! cargo bench --bench real_size -- [SHAPE] [TOKENS] [DIVIDE]
 //! ```
 //!
-//! `SHAPE` is `qwen3-30b-a3b` (128 experts of 768 × 2048, 8 a token) or `mixtral` (8 of 14336 × 4096,
-//! 2 a token), both sides of every matrix divided by `DIVIDE`; half of the experts are kept. Without
-//! arguments a sixteenth of the former on 2,048 tokens, which takes seconds.
+//! `SHAPE` is `qwen3-30b-a3b` (128 experts of 768 × 2048, 8 a token) or `mixtral` (8 of 14336 ×
+//! 4096, 2 a token), both sides of every matrix divided by `DIVIDE`; half of the experts are kept.
+//! Without arguments a sixteenth of the former on 2,048 tokens, which takes seconds.
 //!
 //! The layer is random. Calibration is the forward pass of its routed experts: attention, which
 //! calibration also pays for, is left out. Recoverers are those of the presets; of distillation one

@@ -24,8 +24,8 @@ impl InputKind {
     /// everything else is text.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`]; [`ErrorKind::Format`] for a safetensors file that is damaged or is neither
-    /// of the two, with its tensors. Each names the path.
+    /// [`ErrorKind::Io`]; [`ErrorKind::Format`] for a safetensors file that is damaged or is
+    /// neither of the two, with its tensors. Each names the path.
     pub fn of(path: &Path) -> Result<Self> {
         // Several paths with commas between them are text.
         let list = !path.exists() && path.to_str().is_some_and(|text| text.contains(','));

@@ -51,9 +51,9 @@ impl Text {
     /// than the model allows, a text that is shorter than a window, a token outside the model's
     /// vocabulary, a mix of names that are no sources; [`ErrorKind::Io`](crate::ErrorKind::Io) for
     /// a missing file; [`ErrorKind::Format`](crate::ErrorKind::Format) for a damaged one;
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for a file of another kind, a model
-    /// without `tokenizer.json`, and for text in a build without the feature `text`. Each names the
-    /// file.
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) for a file of another kind, a
+    /// model without `tokenizer.json`, and for text in a build without the feature `text`. Each
+    /// names the file.
     pub fn read(path: &Path, model: &Path, limits: Limits, options: &TextOptions) -> Result<Self> {
         let window = options.window.unwrap_or(limits.usual.min(limits.longest));
         if window == 0 || window > limits.longest {

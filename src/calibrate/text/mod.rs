@@ -1,7 +1,7 @@
 //! Text in: files become windows of token ids, for calibration and evaluation alike.
 //!
-//! [`Text::read`] takes one file or a folder. A file is a *source*; of a folder every file and every
-//! subfolder is one, in order of their names.
+//! [`Text::read`] takes one file or a folder. A file is a *source*; of a folder every file and
+//! every subfolder is one, in order of their names.
 //!
 //! | file | holds |
 //! |---|---|

@@ -279,9 +279,9 @@ fn best_combination(
     (lengths.collect(), gained)
 }
 
-/// For every output feature (row of `δ`) the length of the step along `δ` that lowers
-/// `‖R‖² + λ ‖Δ‖²` most, `⟨δ, g⟩ / (‖Φ δ‖² + λ ‖δ‖²)` with `g = Φᵀ R − λ Δ`; 0 where there is nothing
-/// to gain.
+/// For every output feature (row of `δ`) the length of the step along `δ` that lowers `‖R‖² + λ
+/// ‖Δ‖²` most, `⟨δ, g⟩ / (‖Φ δ‖² + λ ‖δ‖²)` with `g = Φᵀ R − λ Δ`; 0 where there is nothing to
+/// gain.
 fn best_lengths(
     step: &Array2<f32>,
     gradient: &Array2<f32>,
