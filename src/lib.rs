@@ -41,9 +41,9 @@
 //! recovery and writing.
 //!
 //! [`pipeline`] is the only module that knows this order. The values that stages exchange are in
-//! [`model`] and valid by construction; [`linalg`] has the arithmetic. The same input gives the same
-//! bytes at any number of threads. `report`, behind a feature of that name, shows a run as a page
-//! with pictures and as a model card.
+//! [`model`] and valid by construction; [`linalg`] has the arithmetic. The same input gives the
+//! same bytes at any number of threads. `report`, behind a feature of that name, shows a run as a
+//! page with pictures and as a model card.
 //!
 //! # A stage of one's own
 //!

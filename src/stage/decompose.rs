@@ -141,8 +141,8 @@ impl RankBudget {
     /// Fails unless the budget fits an `(m, n)` matrix with `available` rows (or columns) to keep.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfRange`] for a rank above `min(m, n)`, more than `available` rows, or neither
-    /// rank nor rows.
+    /// [`ErrorKind::OutOfRange`] for a rank above `min(m, n)`, more than `available` rows, or
+    /// neither rank nor rows.
     pub fn check(&self, (m, n): (usize, usize), available: usize) -> Result<()> {
         if self.rank > m.min(n) {
             return Err(Error::range("rank", format!("at most {}", m.min(n)), self.rank));

@@ -6,8 +6,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `.txt` | UTF-8 text, one document |
-//! | `.jsonl`, `.json` | JSON objects, a document each: a `text` field, another by [`TextOptions::field`], or a conversation |
-//! | `.safetensors` | one tensor of token ids, `[n]` or `[windows, length]`, and perhaps its `attention_mask` |
+//! | `.jsonl`, `.json` | objects with a `text` field, [another](TextOptions::field), or a conversation |
+//! | `.safetensors` | token ids, `[n]` or `[windows, length]`, and perhaps their `attention_mask` |
 //!
 //! Text files may be compressed by gzip or Zstandard. Conversations are `messages`,
 //! `conversations` (ShareGPT) or pairs such as `prompt` and `response`; the model's own chat

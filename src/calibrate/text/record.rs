@@ -95,7 +95,8 @@ impl TextRecord {
             && self.tokens < (asked - asked % window.max(1)) as u64
         {
             found.push(format!(
-                "{asked} tokens asked for, {} used: the text has no more windows of {window} tokens",
+                "{asked} tokens asked for, {} used: the text has no more windows of {window} \
+                 tokens",
                 self.tokens
             ));
         }

@@ -22,7 +22,8 @@ const STAGES: &[&str] = &[
     "decompose",
 ];
 
-/// What a module may import from the crate; `None` is the pipeline layer, which may import everything.
+/// What a module may import from the crate; `None` is the pipeline layer, which may import
+/// everything.
 fn allowed(module: &str) -> Option<Vec<&'static str>> {
     let set = match module {
         "error" => &[][..],

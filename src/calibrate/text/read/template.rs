@@ -268,7 +268,8 @@ mod tests {
                 "<s>[user] hi <b>é</s>\n",
             ),
             (
-                "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}\
+                "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}\
+              {%- set ns.n = ns.n + 1 -%}\
               {%- generation -%}{{ m.content[1:3] + '' }}{%- endgeneration -%}{%- endfor -%}\
               {{ ns.n }}",
                 "hi1",
@@ -299,7 +300,8 @@ mod tests {
         assert!(error.contains("--chat-template plain"), "{error}");
         assert_eq!(open(&Conversations::Plain).render(&said).unwrap(), "c");
         let named = json!({ "chat_template": [
-            { "name": "tool_use", "template": "t" }, { "name": "default", "template": "config" }] });
+            { "name": "tool_use", "template": "t" },
+            { "name": "default", "template": "config" }] });
         std::fs::write(dir.path().join(CONFIG), named.to_string()).unwrap();
         assert_eq!(open(&Conversations::Template).render(&said).unwrap(), "config");
         std::fs::write(dir.path().join(FILE), "file").unwrap();
