@@ -4,8 +4,8 @@
 Loads each folder as its users do, AutoModelForCausalLM.from_pretrained(trust_remote_code=True),
 without missing, unexpected or mismatched tensors, and compares the logits on fixed tokens, in f32,
 with those of this crate (`benches/peers/logits.rs`). Prints JSON, a line for each; the status is 1
-when a difference is above the tolerance. --dtype auto computes in the stored type instead and only looks
-for finite logits. Needs what tools/stock.py needs.
+when a difference is above the tolerance. --dtype auto computes in the stored type instead and only
+looks for finite logits. Needs what tools/stock.py needs.
 """
 
 import argparse
