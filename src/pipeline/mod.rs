@@ -26,7 +26,7 @@ mod verify;
 pub use activations::calibration::Calibration;
 pub use activations::collect::{calibrate, calibrate_to_file, calibrate_to_file_observed};
 pub use activations::own_text::{OwnTextOptions, own_text};
-pub use activations::tokens::{CalibrateOptions, Tokens};
+pub use activations::tokens::{CalibrateOptions, TextTokens, Tokens};
 pub use builder::{Pipeline, PipelineBuilder};
 pub use evaluate::compare::{Comparison, LayerError, compare};
 pub use evaluate::generation::{LoopOptions, Loops, generate, loops};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use mcsmoe::calibrate::text::{Conversations, Select, Separator, SpecialTokens, TextOptions};
 use mcsmoe::linalg::{Compute, Cpu};
 use mcsmoe::pipeline::{ExportChoice, Keep, Output, Recipe};
 
@@ -120,6 +121,69 @@ pub(crate) struct TextArgs {
     /// Seed of the drawing.
     #[arg(long, value_name = "SEED", default_value = "7")]
     pub(crate) text_seed: u64,
+    /// The field of JSON objects that holds the text or the messages; `text`, or a conversation.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) field: Option<String>,
+    /// Shares of the files and subfolders of a folder, `code=0.5,prose=0.5`; equal unless given.
+    #[arg(long, value_name = "NAME=SHARE,…", value_delimiter = ',', value_parser = share)]
+    pub(crate) mix: Vec<(String, f64)>,
+    /// What begins every window: `tokenizer` (as its post-processor says), `bos`, `none`.
+    #[arg(long, value_name = "WHICH", default_value = "tokenizer", value_parser = special)]
+    pub(crate) special_tokens: SpecialTokens,
+    /// The token between two documents, `eos`, `none`, or a token of the vocabulary.
+    #[arg(long, value_name = "TOKEN", default_value = "eos", value_parser = separator)]
+    pub(crate) separator: Separator,
+    /// What makes text of conversations: `model` (its own chat template), `plain` (none), a file.
+    #[arg(long, value_name = "FILE", default_value = "model", value_parser = conversations)]
+    pub(crate) chat_template: Conversations,
+}
+
+impl TextArgs {
+    /// How calibration text is cut and chosen.
+    pub(crate) fn options(&self) -> TextOptions {
+        TextOptions {
+            window: self.window,
+            select: Select::Tokens(self.tokens),
+            seed: self.text_seed,
+            field: self.field.clone(),
+            mix: self.mix.clone(),
+            special_tokens: self.special_tokens,
+            separator: self.separator.clone(),
+            conversations: self.chat_template.clone(),
+        }
+    }
+}
+
+/// `code=0.5`.
+fn share(text: &str) -> Result<(String, f64), String> {
+    let wrong = || "a name and its share, code=0.5".to_owned();
+    let (name, share) = text.rsplit_once('=').ok_or_else(wrong)?;
+    Ok((name.to_owned(), share.parse().map_err(|_| wrong())?))
+}
+
+fn special(text: &str) -> Result<SpecialTokens, String> {
+    match text {
+        "tokenizer" => Ok(SpecialTokens::Tokenizer),
+        "bos" => Ok(SpecialTokens::Bos),
+        "none" => Ok(SpecialTokens::None),
+        _ => Err("tokenizer, bos or none".into()),
+    }
+}
+
+fn separator(text: &str) -> Result<Separator, std::convert::Infallible> {
+    Ok(match text {
+        "eos" => Separator::Eos,
+        "none" => Separator::None,
+        token => Separator::Token(token.to_owned()),
+    })
+}
+
+fn conversations(text: &str) -> Result<Conversations, std::convert::Infallible> {
+    Ok(match text {
+        "model" => Conversations::Template,
+        "plain" => Conversations::Plain,
+        file => Conversations::File(file.into()),
+    })
 }
 
 /// How a run is carried out.

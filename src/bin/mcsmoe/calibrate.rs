@@ -5,16 +5,16 @@ use std::time::Instant;
 
 use clap::builder::PossibleValuesParser;
 use mcsmoe::Recipe;
-use mcsmoe::calibrate::StatsFile;
+use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::Stack;
-use mcsmoe::pipeline::{CalibrateOptions, Keep, Tokens, calibrate_to_file_observed};
+use mcsmoe::pipeline::{CalibrateOptions, Keep, TextTokens, Tokens, calibrate_to_file_observed};
 use mcsmoe::stage::{Context, Needs};
 use serde_json::json;
 
 use crate::args::{Global, TextArgs, bytes};
-use crate::exit::Outcome;
-use crate::progress::{Progress, peak_memory};
+use crate::exit::{Failure, Outcome};
+use crate::progress::{Progress, peak_memory, warn};
 use crate::show::{Show, count, time};
 
 /// Run text through the model, one layer in memory at a time, and write what its routers did.
@@ -22,7 +22,7 @@ use crate::show::{Show, count, time};
 pub(crate) struct Args {
     /// The folder of a checkpoint.
     model: PathBuf,
-    /// A .txt or .jsonl file, token ids in a .safetensors file, or a folder of these.
+    /// Text (.txt, .jsonl, .json, also .gz and .zst), token ids (.safetensors), or a folder.
     text: PathBuf,
     /// The statistics file to write.
     stats: PathBuf,
@@ -39,6 +39,9 @@ pub(crate) struct Args {
     /// Bytes of hidden states in memory; above, they go to a scratch file.
     #[arg(long, value_name = "BYTES", default_value = "2GiB", value_parser = bytes)]
     states_memory: u64,
+    /// Replace the statistics file if it is there. A file that is no statistics file stays.
+    #[arg(long)]
+    force: bool,
     /// Print what would be collected and write nothing.
     #[arg(long)]
     dry_run: bool,
@@ -49,13 +52,19 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let source = Checkpoint::open(&args.model)?;
     let needs = needs(args)?;
-    let TextArgs { tokens, window, text_seed } = args.text_args;
-    let tokens = Tokens::read(&source, &args.text, window, tokens, text_seed)?;
+    if !args.dry_run {
+        check_target(args)?;
+    }
+    let TextTokens { tokens, record } =
+        Tokens::from_text(&source, &args.text, &args.text_args.options())?;
+    warn(global, &record);
     let read = tokens.of(Stack::Causal);
     let collected: Vec<&str> = needs.names().collect();
     let layers = source.layers().len();
     if args.dry_run {
-        let value = json!({ "tokens": read, "layers": layers, "collects": collected });
+        let value = json!({
+            "tokens": read, "layers": layers, "collects": collected, "text": record,
+        });
         return show.result(&value, |out| {
             writeln!(out, "{} tokens, {layers} MoE layers", count(read))?;
             writeln!(out, "collects {}", collected.join(", "))
@@ -64,7 +73,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let options = CalibrateOptions {
         samples: args.samples,
         memory: args.states_memory,
-        cx: Context::on(global.compute()?, text_seed),
+        cx: Context::on(global.compute()?, args.text_args.text_seed),
         ..CalibrateOptions::default()
     };
     let progress = Progress::new(global, &source);
@@ -75,12 +84,28 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let held = StatsFile::open(&args.stats)?.layers().len();
     let value = json!({
         "stats": args.stats, "tokens": read, "layers": held, "collects": collected,
-        "seconds": seconds, "peak_memory": peak,
+        "seconds": seconds, "peak_memory": peak, "text": record,
     });
     show.result(&value, |out| {
         let path = args.stats.display();
         writeln!(out, "{path}: {held} layers, {} tokens, {}", count(read), time(seconds))
     })
+}
+
+/// Refuses to write over a file, but over statistics with --force.
+fn check_target(args: &Args) -> Outcome {
+    let Args { stats, force, .. } = args;
+    if !stats.exists() {
+        return Ok(());
+    }
+    let shown = stats.display();
+    if !force {
+        return Err(Failure::Usage(format!("{shown} exists; --force replaces a statistics file")));
+    }
+    match InputKind::of(stats) {
+        Ok(InputKind::Statistics) => Ok(()),
+        _ => Err(Failure::Usage(format!("{shown} is no statistics file: it stays as it is"))),
+    }
 }
 
 fn needs(args: &Args) -> Outcome<Needs> {

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use mcsmoe::calibrate::text::TextRecord;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::LayerId;
 use mcsmoe::pipeline::{Observer, Phase, Report};
@@ -20,6 +21,15 @@ pub(crate) fn peak_memory() -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// What a user should know of a text; with --json it is in the report.
+pub(crate) fn warn(global: &Global, text: &TextRecord) {
+    if !global.json {
+        for warning in text.warnings() {
+            let _ = writeln!(std::io::stderr(), "warning: {warning}");
+        }
+    }
 }
 
 /// How progress is shown.

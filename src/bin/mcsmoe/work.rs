@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::{Checkpoint, Partial};
-use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, plan};
+use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, Tokens, plan};
 use serde::Serialize;
 
 use crate::args::{Global, Method, Running, TextArgs};
 use crate::exit::{Failure, Outcome};
 use crate::paper;
-use crate::progress::{Progress, peak_memory};
+use crate::progress::{Progress, peak_memory, warn};
 use crate::report;
 use crate::show::{Show, bytes, time};
 
@@ -20,7 +20,7 @@ use crate::show::{Show, bytes, time};
 pub(crate) struct Places {
     /// The folder of a checkpoint.
     pub(crate) model: PathBuf,
-    /// Text (.txt, .jsonl, token ids, or a folder of these), or a statistics file.
+    /// Text (.txt, .jsonl, .json, also .gz and .zst), token ids, a folder, or a statistics file.
     pub(crate) calibration: PathBuf,
     /// The folder to write; it appears when it is whole.
     pub(crate) target: PathBuf,
@@ -62,9 +62,14 @@ pub(crate) fn calibration(
     source: &Checkpoint,
     path: &Path,
     text: &TextArgs,
+    global: &Global,
 ) -> Outcome<Calibration> {
-    let TextArgs { tokens, window, text_seed } = *text;
-    Ok(Calibration::read(source, path, window, tokens, text_seed)?)
+    if InputKind::of(path)? == InputKind::Statistics {
+        return Ok(path.into());
+    }
+    let read = Tokens::from_text(source, path, &text.options())?;
+    warn(global, &read.record);
+    Ok(read.tokens.into())
 }
 
 /// Writes the target.
@@ -73,7 +78,7 @@ pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<
     let start = Instant::now();
     let source = Checkpoint::open(&places.model)?;
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
-    let given = calibration(&source, &places.calibration, text)?;
+    let given = calibration(&source, &places.calibration, text, global)?;
     let is_text = !matches!(given, Calibration::Statistics(_));
     let output = bounded(&source, recipe, task, is_text)?;
     let progress = Progress::new(global, &source);

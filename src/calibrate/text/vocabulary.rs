@@ -112,6 +112,20 @@ impl Vocabulary {
         }
     }
 
+    /// Tokens that end a continuation, as `generation_config.json` says beside the config.
+    ///
+    /// # Errors
+    /// [`Io`](crate::ErrorKind::Io) and [`Format`](crate::ErrorKind::Format) with the file.
+    pub fn ends(&self) -> Result<Vec<u32>> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let value = json(&folder.join("generation_config.json"))?["eos_token_id"].take();
+        let ids = match value {
+            Value::Array(ids) => ids,
+            other => vec![other],
+        };
+        Ok(ids.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()).collect())
+    }
+
     /// A token that the model has no row for.
     pub(super) fn beyond(&self, id: u32, vocab: usize) -> Error {
         let expected = format!("below the model's vocabulary of {vocab}");

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use crate::calibrate::text::{Select, Text, TextOptions};
+use crate::calibrate::text::{Select, Text, TextOptions, TextRecord};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::model::Stack;
@@ -18,6 +18,15 @@ pub enum Tokens {
     /// Input and targets of an encoder-decoder model. The decoder reads the targets shifted right
     /// behind the start token.
     Pairs(Vec<(Vec<u32>, Vec<u32>)>),
+}
+
+/// Token ids of a text, and the record of the files that they come from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TextTokens {
+    /// The ids.
+    pub tokens: Tokens,
+    /// The files, how they were cut, and which windows were drawn.
+    pub record: TextRecord,
 }
 
 impl From<Vec<Vec<u32>>> for Tokens {
@@ -54,13 +63,36 @@ impl Tokens {
         Self::cut(&subject, path, &options)
     }
 
+    /// Windows of a text with all options, and what was read.
+    ///
+    /// # Errors
+    /// As [`Tokens::read`].
+    pub fn from_text(
+        source: &Checkpoint,
+        path: &Path,
+        options: &TextOptions,
+    ) -> Result<TextTokens> {
+        let subject = Subject::open(source, &Context::cpu(options.seed))?;
+        Self::recorded(&subject, path, options)
+    }
+
     /// Reads and cuts a text as the model wants it.
     pub(crate) fn cut(subject: &Subject<'_>, path: &Path, options: &TextOptions) -> Result<Self> {
+        Ok(Self::recorded(subject, path, options)?.tokens)
+    }
+
+    /// Reads and cuts a text as the model wants it, and records what was read.
+    pub(crate) fn recorded(
+        subject: &Subject<'_>,
+        path: &Path,
+        options: &TextOptions,
+    ) -> Result<TextTokens> {
         let text = Text::read(path, subject.checkpoint.dir(), subject.limits(), options)?;
-        Ok(match subject.items(&text, options.seed)? {
+        let tokens = match subject.items(&text, options.seed)? {
             Items::Causal(windows) => Self::Windows(windows),
             Items::Pairs(pairs) => Self::Pairs(pairs),
-        })
+        };
+        Ok(TextTokens { tokens, record: text.record().clone() })
     }
 
     /// Whether there is no window.

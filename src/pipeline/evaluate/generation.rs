@@ -85,7 +85,9 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
 }
 
 /// The most likely continuation of `prompt`, at most `max_new` tokens, as text. Encoder-decoder
-/// models read the prompt as it is, and may be given sentinels (`<extra_id_0>`) to fill.
+/// models read the prompt as it is, and may be given sentinels (`<extra_id_0>`) to fill. The prompt
+/// gets the special tokens that the tokenizer puts around a text; the end tokens are those of
+/// `config.json` and `generation_config.json`.
 ///
 /// # Errors
 /// As [`loops`], and those of the tokenizer.
@@ -99,7 +101,11 @@ pub fn generate(folder: &Path, prompt: &str, max_new: usize) -> Result<String> {
         Model::Causal(model) => model.generate_each(&prompt, max_new)?,
         Model::Switch(model) => model.generate_each(&prompt, max_new)?,
     };
-    vocabulary.decode(&new.concat())
+    let (mut new, ends) = (new.concat(), vocabulary.ends()?);
+    if let Some(end) = new.iter().position(|id| ends.contains(id)) {
+        new.truncate(end + 1);
+    }
+    vocabulary.decode(&new)
 }
 
 fn continuations(
