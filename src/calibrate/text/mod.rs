@@ -6,7 +6,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `.txt` | UTF-8 text, one document |
-//! | `.jsonl`, `.json` | objects: a `text` field, [another](TextOptions::field), or a conversation |
+//! | `.jsonl`, `.json` | a `text` field, [another](TextOptions::field), or a conversation |
 //! | `.safetensors` | token ids, `[n]` or `[windows, length]`, and perhaps their `attention_mask` |
 //!
 //! Text files may be compressed by gzip or Zstandard. Conversations are `messages`,

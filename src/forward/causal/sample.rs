@@ -179,23 +179,24 @@ impl<'a, S: TensorSource> Writer<'a, S> {
 /// The smallest id at which the summed probabilities of the allowed ids exceed `at`, of 0 to 1.
 fn drawn(logits: ArrayView1<'_, f32>, options: &SampleOptions, at: f64) -> Result<u32> {
     let scale = (1.0 / options.temperature) as f32;
-    let masked = logits.iter().zip(&options.allowed);
+    let allowed = |id: usize| options.allowed.get(id).copied().unwrap_or(false);
+    let masked = logits.iter().enumerate();
     let mut weights: Vec<f32> =
-        masked.map(|(z, &yes)| if yes { z * scale } else { f32::NEG_INFINITY }).collect();
+        masked.map(|(id, z)| if allowed(id) { z * scale } else { f32::NEG_INFINITY }).collect();
     exp_shifted(&mut weights);
-    let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+    // The exponential is a little above 0 also for −∞.
+    let weights = weights.into_iter().enumerate().filter(|&(id, _)| allowed(id));
+    let total: f64 = weights.clone().map(|(_, weight)| f64::from(weight)).sum();
     let mut sum = 0.0;
     let mut last = None;
-    for (id, &weight) in weights.iter().enumerate() {
-        if weight > 0.0 {
-            sum += f64::from(weight);
-            last = Some(id as u32);
-            if sum > at * total {
-                break;
-            }
+    for (id, weight) in weights {
+        sum += f64::from(weight);
+        last = Some(id as u32);
+        if sum > at * total {
+            break;
         }
     }
-    last.ok_or_else(|| Error::range("probability of a token", "above 0 for one at least", total))
+    last.ok_or_else(|| Error::range("tokens that may be drawn", "at least one", 0))
 }
 
 #[cfg(test)]
