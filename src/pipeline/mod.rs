@@ -47,7 +47,8 @@ pub use report::{
 };
 pub use run::distributed::PartReport;
 pub use run::in_memory::Merged;
-pub use run::{Output, merge_then_compress};
+pub use run::merge_then_compress;
+pub use run::output::Output;
 pub use verify::{Check, TensorFate, Verdict, Verification, verify};
 
 /// Indented JSON.

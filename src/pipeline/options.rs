@@ -5,11 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::size::Ranks;
 use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Budget, LayerId, RoutingRule, Target};
-use crate::stage::{Aligner, Compressor, Merger, Needs, Recoverer, RouterMerger};
+use crate::stage::Aligner;
 
 /// How many experts stay.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -75,7 +74,7 @@ impl RecoverOn {
     }
 
     /// Whether the original's own stream gives targets.
-    pub(crate) fn taps(self) -> bool {
+    pub(crate) fn captures_original(self) -> bool {
         self != Self::SameInput
     }
 }
@@ -100,50 +99,6 @@ pub struct Alignment {
     pub reference: Reference,
     /// When.
     pub when: AlignWhen,
-}
-
-/// The second pass's stages and policy.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Plan<'a> {
-    pub(crate) merger: &'a dyn Merger,
-    pub(crate) router: Option<&'a dyn RouterMerger>,
-    pub(crate) alignment: Option<&'a Alignment>,
-    pub(crate) routing_groups: RoutingGroupPolicy,
-    pub(crate) top_k: Option<usize>,
-    /// What brings the merged layer back towards the original's output; needs samples.
-    pub(crate) recoverer: Option<&'a dyn Recoverer>,
-    /// What compresses the merged and recovered layer.
-    pub(crate) compressor: Option<&'a dyn Compressor>,
-    /// What a size budget leaves of the matrices.
-    pub(crate) ranks: Option<&'a Ranks>,
-    /// Whether the compressor gets second moments; needs samples.
-    pub(crate) moments: bool,
-    /// Whether output errors are measured; needs samples.
-    pub(crate) measure_error: bool,
-    /// Whether singular values are; `None` where it is cheap.
-    pub(crate) measure_spectra: Option<bool>,
-}
-
-impl Plan<'_> {
-    pub(crate) fn merge_needs(&self) -> Needs {
-        let in_groups = self.alignment.filter(|a| a.when == AlignWhen::InGroups);
-        self.merger.needs()
-            | self.router.map_or(Needs::NONE, |r| r.needs())
-            | in_groups.map_or(Needs::NONE, |a| a.aligner.needs())
-            | self.recoverer.map_or(Needs::NONE, |r| r.needs() | Needs::SAMPLES)
-            | self.compressor.map_or(Needs::NONE, |c| c.needs())
-            | if self.measure_error || self.moments { Needs::SAMPLES } else { Needs::NONE }
-    }
-
-    /// The policy of a narrowed router.
-    pub(crate) fn stock_rule(&self, rule: &RoutingRule) -> RoutingRule {
-        let flatten = self.routing_groups == RoutingGroupPolicy::Flatten;
-        RoutingRule {
-            top_k: self.top_k.map_or(rule.top_k, |k| k.min(rule.top_k)),
-            groups: rule.groups.filter(|g| !flatten && g.groups > 1),
-            ..*rule
-        }
-    }
 }
 
 /// The number of experts of each layer that takes part, with its routing policy after merging.

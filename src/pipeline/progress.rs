@@ -46,3 +46,21 @@ pub trait Observer: Send + Sync {
 pub struct Silent;
 
 impl Observer for Silent {}
+
+/// The layer that a run is at.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerProgress<'a> {
+    pub(crate) observer: &'a dyn Observer,
+    pub(crate) layer: LayerId,
+    /// Layers before it.
+    pub(crate) done: usize,
+    /// Layers in all.
+    pub(crate) total: usize,
+}
+
+impl LayerProgress<'_> {
+    /// Announces a phase.
+    pub(crate) fn started(&self, phase: Phase) {
+        self.observer.layer_started(self.layer, phase, self.done, self.total);
+    }
+}

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::Result;
 use crate::model::{Expert, Grouping, LayerId, RoutingRule};
+use crate::pipeline::builder::Pipeline;
 use crate::pipeline::layer::spectra::SpectrumReport;
+use crate::stage::Stage;
 
 /// A count before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -203,11 +205,49 @@ impl Report {
         read_json(&file, "read report", "report")
     }
 
+    /// The report as a JSON value, for the manifest of a folder.
+    pub(crate) fn to_value(&self) -> crate::Result<serde_json::Value> {
+        to_value("report", self)
+    }
+
+    /// The report of a run of `pipeline`, without what only a written folder has.
+    pub(crate) fn of(pipeline: &Pipeline, layers: Vec<LayerReport>) -> Self {
+        let name = |kind: &str, stage: &dyn Stage| format!("{kind} {}", stage.name());
+        let mut stages = vec![name("similarity", &pipeline.similarity)];
+        if let Some(a) = &pipeline.alignment {
+            stages.push(name("align", &a.aligner));
+        }
+        stages.push(name("group", &pipeline.grouper));
+        stages.push(name("merge", &pipeline.merger));
+        if let Some(router) = &pipeline.router {
+            stages.push(name("router", router));
+        }
+        if let Some(recoverer) = &pipeline.recoverer {
+            stages.push(name("recover", recoverer));
+        }
+        if let Some(compressor) = &pipeline.compressor {
+            stages.push(format!("compress {}", compressor.name()));
+        }
+        Self {
+            mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
+            family: None,
+            recipe: pipeline.recipe.clone(),
+            stages,
+            device: pipeline.cx.compute().name().into(),
+            factorise: pipeline.cx.backend().name().into(),
+            seed: pipeline.cx.seed(),
+            tokens: 0,
+            experts: Self::total(&layers, |l| l.experts),
+            expert_parameters: Self::total(&layers, |l| l.expert_parameters),
+            flops_per_token: Self::total(&layers, |l| l.flops_per_token),
+            compression: CompressionReport::total(&layers),
+            written: None,
+            layers,
+        }
+    }
+
     /// Sums a per-layer figure over all layers.
-    pub(crate) fn total(
-        layers: &[LayerReport],
-        of: impl Fn(&LayerReport) -> Change<u64>,
-    ) -> Change<u64> {
+    fn total(layers: &[LayerReport], of: impl Fn(&LayerReport) -> Change<u64>) -> Change<u64> {
         let sum = |pick: fn(Change<u64>) -> u64| layers.iter().map(|l| pick(of(l))).sum();
         Change { before: sum(|c| c.before), after: sum(|c| c.after) }
     }
@@ -248,4 +288,13 @@ pub(crate) fn groups_of(grouping: &Grouping, usage: &[f64]) -> (Vec<GroupReport>
     };
     let dropped = (0..grouping.experts()).filter(|&i| grouping.labels()[i].is_none()).collect();
     ((0..grouping.groups()).map(group).collect(), dropped)
+}
+
+/// A JSON value; an error for what JSON cannot hold, as a number that is not finite.
+pub(crate) fn to_value(
+    format: &'static str,
+    value: &impl Serialize,
+) -> crate::Result<serde_json::Value> {
+    serde_json::to_value(value)
+        .map_err(|e| crate::ErrorKind::Format { format, reason: e.to_string() }.into())
 }

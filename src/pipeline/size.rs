@@ -6,16 +6,18 @@
 
 use std::collections::BTreeMap;
 
-use super::builder::Pipeline;
 use crate::checkpoint::{Checkpoint, Factoring, WritePlan};
 use crate::decompose::allocate_bytes;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Expert, LayerId, MoeLayer};
-use crate::pipeline::layer::process::{self, Source};
-use crate::pipeline::options::Plan;
-use crate::pipeline::progress::{Observer, Phase};
-use crate::pipeline::run::in_memory::Decided;
-use crate::stage::{Compression, Compressor, Portion, SizeBudget, Spectrum};
+use crate::pipeline::layer::process::{
+    Decision, Experts, LayerDecision, LayerInput, process_layer,
+};
+use crate::pipeline::layer::source::LayerSource;
+use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
+use crate::pipeline::progress::{LayerProgress, Observer, Phase, Silent};
+use crate::pipeline::run::decisions::Decisions;
+use crate::stage::{Compression, Compressor, Context, Needs, Portion, SizeBudget, Spectrum};
 
 /// What a size budget leaves of every matrix, layer by layer.
 pub(crate) type Ranks = BTreeMap<LayerId, Factoring>;
@@ -68,7 +70,7 @@ impl Room {
     pub(crate) fn of_layers(
         budget: &SizeBudget,
         layers: &[MoeLayer],
-        decided: &Decided,
+        decisions: &Decisions,
     ) -> Result<Self> {
         if budget.of == Portion::Model {
             let reason = "a size of the whole model needs the whole model: give one of the experts";
@@ -80,11 +82,11 @@ impl Room {
         let (mut fixed, mut value_bytes) = (0, BTreeMap::new());
         for layer in layers {
             let one = &layer.experts()[0];
-            let Some(at) = decided.ids.iter().position(|id| *id == layer.id()) else {
+            let Some(decision) = decisions.layers.iter().find(|d| d.id() == layer.id()) else {
                 fixed += layer.experts().iter().map(numbers).sum::<usize>();
                 continue;
             };
-            let groups = decided.groupings[at].groups();
+            let groups = decision.grouping.groups();
             let dense: usize = one.view().linears().map(|(_, l)| l.weight.len() * EACH).sum();
             fixed += groups * (numbers(one) - dense);
             value_bytes.insert(layer.id(), vec![vec![EACH; one.view().linears().count()]; groups]);
@@ -94,51 +96,61 @@ impl Room {
     }
 }
 
-impl Pipeline {
-    /// The size budget, if the compressor has one.
-    pub(crate) fn size_budget(&self) -> Option<&SizeBudget> {
-        self.compressor.as_ref()?.size_budget()
-    }
-
+impl Room {
     /// The pass of its own: merges every decided layer, surveys it, and allocates.
     pub(crate) fn ranks(
         &self,
-        source: &dyn Source,
-        decided: &Decided,
-        (budget, room): (&SizeBudget, &Room),
-        samples: bool,
+        stages: &LayerStages<'_>,
+        source: &dyn LayerSource,
+        decisions: &Decisions,
         observer: &dyn Observer,
+        cx: &Context,
     ) -> Result<Ranks> {
         let missing = || Error::range("size budget", "a compressor that has one", "none");
-        let compressor = self.compressor.as_deref().ok_or_else(missing)?;
-        let plan = Plan {
-            recoverer: None,
-            compressor: None,
-            measure_error: false,
-            measure_spectra: Some(false),
-            ..self.plan(samples)
-        };
+        let compressor = stages.compressor.ok_or_else(missing)?;
+        let budget = compressor.size_budget().ok_or_else(missing)?;
+        let total = decisions.layers.len();
         let mut surveyed = Vec::new();
-        for (at, id) in decided.ids.iter().enumerate() {
-            process::announce(observer, &decided.ids, at, Phase::Budget);
-            let (measured, grouping) = decided.at(at)?;
-            let one = || {
-                let (merged, _) = process::merge(source, measured, grouping, &plan, &self.cx)?;
-                let stats = source.stats(*id, plan.merge_needs())?;
-                let task = Compression {
-                    inputs: stats.samples.as_ref().map(|s| s.inputs.view()),
-                    narrowed: self.router.is_some(),
-                    usage: &measured.usage(grouping),
-                    ..Compression::default()
-                };
-                let spectra = compressor.survey(&merged, &task, &self.cx)?;
-                room.priced(compressor, *id, spectra)
-            };
-            surveyed.push((*id, one().in_layer(id)?));
+        for (done, decision) in decisions.layers.iter().enumerate() {
+            let layer = decision.id();
+            LayerProgress { observer, layer, done, total }.started(Phase::Budget);
+            let spectra = survey(compressor, decision, stages, source, cx);
+            let priced = spectra.and_then(|spectra| self.priced(compressor, layer, spectra));
+            surveyed.push((layer, priced.in_layer(layer)?));
         }
-        let kept = allocate_bytes(surveyed, (room.target, room.fixed), budget.least_rank)?;
+        let kept = allocate_bytes(surveyed, (self.target, self.fixed), budget.least_rank)?;
         Ok(kept.into_iter().map(|(id, experts)| (id, Factoring::new(experts))).collect())
     }
+}
+
+/// The spectra of a layer's matrices after merging.
+fn survey(
+    compressor: &dyn Compressor,
+    decision: &LayerDecision,
+    stages: &LayerStages<'_>,
+    source: &dyn LayerSource,
+    cx: &Context,
+) -> Result<Vec<Vec<Spectrum>>> {
+    let (layer, merge_only) = (decision.id(), stages.merge_only());
+    let weighs = stages.samples == SampleOrigin::Statistics && compressor.uses_inputs();
+    let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
+    let stats = source.stats(layer, merge_only.merge_needs() | samples)?;
+    let input = LayerInput {
+        experts: Experts::InMemory(source.layer(layer)?),
+        stats: stats.clone(),
+        samples: None,
+        progress: LayerProgress { observer: &Silent, layer, done: 0, total: 1 },
+    };
+    let merged = process_layer(input, Decision::Made(decision), &merge_only, cx)?;
+    let (merged, _) = merged.in_memory()?;
+    source.release(layer);
+    let task = Compression {
+        inputs: stats.samples.as_ref().map(|s| s.inputs.view()),
+        narrowed: stages.router.is_some(),
+        usage: &decision.observed.usage(&decision.grouping),
+        ..Compression::default()
+    };
+    compressor.survey(&merged, &task, cx)
 }
 
 impl Room {

@@ -80,7 +80,7 @@ impl From<Tokens> for Calibration {
 
 /// A calibration that is ready to be used.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Given<'a> {
+pub(crate) enum CalibrationData<'a> {
     /// An open file.
     Statistics(&'a StatsFile),
     /// Token ids.

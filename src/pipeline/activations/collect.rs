@@ -8,7 +8,7 @@ use crate::error::{Locate, Result};
 use crate::forward::{self, Observation};
 use crate::model::{LayerId, RoutingStats, TensorSource};
 use crate::pipeline::activations::forward_pass::Pass;
-use crate::pipeline::activations::streams::Tap;
+use crate::pipeline::activations::streams::SampleCapture;
 use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::progress::{Observer, Phase, Silent};
 use crate::stage::{Context, Needs};
@@ -114,8 +114,9 @@ pub(crate) fn each_layer<S: TensorSource>(
         let of = tokens.of(id.stack);
         let mut collector = Collector::new(needs)?.sample(options.samples, of);
         pass.each(|hidden, encoded| {
-            let mut watch = Watch { collector: &mut collector, tap: None, cx: &options.cx };
-            block.forward(hidden, encoded, Some(&mut watch), &options.cx).in_layer(id)
+            let mut collected =
+                CollectedLayer { collector: &mut collector, capture: None, cx: &options.cx };
+            block.forward(hidden, encoded, Some(&mut collected), &options.cx).in_layer(id)
         })?;
         if block.feed().moe().is_some() {
             let stats = collector.finish().in_layer(id)?;
@@ -126,14 +127,14 @@ pub(crate) fn each_layer<S: TensorSource>(
     Ok(())
 }
 
-/// A collector that watches a forward pass, and what recovery sees of it.
-pub(crate) struct Watch<'a, 't> {
+/// Collects statistics of a layer while text runs through it, and inputs and outputs for recovery.
+pub(crate) struct CollectedLayer<'a, 't> {
     pub(crate) collector: &'a mut Collector,
-    pub(crate) tap: Option<&'a mut Tap<'t>>,
+    pub(crate) capture: Option<&'a mut SampleCapture<'t>>,
     pub(crate) cx: &'a Context,
 }
 
-impl forward::Observer for Watch<'_, '_> {
+impl forward::Observer for CollectedLayer<'_, '_> {
     fn watches_outputs(&self) -> bool {
         self.collector.needs_outputs()
     }
@@ -150,6 +151,6 @@ impl forward::Observer for Watch<'_, '_> {
             mask: None,
         };
         self.collector.add(seen.layer, &batch, self.cx)?;
-        self.tap.as_mut().map_or(Ok(()), |tap| tap.observe(seen))
+        self.capture.as_mut().map_or(Ok(()), |capture| capture.observe(seen))
     }
 }

@@ -12,12 +12,12 @@ use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::stage::Context;
 
 /// One layer in memory.
-pub(crate) enum Block {
+pub(crate) enum LoadedLayer {
     Causal(Box<DecoderLayer>),
     Switch(Box<SwitchBlock>),
 }
 
-impl Block {
+impl LoadedLayer {
     pub(crate) fn id(&self) -> LayerId {
         match self {
             Self::Causal(layer) => layer.id(),
@@ -33,11 +33,13 @@ impl Block {
     }
 
     /// Takes the experts out of a sparse layer.
-    pub(crate) fn take_moe(&mut self) -> Option<MoeLayer> {
-        match self {
+    pub(crate) fn take_experts(&mut self) -> Result<MoeLayer> {
+        let id = self.id();
+        let experts = match self {
             Self::Causal(layer) => layer.feed_mut().take_moe(),
             Self::Switch(block) => block.feed_mut().take_moe(),
-        }
+        };
+        experts.ok_or_else(|| Error::range("layer", "sparse and not merged before", id))
     }
 
     /// Everything before the MLP.
@@ -57,7 +59,7 @@ impl Block {
         }
     }
 
-    /// All of it, the experts watched by `observer`.
+    /// All of it, the experts observed by `observer`.
     pub(crate) fn forward(
         &self,
         hidden: &mut Hidden,
@@ -132,7 +134,7 @@ impl<'a, S: TensorSource> Pass<'a, S> {
     }
 
     /// Reads the next layer; `None` when there is none.
-    pub(crate) fn next(&mut self) -> Result<Option<Block>> {
+    pub(crate) fn next(&mut self) -> Result<Option<LoadedLayer>> {
         self.advance()?.map(|id| self.read(id)).transpose()
     }
 
@@ -146,10 +148,10 @@ impl<'a, S: TensorSource> Pass<'a, S> {
     }
 
     /// Reads a layer.
-    pub(crate) fn read(&self, id: LayerId) -> Result<Block> {
+    pub(crate) fn read(&self, id: LayerId) -> Result<LoadedLayer> {
         Ok(match &self.model {
-            Model::Switch(model) => Block::Switch(Box::new(model.block(id.stack, id.index)?)),
-            Model::Causal(model) => Block::Causal(Box::new(model.layer(id.index)?)),
+            Model::Switch(model) => LoadedLayer::Switch(Box::new(model.block(id.stack, id.index)?)),
+            Model::Causal(model) => LoadedLayer::Causal(Box::new(model.layer(id.index)?)),
         })
     }
 

@@ -5,13 +5,13 @@ use ndarray::{Array2, s};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::forward::{Observation, Observer};
-use crate::model::LayerId;
-use crate::pipeline::activations::forward_pass::{Block, Pass};
-use crate::pipeline::activations::samples::{Seen, joined};
+use crate::forward::{Choice, Observation, Observer};
+use crate::model::{LayerId, MergedLayer};
+use crate::pipeline::activations::forward_pass::{LoadedLayer, Pass};
+use crate::pipeline::activations::samples::{LayerSamples, joined};
 use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::options::RecoverOn;
-use crate::pipeline::run::resume::hidden_states::Marked;
+use crate::pipeline::run::resume::hidden_states::ResumableStates;
 use crate::stage::Context;
 
 /// One stream or two. Where both run, they are at the same layer.
@@ -45,8 +45,48 @@ impl<'a> Streams<'a> {
         ids: &[LayerId],
         options: &'a CalibrateOptions,
     ) -> Result<Self> {
-        let streams = (on.taps().then_some(tokens), on.follows().then_some(tokens));
+        let streams = (on.captures_original().then_some(tokens), on.follows().then_some(tokens));
         Self::open(source, streams, ids, options)
+    }
+
+    /// Runs all text up to layer `id` and reads that layer. `reached` is told of every layer on the
+    /// way, and of `id`.
+    pub(crate) fn advance_to(
+        &mut self,
+        id: LayerId,
+        cx: &Context,
+        reached: &mut dyn FnMut(LayerId),
+    ) -> Result<LoadedLayer> {
+        while let Some(next) = self.advance()? {
+            reached(next);
+            let layer = self.read(next)?;
+            if next == id {
+                return Ok(layer);
+            }
+            self.forward(&layer, cx)?;
+        }
+        Err(Error::range("layer", "one of the model's, in order", id))
+    }
+
+    /// Runs the merged stream, if there is one, through what became of a layer, from the inputs that
+    /// [`capture_merged`](Self::capture_merged) has left in `samples`.
+    pub(crate) fn leave(
+        &mut self,
+        layer: &LoadedLayer,
+        samples: LayerSamples,
+        (merged, narrowed): (&MergedLayer, bool),
+        cx: &Context,
+    ) -> Result<()> {
+        let Some(pass) = &mut self.merged else { return Ok(()) };
+        let choice = if narrowed { Choice::Narrowed } else { Choice::Mapped };
+        let (mut inputs, expected) = (samples.inputs.into_iter(), samples.windows.len());
+        let lost = || Error::shape("batches of a layer's inputs", expected, "fewer");
+        pass.each(|hidden, _| {
+            let x = inputs.next().ok_or_else(lost)?;
+            let (states, windows) = (&mut hidden.states, &hidden.windows);
+            let substitute = Some((merged, choice));
+            layer.feed().add_to(states, x.view(), windows, substitute, None, cx)
+        })
     }
 
     fn all(&mut self) -> impl Iterator<Item = &mut Pass<'a, Checkpoint>> {
@@ -54,7 +94,7 @@ impl<'a> Streams<'a> {
     }
 
     /// Goes on to the next layer, without reading it; `None` when there is none.
-    pub(crate) fn advance(&mut self) -> Result<Option<LayerId>> {
+    fn advance(&mut self) -> Result<Option<LayerId>> {
         let mut next = None;
         for pass in self.all() {
             next = pass.advance()?;
@@ -63,13 +103,13 @@ impl<'a> Streams<'a> {
     }
 
     /// Reads a layer, for both streams.
-    pub(crate) fn read(&self, id: LayerId) -> Result<Block> {
+    fn read(&self, id: LayerId) -> Result<LoadedLayer> {
         let pass = self.original.as_ref().or(self.merged.as_ref());
         pass.ok_or_else(|| Error::range("streams of text", "at least one", 0))?.read(id)
     }
 
     /// Runs all through a layer that stays as it is.
-    pub(crate) fn forward(&mut self, block: &Block, cx: &Context) -> Result<()> {
+    fn forward(&mut self, block: &LoadedLayer, cx: &Context) -> Result<()> {
         let mut all = self.all();
         all.try_for_each(|pass| {
             pass.each(|hidden, encoded| block.forward(hidden, encoded, None, cx))
@@ -77,9 +117,9 @@ impl<'a> Streams<'a> {
     }
 
     /// Runs the original's stream, if there is one, through a layer that `observer` watches.
-    pub(crate) fn watch(
+    pub(crate) fn observe_original(
         &mut self,
-        block: &Block,
+        block: &LoadedLayer,
         observer: &mut dyn Observer,
         cx: &Context,
     ) -> Result<()> {
@@ -87,41 +127,46 @@ impl<'a> Streams<'a> {
         pass.each(|hidden, encoded| block.forward(hidden, encoded, Some(&mut *observer), cx))
     }
 
-    /// Runs the original's stream through a layer, and sees what the layer gets and gives there.
-    pub(crate) fn tap(&mut self, block: &Block, cx: &Context) -> Result<Option<Seen>> {
-        let mut tap = Tap::new(None);
-        self.watch(block, &mut tap, cx)?;
-        Ok(self.original.as_ref().map(|_| tap.seen))
+    /// Runs the original's stream through a layer and captures the layer's inputs and outputs.
+    pub(crate) fn capture_original(
+        &mut self,
+        block: &LoadedLayer,
+        cx: &Context,
+    ) -> Result<Option<LayerSamples>> {
+        let mut capture = SampleCapture::new(None);
+        self.observe_original(block, &mut capture, cx)?;
+        Ok(self.original.as_ref().map(|_| capture.samples))
     }
 
-    /// Runs the merged stream up to the experts of a layer, and sees what they get. What they give
-    /// was `tapped` from the original's stream, or is computed.
-    pub(crate) fn look(
+    /// Runs the merged stream up to the experts of a layer and captures their inputs. Their outputs
+    /// were `captured` from the original's stream, or are computed. Without a merged stream,
+    /// `captured` as it is.
+    pub(crate) fn capture_merged(
         &mut self,
-        block: &Block,
-        tapped: Option<Seen>,
+        block: &LoadedLayer,
+        captured: Option<LayerSamples>,
         cx: &Context,
-    ) -> Result<Option<Seen>> {
-        let Some(pass) = &mut self.merged else { return Ok(tapped) };
-        let mut seen = Seen::default();
+    ) -> Result<Option<LayerSamples>> {
+        let Some(pass) = &mut self.merged else { return Ok(captured) };
+        let mut samples = LayerSamples::default();
         pass.each(|hidden, encoded| {
             block.attend(hidden, encoded, cx)?;
             let x = block.feed().input(hidden.states.view())?;
-            if tapped.is_none() {
-                seen.targets.extend(block.feed().routed(x.view(), &hidden.windows, cx)?);
+            if captured.is_none() {
+                samples.targets.extend(block.feed().routed(x.view(), &hidden.windows, cx)?);
             }
-            seen.inputs.push(x);
-            seen.windows.push(hidden.windows.clone());
+            samples.inputs.push(x);
+            samples.windows.push(hidden.windows.clone());
             Ok(())
         })?;
-        if let Some(tapped) = tapped {
-            seen.targets = rebatched(&tapped.targets, &seen.inputs)?;
+        if let Some(captured) = captured {
+            samples.targets = rebatched(&captured.targets, &samples.inputs)?;
         }
-        Ok(Some(seen))
+        Ok(Some(samples))
     }
 }
 
-impl Marked for Streams<'_> {
+impl ResumableStates for Streams<'_> {
     fn remaining(&self) -> usize {
         self.original.as_ref().or(self.merged.as_ref()).map_or(0, Pass::remaining)
     }
@@ -154,21 +199,25 @@ fn rebatched(rows: &[Array2<f32>], like: &[Array2<f32>]) -> Result<Vec<Array2<f3
     Ok(like.iter().map(batch).collect())
 }
 
-/// Writes down what a layer gets and gives.
-pub(crate) struct Tap<'a> {
+/// Captures inputs and outputs of a layer while text runs through it.
+pub(crate) struct SampleCapture<'a> {
     /// Ascending windows; `None` for all.
     wanted: Option<&'a [usize]>,
     passed: usize,
-    pub(crate) seen: Seen,
+    samples: LayerSamples,
 }
 
-impl<'a> Tap<'a> {
+impl<'a> SampleCapture<'a> {
     pub(crate) fn new(wanted: Option<&'a [usize]>) -> Self {
-        Self { wanted, passed: 0, seen: Seen::default() }
+        Self { wanted, passed: 0, samples: LayerSamples::default() }
+    }
+
+    pub(crate) fn into_samples(self) -> LayerSamples {
+        self.samples
     }
 }
 
-impl Observer for Tap<'_> {
+impl Observer for SampleCapture<'_> {
     fn observe(&mut self, seen: &Observation<'_>) -> Result<()> {
         let first = self.passed;
         self.passed += seen.windows.len();
@@ -176,7 +225,7 @@ impl Observer for Tap<'_> {
         let windows = seen.windows.iter().enumerate().filter(|(i, _)| wanted(first + i));
         let windows: Vec<_> = windows.map(|(_, rows)| rows.clone()).collect();
         if !windows.is_empty() {
-            self.seen.push(seen.inputs, seen.output, &windows)?;
+            self.samples.push(seen.inputs, seen.output, &windows)?;
         }
         Ok(())
     }

@@ -2,18 +2,20 @@
 
 use std::collections::BTreeSet;
 
-use crate::error::{ErrorKind, Locate, Result};
+use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Budget, Grouping, Numbering, RoutingStats, Target};
-use crate::pipeline::layer::process::Measured;
+use crate::pipeline::layer::observe::ObservedLayer;
+use crate::pipeline::layer::process::LayerShare;
+use crate::pipeline::layer::stages::LayerStages;
 use crate::pipeline::options::LayerShape;
 use crate::stage::{Context, Grouper, LayerSummary};
 
 /// Groups every layer. Where a narrowed router keeps its routing groups, each routing group is
 /// handed to the grouper as a layer of its own, with its share of the budget: experts then merge
 /// only inside it and every group keeps the same number, with no grouper having to know.
-pub(crate) fn decide(
+pub(crate) fn group_layers(
     grouper: &dyn Grouper,
-    measured: &[Measured],
+    measured: &[ObservedLayer],
     shapes: &[LayerShape],
     budget: &Budget,
     narrow: bool,
@@ -22,7 +24,7 @@ pub(crate) fn decide(
     let groups = |shape: &LayerShape| shape.rule.groups.map_or(1, |g| g.groups);
     let groupings = match budget.target {
         Target::PerLayer(m) if narrow && shapes.iter().any(|s| groups(s) > 1) => {
-            let each = |(measured, shape): (&Measured, &LayerShape)| {
+            let each = |(measured, shape): (&ObservedLayer, &LayerShape)| {
                 in_routing_groups(grouper, &measured.summary, groups(shape), m, budget, cx)
                     .in_layer(shape.id)
             };
@@ -35,6 +37,21 @@ pub(crate) fn decide(
     };
     check(&groupings, shapes, budget, narrow, grouper.name())?;
     Ok(groupings.iter().map(|g| g.renumbered(Numbering::ByDominant)).collect())
+}
+
+/// Groups one layer, where no other has a say in how many experts it keeps.
+pub(crate) fn group_layer(
+    observed: &ObservedLayer,
+    share: LayerShare<'_>,
+    stages: &LayerStages<'_>,
+    cx: &Context,
+) -> Result<Grouping> {
+    let LayerShare { shape, keep, budget } = share;
+    let budget = Budget { target: Target::PerLayer(keep), ..budget.clone() };
+    let (one, shapes) = (std::slice::from_ref(observed), std::slice::from_ref(&shape));
+    let narrow = stages.router.is_some();
+    let mut groupings = group_layers(stages.grouper, one, shapes, &budget, narrow, cx)?;
+    groupings.pop().ok_or_else(|| Error::shape("groupings", 1, 0))
 }
 
 fn in_routing_groups(

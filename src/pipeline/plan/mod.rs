@@ -23,7 +23,9 @@ use crate::pipeline::activations::tokens::SAMPLES;
 use crate::pipeline::builder::Pipeline;
 use crate::pipeline::recipe::{ExportChoice, Recipe};
 use crate::pipeline::report::{self, Change, Kind};
-use crate::pipeline::run::{Checked, Output};
+use crate::pipeline::run::checks::{Checked, check_source};
+use crate::pipeline::run::one_pass::KnownCounts;
+use crate::pipeline::run::output::{Output, write_plan};
 
 /// What a plan assumes of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,13 +142,13 @@ pub fn plan(
         // Refuses statistics that no text can give, such as Fisher information.
         Collector::new(pipeline.needs())?;
     }
-    let checked = pipeline.check_source(source, output.export)?;
+    let checked = check_source(&pipeline, source, output.export)?;
     let counts = predicted(&checked);
     let write = pipeline.predicted_plan(source, output, &counts)?;
     let outline = source.outline(&write)?;
     let shape = Shape::of(source, &counts);
     let needs = if options.text { pipeline.needs_along_text() } else { pipeline.needs() };
-    let once = options.text && pipeline.counted(&checked.shapes)?.is_some();
+    let once = options.text && KnownCounts::of(&pipeline, &checked.shapes)?.is_some();
     let memory = memory::plan(&shape, recipe, needs, options, (output.memory, once));
     let bytes = (source.total_bytes(), outline.bytes);
     let cost = cost::plan(&cost::Job { shape: &shape, recipe, options, needs, bytes, once });
@@ -217,7 +219,7 @@ impl Pipeline {
             let labels = (0..layer.experts).map(|i| Some(i % m)).collect();
             groupings.insert(layer.id, Grouping::new(labels, (0..m).collect())?);
         }
-        self.write_plan(source, output, groupings)
+        write_plan(self, source, output, groupings)
     }
 }
 

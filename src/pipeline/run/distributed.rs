@@ -11,20 +11,20 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::StatsFile;
-use crate::checkpoint::{Checkpoint, MANIFEST, Part, Partial, Writer, read_json};
+use crate::checkpoint::{Checkpoint, MANIFEST, Part, Writer, read_json};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId};
-use crate::pipeline::activations::calibration::Given;
+use crate::pipeline::activations::calibration::CalibrationData;
 use crate::pipeline::builder::Pipeline;
-use crate::pipeline::options::LayerShape;
+use crate::pipeline::layer::source::CheckpointLayers;
 use crate::pipeline::progress::Observer;
-use crate::pipeline::report::{LayerReport, Report};
-use crate::pipeline::run::Output;
-use crate::pipeline::run::in_memory::Decided;
+use crate::pipeline::report::{LayerReport, Report, to_value};
+use crate::pipeline::run::CheckpointRun;
+use crate::pipeline::run::decisions::Decisions;
+use crate::pipeline::run::output::{Output, write_plan};
 use crate::pipeline::run::resume::fingerprint::Fingerprint;
 use crate::pipeline::run::resume::journal::{Journal, Line};
-use crate::pipeline::run::two_pass::{Folder, Job};
-use crate::stage::Needs;
+use crate::pipeline::run::two_pass::{SecondPass, TwoPass};
 
 /// What a part's manifest holds beside the write plan and the hashes of its files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +42,111 @@ impl PartReport {
 
     fn read(folder: &Path) -> Result<Self> {
         read_json(&folder.join(MANIFEST), "read manifest", "part")
+    }
+}
+
+/// A run in parts on statistics.
+pub(crate) struct Distributed<'a> {
+    run: CheckpointRun<'a>,
+    stats: &'a StatsFile,
+    print: Fingerprint,
+}
+
+impl<'a> Distributed<'a> {
+    /// Checks what a run in one process checks, and that layers do not depend on each other.
+    pub(crate) fn new(
+        pipeline: &'a Pipeline,
+        (source, target): (&'a Checkpoint, &'a Path),
+        stats: &'a StatsFile,
+        output: &'a Output,
+        observer: &'a dyn Observer,
+    ) -> Result<Self> {
+        if pipeline.size_budget().is_some() {
+            let reason = "a size budget is spent over all layers at once: run it in one process";
+            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
+        }
+        let given = CalibrationData::Statistics(stats);
+        let run = CheckpointRun::new(pipeline, (source, target), given, output, observer)?;
+        let print = Fingerprint::of(pipeline, source, given, output)?;
+        Ok(Self { run, stats, print })
+    }
+
+    /// Processes the layers at the positions `layers` and writes them into the target folder.
+    pub(crate) fn run(&self, layers: Range<usize>) -> Result<PartReport> {
+        let CheckpointRun { pipeline, source, target, output, observer, .. } = self.run;
+        let (shapes, ids) = (&self.run.shapes, &self.run.ids);
+        if layers.is_empty() || layers.end > shapes.len() {
+            let found = format!("{}..{}", layers.start, layers.end);
+            return Err(Error::range("layers", format!("within 0..{}", shapes.len()), found));
+        }
+        let own: Vec<LayerId> = shapes[layers].iter().map(|shape| shape.id).collect();
+        if !own.iter().any(|id| ids.contains(id)) {
+            return Err(Error::range("layers", "at least one that is merged", "protected ones"));
+        }
+        if output.resume && target.join(MANIFEST).exists() {
+            return self.existing(target, &own);
+        }
+        let partial = self.run.begin(target)?;
+        clear(partial.path())?;
+        let layers = CheckpointLayers { source, stats: self.stats };
+        let mut decisions = Decisions::make(pipeline, &layers, shapes, observer)?;
+        let groups = decisions.groups();
+        let mut plan = write_plan(pipeline, source, output, groups.iter().cloned().collect())?;
+        plan.only = Some(own.iter().copied().filter(|id| ids.contains(id)).collect());
+        let mut writer = Writer::within(source, partial, &plan)?;
+        let mut written = Vec::new();
+        let record = &mut |report: &LayerReport, digest| {
+            written.push((report.clone(), digest));
+            Ok(())
+        };
+        decisions.layers.retain(|layer| own.contains(&layer.id()));
+        let second = SecondPass::of(&self.run, self.run.sample_origin(self.stats));
+        let pass = TwoPass::new(&self.run, self.stats, None, second);
+        pass.process(&decisions, None, &mut writer, record)?;
+        let report = PartReport { run: self.print.clone(), groups, layers: written };
+        writer.finish(&to_value("part", &report)?)?;
+        Ok(report)
+    }
+
+    /// A part that is there already.
+    fn existing(&self, folder: &Path, own: &[LayerId]) -> Result<PartReport> {
+        let found = PartReport::read(folder)?;
+        found.check(&self.print).in_file(folder)?;
+        let other = found.layers().find(|layer| !own.contains(&layer.layer));
+        match other {
+            None => Ok(found),
+            Some(layer) => {
+                let reason = format!("it holds {}, which is not asked for", layer.layer);
+                Err(ErrorKind::Target { reason }.into()).in_file(folder)
+            }
+        }
+    }
+
+    /// Joins the folders of parts into the target.
+    pub(crate) fn assemble(&self, parts: &[PathBuf]) -> Result<Report> {
+        let CheckpointRun { pipeline, source, target, output, observer, .. } = self.run;
+        let ids = &self.run.ids;
+        let (groups, mut found) = gather(parts, &self.print)?;
+        let missing: Vec<String> =
+            ids.iter().filter(|id| !found.contains_key(id)).map(LayerId::to_string).collect();
+        if !missing.is_empty() {
+            let reason = format!("no part holds {}", missing.join(", "));
+            return Err(ErrorKind::Target { reason }.into()).in_file(target);
+        }
+        let partial = self.run.begin(target)?;
+        let mut journal = Journal::open(partial.path(), &self.print)?;
+        journal.write(&Line::Groups(groups.clone()))?;
+        let plan = write_plan(pipeline, source, output, groups.into_iter().collect())?;
+        let mut writer = Writer::within(source, partial, &plan)?;
+        let mut reports = BTreeMap::new();
+        for id in ids.iter().copied() {
+            let Some(PartLayer { folder, report, digest }) = found.remove(&id) else { continue };
+            writer.take(id, &Part::open(&folder)?, &digest)?;
+            journal.write(&Line::Layer(Box::new(report.clone()), digest))?;
+            observer.layer_finished(&report);
+            reports.insert(id, report);
+        }
+        self.run.finish(&plan, reports, (writer, journal), self.stats.tokens())
     }
 }
 
@@ -68,68 +173,7 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<PartReport> {
-        let given = Given::Statistics(stats);
-        let (shapes, ids) = self.check_part(source, given, output)?;
-        if layers.is_empty() || layers.end > shapes.len() {
-            let found = format!("{}..{}", layers.start, layers.end);
-            return Err(Error::range("layers", format!("within 0..{}", shapes.len()), found));
-        }
-        let own: Vec<LayerId> = shapes[layers].iter().map(|shape| shape.id).collect();
-        if !own.iter().any(|id| ids.contains(id)) {
-            return Err(Error::range("layers", "at least one that is merged", "protected ones"));
-        }
-        let run = Fingerprint::of(self, source, given, output)?;
-        if output.resume && folder.join(MANIFEST).exists() {
-            return self.found(folder, &run, &own);
-        }
-        let begin = if output.resume { Partial::resume } else { Partial::create };
-        let partial = begin(source.dir(), folder)?;
-        clear(partial.path())?;
-        let job = Job { source, stats, tokens: None, shapes: &shapes, ids: &ids, output, observer };
-        let decided = self.decide(&Folder { source, stats }, &shapes, observer)?;
-        let all: Vec<_> = decided.ids.iter().copied().zip(decided.groupings.clone()).collect();
-        let mut plan = self.write_plan(source, output, all.iter().cloned().collect())?;
-        plan.only = Some(own.iter().copied().filter(|id| ids.contains(id)).collect());
-        let mut writer = Writer::within(source, partial, &plan)?;
-        let mut written = Vec::new();
-        let line = &mut |report: &LayerReport, digest| {
-            written.push((report.clone(), digest));
-            Ok(())
-        };
-        let samples = ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
-        let decided = decided.only(&own);
-        self.write_layers(&job, None, (&decided, samples), &mut writer, line)?;
-        let report = PartReport { run, groups: all, layers: written };
-        writer.finish(&serde_json::to_value(&report).unwrap_or_default())?;
-        Ok(report)
-    }
-
-    /// [`Pipeline::check_run`], and that layers do not depend on each other.
-    fn check_part(
-        &self,
-        source: &Checkpoint,
-        given: Given<'_>,
-        output: &Output,
-    ) -> Result<(Vec<LayerShape>, Vec<LayerId>)> {
-        if self.size_budget().is_some() {
-            let reason = "a size budget is spent over all layers at once: run it in one process";
-            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
-        }
-        self.check_run(source, given, output)
-    }
-
-    /// A part that is there already.
-    fn found(&self, folder: &Path, run: &Fingerprint, own: &[LayerId]) -> Result<PartReport> {
-        let found = PartReport::read(folder)?;
-        found.check(run).in_file(folder)?;
-        let other = found.layers().find(|layer| !own.contains(&layer.layer));
-        match other {
-            None => Ok(found),
-            Some(layer) => {
-                let reason = format!("it holds {}, which is not asked for", layer.layer);
-                Err(ErrorKind::Target { reason }.into()).in_file(folder)
-            }
-        }
+        Distributed::new(self, (source, folder), stats, output, observer)?.run(layers)
     }
 
     /// Joins the folders that [`Pipeline::run_part`] has written into `target`, which has the bytes
@@ -151,32 +195,7 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
-        let given = Given::Statistics(stats);
-        let (_, ids) = self.check_part(source, given, output)?;
-        let run = Fingerprint::of(self, source, given, output)?;
-        let (groups, mut found) = gather(parts, &run)?;
-        let missing: Vec<String> =
-            ids.iter().filter(|id| !found.contains_key(id)).map(LayerId::to_string).collect();
-        if !missing.is_empty() {
-            let reason = format!("no part holds {}", missing.join(", "));
-            return Err(ErrorKind::Target { reason }.into()).in_file(target);
-        }
-        let begin = if output.resume { Partial::resume } else { Partial::create };
-        let partial = begin(source.dir(), target)?;
-        let mut journal = Journal::open(partial.path(), &run)?;
-        journal.write(&Line::Groups(groups.clone()))?;
-        let plan = self.write_plan(source, output, groups.into_iter().collect())?;
-        let mut writer = Writer::within(source, partial, &plan)?;
-        let mut reports = BTreeMap::new();
-        for id in ids.iter().copied() {
-            let Some((part, report, digest)) = found.remove(&id) else { continue };
-            writer.take(id, &Part::open(&part)?, &digest)?;
-            journal.write(&Line::Layer(Box::new(report.clone()), digest))?;
-            observer.layer_finished(&report);
-            reports.insert(id, report);
-        }
-        let shown = (stats.tokens(), observer);
-        self.conclude(source, &plan, reports, (writer, journal), shown, target)
+        Distributed::new(self, (source, target), stats, output, observer)?.assemble(parts)
     }
 }
 
@@ -190,16 +209,23 @@ fn clear(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A layer in a part: the folder, the report, the digest.
-type Found = BTreeMap<LayerId, (PathBuf, LayerReport, String)>;
+/// A layer that lies in a part.
+struct PartLayer {
+    folder: PathBuf,
+    report: LayerReport,
+    digest: String,
+}
+
+/// Layers that lie in parts.
+type PartLayers = BTreeMap<LayerId, PartLayer>;
 
 /// What the parts hold, each layer once.
-fn gather(parts: &[PathBuf], run: &Fingerprint) -> Result<(Vec<(LayerId, Grouping)>, Found)> {
+fn gather(parts: &[PathBuf], run: &Fingerprint) -> Result<(Vec<(LayerId, Grouping)>, PartLayers)> {
     let refuse = |reason: String, folder: &Path| -> Result<()> {
         Err(ErrorKind::Target { reason }.into()).in_file(folder)
     };
     let mut groups: Option<Vec<(LayerId, Grouping)>> = None;
-    let mut found = Found::new();
+    let mut found = PartLayers::new();
     for folder in parts {
         let part = PartReport::read(folder)?;
         part.check(run).in_file(folder)?;
@@ -209,7 +235,8 @@ fn gather(parts: &[PathBuf], run: &Fingerprint) -> Result<(Vec<(LayerId, Groupin
         groups = Some(part.groups);
         for (report, digest) in part.layers {
             let id = report.layer;
-            if found.insert(id, (folder.clone(), report, digest)).is_some() {
+            let layer = PartLayer { folder: folder.clone(), report, digest };
+            if found.insert(id, layer).is_some() {
                 refuse(format!("{id} lies in another part too"), folder)?;
             }
         }
@@ -224,20 +251,5 @@ impl PartReport {
         }
         let reason = format!("left by a run with another {}", self.run.difference(run));
         Err(ErrorKind::Target { reason }.into())
-    }
-}
-
-impl Decided {
-    /// The layers `own` of it.
-    fn only(self, own: &[LayerId]) -> Self {
-        let all = self.ids.into_iter().zip(self.measured).zip(self.groupings);
-        let (ids, measured, groupings) = (Vec::new(), Vec::new(), Vec::new());
-        let mut kept = Self { ids, measured, groupings, ranks: self.ranks };
-        for ((id, measured), grouping) in all.filter(|((id, _), _)| own.contains(id)) {
-            kept.ids.push(id);
-            kept.measured.push(measured);
-            kept.groupings.push(grouping);
-        }
-        kept
     }
 }

@@ -1,31 +1,41 @@
-//! From one folder to another.
+//! A checkpoint, from one folder to another: which route a run takes, and what all routes share.
 
 pub(super) mod along_text;
+pub(super) mod checks;
+pub(super) mod decisions;
 pub(super) mod distributed;
 pub(super) mod in_memory;
 pub(super) mod one_pass;
+pub(super) mod output;
 pub(super) mod resume;
 pub(super) mod two_pass;
+pub(super) mod write;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::calibrate::{Collector, StatsFile};
-use crate::checkpoint::{Checkpoint, LayerInfo, Partial};
-use crate::error::{ErrorKind, Locate, Result};
-use crate::model::{LayerId, Target};
-use crate::pipeline::activations::calibration::{Calibration, Given};
-use crate::pipeline::activations::tokens::Tokens;
+use self::checks::{Checked, check_run};
+use self::in_memory::{InMemory, Merged};
+use self::one_pass::{KnownCounts, OnePass};
+use self::output::{Output, written_report};
+use self::resume::fingerprint::Fingerprint;
+use self::resume::journal::{Journal, Line};
+use self::resume::remove_hidden;
+use self::two_pass::{SecondPass, TwoPass, collect_statistics, sample_origin};
+use crate::calibrate::StatsFile;
+use crate::checkpoint::{Checkpoint, Partial, WritePlan, Writer};
+use crate::error::{ErrorKind, Result};
+use crate::model::{LayerId, MoeLayer, RoutingStats};
+use crate::pipeline::activations::calibration::{Calibration, CalibrationData};
+use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::builder::Pipeline;
 use crate::pipeline::evaluate::model::Subject;
+use crate::pipeline::layer::stages::SampleOrigin;
 use crate::pipeline::options::LayerShape;
 use crate::pipeline::progress::{Observer, Silent};
-use crate::pipeline::recipe::{ExportChoice, Recipe};
-use crate::pipeline::report::Report;
-use crate::pipeline::run::one_pass::Once;
-use crate::pipeline::run::resume::fingerprint::Fingerprint;
-use crate::pipeline::run::resume::journal::Journal;
-use crate::pipeline::run::two_pass::Job;
-use crate::stage::{ExpertStorage, Needs};
+use crate::pipeline::recipe::Recipe;
+use crate::pipeline::report::{LayerReport, Report};
+use crate::stage::Needs;
 
 /// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
 /// `target`. `calibration` is a routing statistics file, or text or token ids that are run through
@@ -71,35 +81,152 @@ pub fn merge_then_compress(
     pipeline.run_calibrated(&checkpoint, &calibration.into(), target, &output, &Silent)
 }
 
-/// What [`Pipeline::run_checkpoint`] writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Output {
-    /// The kind of folder.
-    pub export: ExportChoice,
-    /// Largest size of a file, in bytes.
-    pub shard_bytes: u64,
-    /// Bytes of hidden states of text that are held in memory; above, they go to a scratch file in
-    /// the partial folder.
-    pub memory: u64,
-    /// Goes on from the last layer that an interrupted run has written, if there was one, and
-    /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target
-    /// has the bytes of an undisturbed run. Refused when source, statistics or text, recipe or
-    /// export are not those of that run. A run that follows a text layer by layer keeps the hidden
-    /// states behind its last three layers in the partial folder for that: `12 t d_model` bytes,
-    /// as much again for what a recoverer follows, and twice that in an encoder-decoder model.
-    pub resume: bool,
+/// The way of a run on a checkpoint. All ways take each layer through
+/// [`process_layer`](super::layer::process::process_layer), and write the same bytes.
+pub(crate) enum Route {
+    /// Text and layers go together: a layer is observed, decided, merged and written before the
+    /// next is read. For groupers that say beforehand how many experts each layer keeps.
+    OnePass(KnownCounts),
+    /// All layers are observed and decided first, then processed. With text, its statistics are
+    /// collected into a file before.
+    TwoPass(SecondPass),
 }
 
-impl Output {
-    /// A folder of one kind, in files of at most 5 GB; a partial folder is in the way.
-    pub fn new(export: ExportChoice) -> Self {
-        Self { export, shard_bytes: 5_000_000_000, memory: 2 << 30, resume: false }
+/// Chooses the route.
+///
+/// Two more are chosen by the caller: [`InMemory`], and a part of a
+/// [distributed](self::distributed::Distributed) run, which is the second pass of some layers.
+pub(crate) fn route(run: &CheckpointRun<'_>, calibration: CalibrationData<'_>) -> Result<Route> {
+    Ok(match calibration {
+        CalibrationData::Statistics(stats) => {
+            Route::TwoPass(SecondPass::of(run, run.sample_origin(stats)))
+        }
+        CalibrationData::Tokens(_) => match KnownCounts::of(run.pipeline, &run.shapes)? {
+            Some(counts) => Route::OnePass(counts),
+            None if run.pipeline.recoverer.is_some() => Route::TwoPass(SecondPass::AlongText),
+            None => {
+                let collected = run.pipeline.needs_along_text().contains(Needs::SAMPLES);
+                let origin =
+                    if collected { SampleOrigin::Statistics } else { SampleOrigin::Nowhere };
+                Route::TwoPass(SecondPass::of(run, origin))
+            }
+        },
+    })
+}
+
+/// A run on a checkpoint that has been checked: what every route works with.
+pub(crate) struct CheckpointRun<'a> {
+    pub(crate) pipeline: &'a Pipeline,
+    pub(crate) source: &'a Checkpoint,
+    pub(crate) target: &'a Path,
+    pub(crate) output: &'a Output,
+    pub(crate) observer: &'a dyn Observer,
+    /// Of all MoE layers.
+    pub(crate) shapes: Vec<LayerShape>,
+    /// The layers that take part.
+    pub(crate) ids: Vec<LayerId>,
+}
+
+/// The partial folder of a run, and the journal in it.
+pub(crate) struct PartialRun {
+    pub(crate) partial: Partial,
+    pub(crate) journal: Journal,
+}
+
+impl<'a> CheckpointRun<'a> {
+    /// Checks everything that can be refused before a weight is read.
+    pub(crate) fn new(
+        pipeline: &'a Pipeline,
+        (source, target): (&'a Checkpoint, &'a Path),
+        calibration: CalibrationData<'_>,
+        output: &'a Output,
+        observer: &'a dyn Observer,
+    ) -> Result<Self> {
+        let checked = check_run(pipeline, source, calibration, output.export)?;
+        let ids = checked.ids();
+        let Checked { shapes, .. } = checked;
+        Ok(Self { pipeline, source, target, output, observer, shapes, ids })
     }
 
-    /// The same, but going on from an interrupted run.
-    #[must_use]
-    pub fn resuming(self) -> Self {
-        Self { resume: true, ..self }
+    /// Runs from the start, or from what an interrupted run has left.
+    pub(crate) fn run(&self, calibration: CalibrationData<'_>) -> Result<Report> {
+        let print = Fingerprint::of(self.pipeline, self.source, calibration, self.output)?;
+        if self.output.resume
+            && let Some(report) = Journal::whole(self.target, &print)?
+        {
+            return Ok(report);
+        }
+        let partial = self.begin(self.target)?;
+        let journal = Journal::open(partial.path(), &print)?;
+        let folder = partial.path().to_owned();
+        let done = self.follow(calibration, PartialRun { partial, journal });
+        if done.is_err() && self.output.resume {
+            Journal::discard_if_empty(&folder);
+        }
+        done
+    }
+
+    /// Takes the route, in a partial folder that is there.
+    fn follow(&self, calibration: CalibrationData<'_>, mut partial: PartialRun) -> Result<Report> {
+        match (route(self, calibration)?, calibration) {
+            (Route::OnePass(counts), CalibrationData::Tokens(tokens)) => {
+                OnePass::new(self, tokens, counts).run(partial)
+            }
+            (Route::TwoPass(second), CalibrationData::Tokens(tokens)) => {
+                let stats = collect_statistics(self, tokens, &mut partial)?;
+                TwoPass::new(self, &stats, Some(tokens), second).run(partial)
+            }
+            (Route::TwoPass(second), CalibrationData::Statistics(stats)) => {
+                TwoPass::new(self, stats, None, second).run(partial)
+            }
+            (Route::OnePass(_), CalibrationData::Statistics(_)) => {
+                let reason = "a run in one pass needs text, not statistics".into();
+                Err(ErrorKind::Recipe { reason }.into())
+            }
+        }
+    }
+
+    /// The partial folder of `target`.
+    pub(crate) fn begin(&self, target: &Path) -> Result<Partial> {
+        let begin = if self.output.resume { Partial::resume } else { Partial::create };
+        begin(self.source.dir(), target)
+    }
+
+    /// How text runs through the model of a run whose partial folder is `folder`.
+    pub(crate) fn text_options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
+        CalibrateOptions {
+            memory,
+            scratch: folder.into(),
+            cx: self.pipeline.cx.clone(),
+            ..CalibrateOptions::default()
+        }
+    }
+
+    /// Where samples of the layers come from in a run on statistics.
+    pub(crate) fn sample_origin(&self, stats: &StatsFile) -> SampleOrigin {
+        sample_origin(stats, &self.ids)
+    }
+
+    /// Reports, seals, and gives the target its name.
+    pub(crate) fn finish(
+        &self,
+        plan: &WritePlan,
+        reports: BTreeMap<LayerId, LayerReport>,
+        (mut writer, mut journal): (Writer<'_>, Journal),
+        tokens: u64,
+    ) -> Result<Report> {
+        let mut report = Report::of(self.pipeline, reports.into_values().collect());
+        report.family = Some(self.source.family().into());
+        report.tokens = tokens;
+        report.written = Some(written_report(self.source, plan, writer.written()));
+        writer.seal(&report.to_value()?)?;
+        remove_hidden(writer.folder())?;
+        journal.write(&Line::Whole(Box::new(report.clone())))?;
+        drop(journal);
+        writer.commit()?;
+        Journal::remove(self.target)?;
+        self.observer.finished(&report);
+        Ok(report)
     }
 }
 
@@ -118,7 +245,7 @@ impl Pipeline {
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
-        self.run_given(source, Given::Statistics(stats), target, output, observer)
+        self.run_given(source, CalibrationData::Statistics(stats), target, output, observer)
     }
 
     /// [`Pipeline::run_checkpoint`] with any source of statistics. Where the grouper tells how many
@@ -143,12 +270,12 @@ impl Pipeline {
                 self.run_checkpoint(source, &StatsFile::open(path)?, target, output, observer)
             }
             Calibration::Tokens(tokens) => {
-                self.run_given(source, Given::Tokens(tokens), target, output, observer)
+                self.run_given(source, CalibrationData::Tokens(tokens), target, output, observer)
             }
             Calibration::Text { path, options } => {
                 let subject = Subject::open(source, &self.cx)?;
                 let tokens = Tokens::cut(&subject, path, options)?;
-                self.run_given(source, Given::Tokens(&tokens), target, output, observer)
+                self.run_given(source, CalibrationData::Tokens(&tokens), target, output, observer)
             }
         }
     }
@@ -156,181 +283,37 @@ impl Pipeline {
     fn run_given(
         &self,
         source: &Checkpoint,
-        given: Given<'_>,
+        calibration: CalibrationData<'_>,
         target: &Path,
         output: &Output,
         observer: &dyn Observer,
     ) -> Result<Report> {
-        let (shapes, ids) = self.check_run(source, given, output)?;
-        let print = Fingerprint::of(self, source, given, output)?;
-        if output.resume
-            && let Some(report) = Journal::whole(target, &print)?
-        {
-            return Ok(report);
-        }
-        let begin = if output.resume { Partial::resume } else { Partial::create };
-        let partial = begin(source.dir(), target)?;
-        let journal = Journal::open(partial.path(), &print)?;
-        let folder = partial.path().to_owned();
-        let (shapes, ids) = (&shapes[..], &ids[..]);
-        let shown = (output, observer);
-        let done = self.begun(source, given, (shapes, ids), shown, (partial, journal), target);
-        if done.is_err() && output.resume {
-            Journal::discard_if_bare(&folder);
-        }
-        done
+        let folders = (source, target);
+        CheckpointRun::new(self, folders, calibration, output, observer)?.run(calibration)
     }
 
-    /// A run whose partial folder is there.
-    fn begun(
+    /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Statistics`] when they do not fit, [`ErrorKind::Budget`] when the budget cannot
+    /// be met; else those of the stages, with layer and expert.
+    ///
+    /// # Memory
+    /// One more copy of the largest layer, and the merged layers.
+    pub fn run(&self, layers: &[MoeLayer], stats: &[RoutingStats]) -> Result<Merged> {
+        self.run_observed(layers, stats, &Silent)
+    }
+
+    /// [`Pipeline::run`] with an observer.
+    ///
+    /// # Errors
+    /// As [`Pipeline::run`].
+    pub fn run_observed(
         &self,
-        source: &Checkpoint,
-        given: Given<'_>,
-        (shapes, ids): (&[LayerShape], &[LayerId]),
-        (output, observer): (&Output, &dyn Observer),
-        (partial, mut journal): (Partial, Journal),
-        target: &Path,
-    ) -> Result<Report> {
-        let collected;
-        let (stats, tokens) = match given {
-            Given::Statistics(stats) => (stats, None),
-            Given::Tokens(tokens) => {
-                if let Some(counted) = self.counted(shapes)? {
-                    let once = Once { source, tokens, output, observer };
-                    return self.run_once(&once, &counted, (partial, journal), target);
-                }
-                let scratch = (partial.path(), output.memory);
-                collected = self.collect(source, tokens, &mut journal, scratch, observer)?;
-                (&collected, Some(tokens))
-            }
-        };
-        let job = Job { source, stats, tokens, shapes, ids, output, observer };
-        self.run_job(&job, partial, journal, target)
+        layers: &[MoeLayer],
+        stats: &[RoutingStats],
+        observer: &dyn Observer,
+    ) -> Result<Merged> {
+        InMemory::new(self, layers, stats, observer).run()
     }
-
-    /// Everything that can be refused before a weight is read; shapes of all layers, and the layers
-    /// that take part.
-    pub(crate) fn check_run(
-        &self,
-        source: &Checkpoint,
-        given: Given<'_>,
-        output: &Output,
-    ) -> Result<(Vec<LayerShape>, Vec<LayerId>)> {
-        let Checked { shapes, active, .. } = self.check_source(source, output.export)?;
-        let ids: Vec<LayerId> = active.iter().map(|s| s.id).collect();
-        match given {
-            Given::Statistics(stats) => self.check_stats(source, stats, &ids)?,
-            Given::Tokens(_) => drop(Collector::new(self.needs())?),
-        }
-        Ok((shapes, ids))
-    }
-
-    /// What of it does not depend on the statistics.
-    pub(crate) fn check_source(
-        &self,
-        source: &Checkpoint,
-        export: ExportChoice,
-    ) -> Result<Checked> {
-        self.check_export(export)?;
-        self.check_layout(source, export)?;
-        let shapes: Vec<LayerShape> = source.layers().iter().map(shape).collect();
-        let (active, target) = self.checked(&shapes)?;
-        let matrices = |l: &LayerInfo| (l.id, (l.d_ff, l.d_model));
-        self.check_compression(source.layers().iter().map(matrices))?;
-        if export == ExportChoice::Native {
-            self.check_native(source)?;
-        }
-        Ok(Checked { shapes, active, target })
-    }
-
-    /// Refuses parts that no native folder can hold.
-    fn check_native(&self, source: &Checkpoint) -> Result<()> {
-        let Some(compressor) = &self.compressor else { return Ok(()) };
-        for layer in source.layers() {
-            if compressor.storage((layer.d_ff, layer.d_model))? == ExpertStorage::Shared {
-                let reason = format!(
-                    "native folders hold no base that experts share, as compressor `{}` makes: \
-                     export stock or expanded",
-                    compressor.name()
-                );
-                return Err(ErrorKind::Recipe { reason }.into());
-            }
-        }
-        Ok(())
-    }
-
-    fn check_export(&self, export: ExportChoice) -> Result<()> {
-        if self.size_budget().is_some() && export != ExportChoice::Native {
-            let reason = "a size budget is met by the factors of a native export; the others hold \
-                          matrices multiplied out";
-            return Err(ErrorKind::Recipe { reason: reason.into() }.into());
-        }
-        let reason = match (export, self.router.is_some()) {
-            (ExportChoice::Stock, false) => "a stock export needs a router stage",
-            (ExportChoice::Native | ExportChoice::Expanded, true) => {
-                "native and expanded exports keep the router: leave the router stage out"
-            }
-            _ => return Ok(()),
-        };
-        Err(ErrorKind::Recipe { reason: reason.into() }.into())
-    }
-
-    /// Factors in a native folder need tensors of their own.
-    fn check_layout(&self, source: &Checkpoint, export: ExportChoice) -> Result<()> {
-        let compresses = self.compressor.is_some() && export == ExportChoice::Native;
-        if !compresses || source.can_hold_factors() {
-            return Ok(());
-        }
-        let kind = ErrorKind::Unsupported {
-            what: "layout for factors in a native folder",
-            found: source.layout().into(),
-            supported: "layouts with a tensor for every projection; of this one, stock and \
-                        expanded exports, which hold the factors multiplied out"
-                .into(),
-        };
-        Err(kind.into())
-    }
-
-    /// Every stage's needs against what the file holds, before any weight is read.
-    fn check_stats(&self, source: &Checkpoint, stats: &StatsFile, ids: &[LayerId]) -> Result<()> {
-        for id in ids {
-            if !stats.layers().contains(id) {
-                let known: Vec<String> = stats.layers().iter().map(ToString::to_string).collect();
-                let reason = format!("no statistics of {id}; the file has {}", known.join(", "));
-                return Err(ErrorKind::Statistics { reason }.into());
-            }
-            let expected = source.layer(*id)?.experts;
-            let found = stats.experts(id).unwrap_or(expected);
-            if found != expected {
-                let reason = format!("{found} experts where the model has {expected}");
-                return Err(ErrorKind::Statistics { reason }.into()).in_layer(id);
-            }
-            let given = stats.available(id) | Needs::EXPERTS;
-            let missing: Vec<_> = self.needs().without(given).names().collect();
-            if !missing.is_empty() {
-                let remedy = "collect them, or choose stages that need less".into();
-                let kind = ErrorKind::Missing {
-                    stage: "the recipe".into(),
-                    needs: missing.join(", "),
-                    remedy,
-                };
-                return Err(kind.into()).in_layer(id);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A source that a pipeline can work on.
-pub(crate) struct Checked {
-    /// Of all MoE layers.
-    pub(crate) shapes: Vec<LayerShape>,
-    /// Of those that take part.
-    pub(crate) active: Vec<LayerShape>,
-    /// What the budget asks of them.
-    pub(crate) target: Target,
-}
-
-fn shape(info: &LayerInfo) -> LayerShape {
-    LayerShape { id: info.id, experts: info.experts, rule: info.rule }
 }

@@ -3,213 +3,205 @@
 //! Where it is known beforehand how many experts each layer keeps, layer `l` is observed, decided,
 //! merged, recovered and written before layer `l + 1` is read. The statistics come from the text's
 //! way through the original model; where a recoverer is fitted on the merged layers
-//! ([`RecoverOn`](crate::pipeline::options::RecoverOn)), their stream runs beside it. Both are what
-//! the two passes of any other run see, so that the target has the same bytes.
+//! ([`RecoverOn`](crate::pipeline::options::RecoverOn)), a second stream of hidden states follows
+//! them. Both are what the two passes of any other run see, so that the target has the same bytes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use crate::calibrate::Collector;
-use crate::checkpoint::{Checkpoint, Partial, Writer};
+use crate::checkpoint::Writer;
 use crate::error::{Error, Locate, Result};
-use crate::model::{Budget, Grouping, LayerId, MergedLayer, RoutingStats, Target};
-use crate::pipeline::activations::collect::Watch;
-use crate::pipeline::activations::forward_pass::Block;
-use crate::pipeline::activations::samples::Seen;
-use crate::pipeline::activations::streams::{Streams, Tap};
+use crate::model::{Budget, Grouping, LayerId, MergedLayer, RoutingStats};
+use crate::pipeline::activations::collect::CollectedLayer;
+use crate::pipeline::activations::forward_pass::LoadedLayer;
+use crate::pipeline::activations::samples::LayerSamples;
+use crate::pipeline::activations::streams::{SampleCapture, Streams};
 use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::builder::Pipeline;
-use crate::pipeline::layer::grouping::decide;
-use crate::pipeline::layer::process;
+use crate::pipeline::layer::process::{Decision, Experts, LayerInput, LayerShare, process_layer};
+use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
 use crate::pipeline::options::LayerShape;
-use crate::pipeline::progress::{Observer, Phase};
+use crate::pipeline::progress::{LayerProgress, Phase};
 use crate::pipeline::report::{LayerReport, Report};
-use crate::pipeline::run::Output;
-use crate::pipeline::run::along_text::{Observed, take_moe};
-use crate::pipeline::run::resume::hidden_states::{Bookmarks, Marked};
-use crate::pipeline::run::resume::journal::{Journal, Line};
-use crate::pipeline::run::two_pass::behind;
+use crate::pipeline::run::checks::{Active, check_shapes};
+use crate::pipeline::run::output::write_plan;
+use crate::pipeline::run::resume::hidden_states::{ResumableStates, SavedStates};
+use crate::pipeline::run::resume::journal::Line;
+use crate::pipeline::run::resume::last_resumable_layer;
+use crate::pipeline::run::write::{process_layers, write_layer};
+use crate::pipeline::run::{CheckpointRun, PartialRun};
 
 /// A run in one pass.
-#[derive(Clone, Copy)]
-pub(crate) struct Once<'a> {
-    pub(crate) source: &'a Checkpoint,
-    pub(crate) tokens: &'a Tokens,
-    pub(crate) output: &'a Output,
-    pub(crate) observer: &'a dyn Observer,
+pub(crate) struct OnePass<'a> {
+    run: &'a CheckpointRun<'a>,
+    tokens: &'a Tokens,
+    counts: KnownCounts,
 }
 
 /// The layers that take part, and how many experts each keeps.
-pub(crate) struct Counted {
+pub(crate) struct KnownCounts {
     layers: Vec<(LayerShape, usize)>,
     budget: Budget,
 }
 
-/// The text on its way.
-struct Way<'a> {
+/// The text between two layers.
+struct Position<'a> {
     streams: Streams<'a>,
+    saved: SavedStates<'a>,
     /// The windows that recovery sees; `None` for all.
     recovered: Option<&'a [usize]>,
     /// Layers that were to come at the start.
     total: usize,
 }
 
-impl Pipeline {
-    /// How many experts every layer keeps, if that is known; else a run takes two passes.
-    pub(crate) fn counted(&self, shapes: &[LayerShape]) -> Result<Option<Counted>> {
-        if self.size_budget().is_some() || self.grouper.surveys() {
+impl KnownCounts {
+    /// How many experts every layer keeps, if that is known before any layer is observed.
+    pub(crate) fn of(pipeline: &Pipeline, shapes: &[LayerShape]) -> Result<Option<Self>> {
+        if pipeline.size_budget().is_some() || pipeline.grouper.surveys() {
             return Ok(None);
         }
-        let (active, target) = self.checked(shapes)?;
-        let budget = self.constraints.budget(target, &active, self.router.is_some());
+        let Active { layers: active, target } = check_shapes(pipeline, shapes)?;
+        let budget = pipeline.constraints.budget(target, &active, pipeline.router.is_some());
         let sizes: Vec<_> = active.iter().map(|s| (s.id, s.experts)).collect();
-        let Some(counts) = self.grouper.counts(&sizes, &budget)? else { return Ok(None) };
+        let Some(counts) = pipeline.grouper.counts(&sizes, &budget)? else { return Ok(None) };
         if counts.len() != active.len() {
             return Err(Error::shape("numbers of experts to keep", active.len(), counts.len()));
         }
-        Ok(Some(Counted { layers: active.into_iter().zip(counts).collect(), budget }))
+        Ok(Some(Self { layers: active.into_iter().zip(counts).collect(), budget }))
     }
 
-    /// Merges in one pass what the journal does not know to be done.
-    pub(crate) fn run_once(
-        &self,
-        once: &Once<'_>,
-        counted: &Counted,
-        (partial, mut journal): (Partial, Journal),
-        target: &Path,
-    ) -> Result<Report> {
-        let Once { source, tokens, output, observer } = *once;
-        let ids: Vec<LayerId> = counted.layers.iter().map(|(shape, _)| shape.id).collect();
-        let plan = self.write_plan(source, output, counted.stand_ins()?)?;
-        let mut writer = Writer::within(source, partial, &plan)?;
-        let mut finished = std::mem::take(&mut journal.layers);
-        let from = behind(&writer, &ids, &finished);
-        let done = from.and_then(|id| ids.iter().position(|&other| other == id));
-        let done = done.map_or(0, |at| at + 1);
-        let mut reports = BTreeMap::new();
-        let known: BTreeMap<LayerId, Grouping> =
-            journal.groups.take().into_iter().flatten().collect();
-        for id in &ids[..done] {
-            let Some(((report, digest), grouping)) = finished.remove(id).zip(known.get(id)) else {
-                return Err(Error::range("finished layer", "one with groups", "none")).in_layer(id);
-            };
-            writer.regroup(*id, grouping)?;
-            writer.adopt(*id, &digest)?;
-            reports.insert(*id, report);
-        }
-        let folder = writer.folder().to_owned();
-        let options = self.options(&folder, output.memory);
-        let todo = &counted.layers[done..];
-        let sink = &mut |layer: MergedLayer, report: &LayerReport| {
-            writer.regroup(layer.id, &layer.grouping)?;
-            journal.write(&Line::Groups(vec![(layer.id, layer.grouping.clone())]))?;
-            writer.layer(&layer)?;
-            writer.sync()?;
-            let digest = writer.digest(layer.id)?;
-            journal.write(&Line::Layer(Box::new(report.clone()), digest))
-        };
-        let spread = tokens.spread(self.recover_tokens.unwrap_or(usize::MAX));
-        if !todo.is_empty() {
-            let follows = self.recoverer.is_some() && self.recover_on.follows();
-            let followed = follows.then(|| tokens.only(spread.as_deref()));
-            let texts = (Some(tokens), followed.as_deref());
-            let mut streams = Streams::open(source, texts, &ids, &options)?;
-            let mut bookmarks = Bookmarks::new(&folder);
-            if let Some(id) = from {
-                bookmarks.open(&mut streams, id)?;
-            }
-            let total = streams.remaining();
-            let mut way = Way { streams, recovered: spread.as_deref(), total };
-            let new = self.hand_on(&ids[done..], observer, sink, &mut |at| {
-                let made = self.next(once, counted, &todo[at], &mut way, &options)?;
-                bookmarks.set(&mut way.streams, todo[at].0.id)?;
-                Ok(made)
-            })?;
-            reports.extend(new.into_iter().map(|report| (report.layer, report)));
-        }
-        let stacks = ids.iter().map(|id| tokens.of(id.stack));
-        let shown = (stacks.max().unwrap_or(0), observer);
-        self.conclude(source, &plan, reports, (writer, journal), shown, target)
+    fn ids(&self) -> Vec<LayerId> {
+        self.layers.iter().map(|(shape, _)| shape.id).collect()
     }
 
-    /// Runs up to the next layer that takes part, and makes it.
-    fn next(
-        &self,
-        once: &Once<'_>,
-        counted: &Counted,
-        (shape, keep): &(LayerShape, usize),
-        way: &mut Way<'_>,
-        options: &CalibrateOptions,
-    ) -> Result<(MergedLayer, LayerReport)> {
-        loop {
-            let at = way.total - way.streams.remaining();
-            let Some(id) = way.streams.advance()? else { break };
-            once.observer.layer_started(id, Phase::Calibrate, at, way.total);
-            let mut block = way.streams.read(id)?;
-            if id != shape.id {
-                way.streams.forward(&block, &self.cx)?;
-                continue;
-            }
-            let (stats, seen) = self.watch(once, way, &block, options)?;
-            let layer = take_moe(&mut block)?;
-            once.observer.layer_started(id, Phase::Measure, at, way.total);
-            let (similarity, alignment) = (&*self.similarity, self.alignment.as_ref());
-            let measured = process::measure_layer(&layer, &stats, similarity, alignment, &self.cx)?;
-            let grouping = self.decide_one(&measured, shape, *keep, &counted.budget)?;
-            once.observer.layer_started(id, Phase::Merge, at, way.total);
-            let Some(seen) = seen else {
-                let plan = self.plan(true);
-                return process::merge_layer(layer, &stats, &measured, &grouping, &plan, &self.cx);
-            };
-            let (measured, grouping) = (&measured, &grouping);
-            let observed = Observed { layer, seen, stats: &stats, measured, grouping };
-            return self.recovered(way.streams.merged.as_mut(), &block, observed, None);
-        }
-        Err(Error::range("layer", "one of the model's, in order", shape.id))
-    }
-
-    /// Statistics of the original model, and what the recoverer gets to see.
-    fn watch(
-        &self,
-        once: &Once<'_>,
-        way: &mut Way<'_>,
-        block: &Block,
-        options: &CalibrateOptions,
-    ) -> Result<(RoutingStats, Option<Seen>)> {
-        let id = block.id();
-        let collector = Collector::new(self.needs_along_text())?;
-        let mut collector = collector.sample(options.samples, once.tokens.of(id.stack));
-        let taps = self.recoverer.is_some() && self.recover_on.taps();
-        let mut tap = taps.then(|| Tap::new(way.recovered));
-        let mut watch = Watch { collector: &mut collector, tap: tap.as_mut(), cx: &self.cx };
-        way.streams.watch(block, &mut watch, &self.cx).in_layer(id)?;
-        let seen = way.streams.look(block, tap.map(|tap| tap.seen), &self.cx)?;
-        Ok((collector.finish().in_layer(id)?, seen))
-    }
-
-    fn decide_one(
-        &self,
-        measured: &process::Measured,
-        shape: &LayerShape,
-        keep: usize,
-        budget: &Budget,
-    ) -> Result<Grouping> {
-        let budget = Budget { target: Target::PerLayer(keep), ..budget.clone() };
-        let (one, shapes) = (std::slice::from_ref(measured), std::slice::from_ref(shape));
-        let narrow = self.router.is_some();
-        let mut groupings = decide(&*self.grouper, one, shapes, &budget, narrow, &self.cx)?;
-        groupings.pop().ok_or_else(|| Error::shape("groupings", 1, 0))
-    }
-}
-
-impl Counted {
     /// Groups of the right number, which say where tensors lie; the true ones come later.
-    fn stand_ins(&self) -> Result<BTreeMap<LayerId, Grouping>> {
+    fn placeholders(&self) -> Result<BTreeMap<LayerId, Grouping>> {
         let one = |(shape, keep): &(LayerShape, usize)| {
             let labels = (0..shape.experts).map(|i| Some(i.min(keep.saturating_sub(1))));
             let grouping = Grouping::new(labels.collect(), (0..*keep).collect());
             Ok((shape.id, grouping.in_layer(shape.id)?))
         };
         self.layers.iter().map(one).collect()
+    }
+}
+
+impl<'a> OnePass<'a> {
+    pub(crate) fn new(run: &'a CheckpointRun<'a>, tokens: &'a Tokens, counts: KnownCounts) -> Self {
+        Self { run, tokens, counts }
+    }
+
+    /// Processes what the journal does not know to be done.
+    pub(crate) fn run(&self, partial: PartialRun) -> Result<Report> {
+        let CheckpointRun { pipeline, source, output, observer, .. } = *self.run;
+        let PartialRun { partial, mut journal } = partial;
+        let ids = self.counts.ids();
+        let plan = write_plan(pipeline, source, output, self.counts.placeholders()?)?;
+        let mut writer = Writer::within(source, partial, &plan)?;
+        let mut finished = std::mem::take(&mut journal.layers);
+        let resume_after = last_resumable_layer(&writer, &ids, &finished);
+        let done = resume_after.and_then(|id| ids.iter().position(|&other| other == id));
+        let done = done.map_or(0, |at| at + 1);
+        let mut reports = BTreeMap::new();
+        let known: BTreeMap<LayerId, Grouping> =
+            journal.groups.take().into_iter().flatten().collect();
+        for id in &ids[..done] {
+            let Some(((report, digest), grouping)) = finished.remove(id).zip(known.get(id)) else {
+                return Err(Error::range("finished layer", "one with groups", "none"))
+                    .in_layer(*id);
+            };
+            writer.regroup(*id, grouping)?;
+            writer.adopt(*id, &digest)?;
+            reports.insert(*id, report);
+        }
+        let folder = writer.folder().to_owned();
+        let options = self.run.text_options(&folder, output.memory);
+        let mut consume = |layer: MergedLayer, report: &LayerReport| {
+            writer.regroup(layer.id, &layer.grouping)?;
+            journal.write(&Line::Groups(vec![(layer.id, layer.grouping.clone())]))?;
+            write_layer(&mut writer, &layer, report, &mut |report, digest| {
+                journal.write(&Line::Layer(Box::new(report.clone()), digest))
+            })
+        };
+        if done < ids.len() {
+            let spread = self.tokens.spread(pipeline.recover_tokens.unwrap_or(usize::MAX));
+            let follows = pipeline.recoverer.is_some() && pipeline.recover_on.follows();
+            let followed = follows.then(|| self.tokens.only(spread.as_deref()));
+            let texts = (Some(self.tokens), followed.as_deref());
+            let mut streams = Streams::open(source, texts, &ids, &options)?;
+            let mut saved = SavedStates::new(&folder);
+            if let Some(id) = resume_after {
+                saved.restore(&mut streams, id)?;
+            }
+            let total = streams.remaining();
+            let recovered = spread.as_deref();
+            let mut position = Position { streams, saved, recovered, total };
+            let todo = &self.counts.layers[done..];
+            let new = process_layers(&ids[done..], observer, &mut consume, &mut |at| {
+                self.next(&todo[at], &mut position, &options)
+            })?;
+            reports.extend(new.into_iter().map(|report| (report.layer, report)));
+        }
+        let stacks = ids.iter().map(|id| self.tokens.of(id.stack));
+        let tokens = stacks.max().unwrap_or(0);
+        self.run.finish(&plan, reports, (writer, journal), tokens)
+    }
+
+    /// Runs the text up to the next layer that takes part, and processes it.
+    fn next(
+        &self,
+        (shape, keep): &(LayerShape, usize),
+        position: &mut Position<'_>,
+        options: &CalibrateOptions,
+    ) -> Result<(MergedLayer, LayerReport)> {
+        let CheckpointRun { pipeline, observer, .. } = *self.run;
+        let (id, cx, total) = (shape.id, &pipeline.cx, position.total);
+        let mut done = total - position.streams.remaining();
+        let mut block = position.streams.advance_to(id, cx, &mut |layer| {
+            LayerProgress { observer, layer, done, total }.started(Phase::Calibrate);
+            done += 1;
+        })?;
+        let (stats, samples) = self.observe(position, &block, options)?;
+        let input = LayerInput {
+            experts: Experts::InMemory(block.take_experts()?),
+            stats,
+            samples: samples.as_ref(),
+            progress: LayerProgress { observer, layer: id, done: done - 1, total },
+        };
+        let share = LayerShare { shape: *shape, keep: *keep, budget: &self.counts.budget };
+        let stages = self.stages(samples.is_some());
+        let processed = process_layer(input, Decision::Alone(share), &stages, cx)?;
+        let (merged, report) = processed.in_memory()?;
+        if let Some(samples) = samples {
+            let narrowed = pipeline.router.is_some();
+            position.streams.leave(&block, samples, (&merged, narrowed), cx)?;
+        }
+        position.saved.save(&mut position.streams, id)?;
+        Ok((merged, report))
+    }
+
+    fn stages(&self, along_text: bool) -> LayerStages<'_> {
+        let origin = if along_text { SampleOrigin::Text } else { SampleOrigin::Statistics };
+        LayerStages::of(self.run.pipeline, origin)
+    }
+
+    /// Statistics of the original model, and inputs and outputs for the recoverer, if there is one.
+    fn observe(
+        &self,
+        position: &mut Position<'_>,
+        block: &LoadedLayer,
+        options: &CalibrateOptions,
+    ) -> Result<(RoutingStats, Option<LayerSamples>)> {
+        let pipeline = self.run.pipeline;
+        let (id, cx) = (block.id(), &pipeline.cx);
+        let collector = Collector::new(pipeline.needs_along_text())?;
+        let mut collector = collector.sample(options.samples, self.tokens.of(id.stack));
+        let captures = pipeline.recoverer.is_some() && pipeline.recover_on.captures_original();
+        let mut capture = captures.then(|| SampleCapture::new(position.recovered));
+        let mut collected =
+            CollectedLayer { collector: &mut collector, capture: capture.as_mut(), cx };
+        position.streams.observe_original(block, &mut collected, cx).in_layer(id)?;
+        let captured = capture.map(SampleCapture::into_samples);
+        let samples = position.streams.capture_merged(block, captured, cx)?;
+        Ok((collector.finish().in_layer(id)?, samples))
     }
 }

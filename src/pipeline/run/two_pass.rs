@@ -1,362 +1,254 @@
-//! A checked run in its partial folder: collect, decide, merge what is not yet done, seal.
+//! A run in two passes: observe and decide over all layers, then process each that is not yet done.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use crate::align;
 use crate::calibrate::StatsFile;
-use crate::checkpoint::{Checkpoint, Export, Factoring, Partial, WritePlan, Writer, Written};
-use crate::error::{Error, Locate, Result};
-use crate::model::{Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats};
+use crate::checkpoint::{WritePlan, Writer};
+use crate::error::Result;
+use crate::model::{Grouping, LayerId};
 use crate::pipeline::activations::collect::calibrate_to_file_observed;
-use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
-use crate::pipeline::builder::Pipeline;
-use crate::pipeline::layer::process::Source;
-use crate::pipeline::options::{AlignWhen, LayerShape, RoutingGroupPolicy};
-use crate::pipeline::progress::Observer;
-use crate::pipeline::report::{Change, LayerReport, Report, WrittenReport};
-use crate::pipeline::run::Output;
-use crate::pipeline::run::in_memory::Decided;
-use crate::pipeline::run::resume::fingerprint;
-use crate::pipeline::run::resume::hidden_states::Bookmarks;
+use crate::pipeline::activations::tokens::Tokens;
+use crate::pipeline::layer::by_group::ExpertsByGroup;
+use crate::pipeline::layer::process::{
+    Decision, Experts, LayerInput, ProcessedLayer, process_layer,
+};
+use crate::pipeline::layer::source::{CheckpointLayers, LayerSource};
+use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
+use crate::pipeline::progress::LayerProgress;
+use crate::pipeline::report::{LayerReport, Report};
+use crate::pipeline::run::along_text::AlongText;
+use crate::pipeline::run::decisions::Decisions;
+use crate::pipeline::run::output::{plan_factors, write_plan};
 use crate::pipeline::run::resume::journal::{Journal, Line};
+use crate::pipeline::run::resume::{fingerprint, last_resumable_layer, remove_hidden};
+use crate::pipeline::run::write::{RecordLayer, process_by_group, process_layers, write_layer};
+use crate::pipeline::run::{CheckpointRun, PartialRun};
 use crate::pipeline::size::{Ranks, Room};
-use crate::stage::{ExpertStorage, Needs};
+use crate::stage::Needs;
 
-impl Pipeline {
-    /// Statistics of the text, in the partial folder.
-    pub(crate) fn collect(
-        &self,
-        source: &Checkpoint,
-        tokens: &Tokens,
-        journal: &mut Journal,
-        (folder, memory): (&Path, u64),
-        observer: &dyn Observer,
-    ) -> Result<StatsFile> {
-        let path = folder.join(STATISTICS);
-        let known = journal.statistics.take();
-        if known.is_none() || fingerprint::of_file(&path).ok() != known {
-            remove_hidden(folder)?;
-            let options = self.options(folder, memory);
-            let needs = self.needs_along_text();
-            calibrate_to_file_observed(source, tokens, needs, &options, &path, observer)?;
-            journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
-        }
-        StatsFile::open(&path)
-    }
+/// How the second pass goes from layer to layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SecondPass {
+    /// One whole layer in memory at a time.
+    WholeLayers,
+    /// One group per thread in memory: no stage sees a whole layer.
+    ByGroup,
+    /// Whole layers, along the text on which each is recovered.
+    AlongText,
+}
 
-    /// How text runs through a model during a run whose partial folder is `folder`.
-    pub(crate) fn options(&self, folder: &Path, memory: u64) -> CalibrateOptions {
-        CalibrateOptions {
-            memory,
-            scratch: folder.into(),
-            cx: self.cx.clone(),
-            ..CalibrateOptions::default()
+impl SecondPass {
+    /// The way for a run on statistics.
+    pub(crate) fn of(run: &CheckpointRun<'_>, origin: SampleOrigin) -> Self {
+        let stages = LayerStages::of(run.pipeline, origin);
+        // Large experts of few groups are aligned faster with all of the layer's pairs at once.
+        let hidden = run.source.layers().iter().map(|layer| layer.d_ff).max();
+        let small = hidden.is_none_or(|d_ff| d_ff <= align::PARALLEL_THRESHOLD);
+        match stages.works_by_group() && (stages.in_groups().is_none() || small) {
+            true => Self::ByGroup,
+            false => Self::WholeLayers,
         }
     }
+}
 
-    /// Decides, or takes the decision of the run that is resumed, and merges what is not yet done.
-    pub(crate) fn run_job(
-        &self,
-        job: &Job<'_>,
-        partial: Partial,
-        mut journal: Journal,
-        target: &Path,
-    ) -> Result<Report> {
-        let Job { source, stats, observer, .. } = *job;
-        let samples = job.ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES));
-        let folder = Folder { source, stats };
+/// A run in two passes.
+pub(crate) struct TwoPass<'a> {
+    run: &'a CheckpointRun<'a>,
+    stats: &'a StatsFile,
+    /// The text, when the statistics come from it.
+    text: Option<&'a Tokens>,
+    second: SecondPass,
+}
+
+impl<'a> TwoPass<'a> {
+    pub(crate) fn new(
+        run: &'a CheckpointRun<'a>,
+        stats: &'a StatsFile,
+        text: Option<&'a Tokens>,
+        second: SecondPass,
+    ) -> Self {
+        Self { run, stats, text, second }
+    }
+
+    /// Decides, or takes the decision of the run that is resumed, and processes what is not done.
+    pub(crate) fn run(&self, partial: PartialRun) -> Result<Report> {
+        let CheckpointRun { pipeline, source, output, observer, .. } = *self.run;
+        let PartialRun { partial, mut journal } = partial;
         let (groups, fresh) = match journal.groups.take() {
             Some(groups) => (groups, None),
             None => {
-                let decided = self.decide(&folder, job.shapes, observer)?;
-                let groups: Vec<_> =
-                    decided.ids.iter().copied().zip(decided.groupings.clone()).collect();
-                journal.write(&Line::Groups(groups.clone()))?;
-                (groups, Some(decided))
+                let made = Decisions::make(pipeline, &self.layers(), &self.run.shapes, observer)?;
+                journal.write(&Line::Groups(made.groups()))?;
+                (made.groups(), Some(made))
             }
         };
-        let groupings: BTreeMap<LayerId, Grouping> = groups.into_iter().collect();
-        let mut plan = self.write_plan(source, job.output, groupings)?;
-        let ranks = self.job_ranks(&folder, job, &plan, fresh.as_ref(), samples, &mut journal)?;
+        let mut plan = write_plan(pipeline, source, output, groups.into_iter().collect())?;
+        let ranks = self.ranks(&plan, fresh.as_ref(), &mut journal)?;
         if ranks.is_some() {
-            self.factor(source, &mut plan, ranks.as_ref())?;
+            plan_factors(pipeline, source, &mut plan, ranks.as_ref())?;
         }
         let mut writer = Writer::within(source, partial, &plan)?;
         let mut reports = BTreeMap::new();
-        let followed = job.tokens.filter(|_| self.recoverer.is_some());
         let mut finished = std::mem::take(&mut journal.layers);
-        let mut from = None;
-        if followed.is_some() {
+        let mut resume_after = None;
+        if self.second == SecondPass::AlongText {
             // A recovered layer depends on all before it, and the states behind it on itself.
-            from = behind(&writer, job.ids, &finished);
-            let place = |id: LayerId| job.ids.iter().position(|&other| other == id);
-            finished.retain(|&id, _| from.is_some_and(|from| place(id) <= place(from)));
+            let ids = &self.run.ids;
+            resume_after = last_resumable_layer(&writer, ids, &finished);
+            let place = |id: LayerId| ids.iter().position(|&other| other == id);
+            finished.retain(|&id, _| resume_after.is_some_and(|last| place(id) <= place(last)));
         }
         for (id, (report, digest)) in finished.into_iter().filter(|_| fresh.is_none()) {
             if writer.adopt(id, &digest)? {
                 reports.insert(id, report);
             }
         }
-        let mut decided = match fresh {
-            Some(decided) => decided,
-            None => self.rest(&folder, job, &plan, &reports)?,
+        let mut decisions = match fresh {
+            Some(decisions) => decisions,
+            None => self.remaining(&plan, &reports)?,
         };
-        decided.ranks = ranks;
-        let line = &mut |report: &LayerReport, digest| {
+        decisions.ranks = ranks;
+        let record = &mut |report: &LayerReport, digest| {
             journal.write(&Line::Layer(Box::new(report.clone()), digest))
         };
-        let most = self.recover_tokens.unwrap_or(usize::MAX);
-        let some = followed.map(|tokens| tokens.only(tokens.spread(most).as_deref()));
-        let followed = some.as_deref().map(|tokens| (tokens, from));
-        let new = self.write_layers(job, followed, (&decided, samples), &mut writer, line)?;
+        let new = self.process(&decisions, resume_after, &mut writer, record)?;
         reports.extend(new.into_iter().map(|report| (report.layer, report)));
-        let shown = (job.stats.tokens(), observer);
-        self.conclude(source, &plan, reports, (writer, journal), shown, target)
+        self.run.finish(&plan, reports, (writer, journal), self.stats.tokens())
     }
 
-    /// Merges the decided layers and writes them; `line` is told of each that is on the disk, with
-    /// its digest.
-    pub(crate) fn write_layers(
+    /// The second pass: processes the decided layers and writes them; `record` is told of each that
+    /// is on the disk.
+    pub(crate) fn process(
         &self,
-        job: &Job<'_>,
-        followed: Option<(&Tokens, Option<LayerId>)>,
-        (decided, samples): (&Decided, bool),
+        decisions: &Decisions,
+        resume_after: Option<LayerId>,
         writer: &mut Writer<'_>,
-        line: &mut (dyn FnMut(&LayerReport, String) -> Result<()> + Send),
+        record: &mut RecordLayer<'_>,
     ) -> Result<Vec<LayerReport>> {
-        let folder = Folder { source: job.source, stats: job.stats };
-        if self.streams(samples, job) {
-            return self.stream(&folder, decided, writer, job.observer, line);
-        }
-        let options = self.options(writer.folder(), job.output.memory);
-        let sink = &mut |layer: MergedLayer, report: &LayerReport| {
-            writer.layer(&layer)?;
-            writer.sync()?;
-            line(report, writer.digest(layer.id)?)
-        };
-        match followed {
-            Some(followed) => self.follow(job, followed, &options, decided, sink),
-            None => self.merge(&folder, decided, samples, job.observer, sink),
+        let CheckpointRun { pipeline, observer, .. } = *self.run;
+        let (layers, ids) = (self.layers(), decisions.ids());
+        let stages = LayerStages::of(pipeline, self.sample_origin());
+        let stages = stages.with_ranks(decisions.ranks.as_ref());
+        match (self.second, self.text) {
+            (SecondPass::AlongText, Some(tokens)) => {
+                let most = pipeline.recover_tokens.unwrap_or(usize::MAX);
+                let tokens = &*tokens.only(tokens.spread(most).as_deref());
+                let along = AlongText { run: self.run, stats: self.stats, tokens, resume_after };
+                along.run(decisions, writer, record)
+            }
+            (SecondPass::ByGroup, _) => {
+                process_by_group(&ids, observer, writer, record, &mut |at, sink| {
+                    let by_group = ExpertsByGroup { source: &layers, sink };
+                    let experts = Experts::ByGroup(layers.router(ids[at])?, by_group);
+                    self.process_one(at, experts, decisions, &stages)
+                })
+            }
+            _ => {
+                let mut consume =
+                    |layer, report: &LayerReport| write_layer(writer, &layer, report, record);
+                process_layers(&ids, observer, &mut consume, &mut |at| {
+                    let experts = Experts::InMemory(layers.layer(ids[at])?);
+                    let made = self.process_one(at, experts, decisions, &stages)?.in_memory();
+                    layers.release(ids[at]);
+                    made
+                })
+            }
         }
     }
 
-    /// Reports, seals, and gives the target its name.
-    pub(crate) fn conclude(
+    fn process_one(
         &self,
-        source: &Checkpoint,
-        plan: &WritePlan,
-        reports: BTreeMap<LayerId, LayerReport>,
-        (mut writer, mut journal): (Writer<'_>, Journal),
-        (tokens, observer): (u64, &dyn Observer),
-        target: &Path,
-    ) -> Result<Report> {
-        let mut report = self.report(reports.into_values().collect());
-        report.family = Some(source.family().into());
-        report.tokens = tokens;
-        report.written = Some(summary(source, plan, writer.written()));
-        let json = serde_json::to_value(&report).unwrap_or_default();
-        writer.seal(&json)?;
-        remove_hidden(writer.folder())?;
-        journal.write(&Line::Whole(Box::new(report.clone())))?;
-        drop(journal);
-        writer.commit()?;
-        Journal::remove(target)?;
-        observer.finished(&report);
-        Ok(report)
+        done: usize,
+        experts: Experts<'_>,
+        decisions: &Decisions,
+        stages: &LayerStages<'_>,
+    ) -> Result<ProcessedLayer> {
+        let decision = decisions.at(done)?;
+        let (layer, total, observer) = (decision.id(), decisions.layers.len(), self.run.observer);
+        let stats = self.layers().stats(layer, stages.merge_needs())?;
+        let progress = LayerProgress { observer, layer, done, total };
+        let input = LayerInput { experts, stats, samples: None, progress };
+        process_layer(input, Decision::Made(decision), stages, &self.run.pipeline.cx)
     }
 
-    /// The layers that a resumed run has still to merge, measured again.
-    fn rest(
+    fn layers(&self) -> CheckpointLayers<'a> {
+        CheckpointLayers { source: self.run.source, stats: self.stats }
+    }
+
+    fn sample_origin(&self) -> SampleOrigin {
+        self.run.sample_origin(self.stats)
+    }
+
+    /// The layers that a resumed run has still to process, observed again.
+    fn remaining(
         &self,
-        folder: &Folder<'_>,
-        job: &Job<'_>,
         plan: &WritePlan,
         done: &BTreeMap<LayerId, LayerReport>,
-    ) -> Result<Decided> {
+    ) -> Result<Decisions> {
         let open = |id: &&LayerId| !done.contains_key(id) && plan.groupings.contains_key(id);
-        let ids: Vec<LayerId> = job.ids.iter().filter(open).copied().collect();
-        let measured = self.measure(folder, &ids, job.observer)?;
-        let groupings = ids.iter().filter_map(|id| plan.groupings.get(id).cloned()).collect();
-        Ok(Decided { ids, measured, groupings, ranks: None })
-    }
-
-    /// Whether no stage has to see a whole layer at once.
-    fn streams(&self, samples: bool, job: &Job<'_>) -> bool {
-        let plan = self.plan(samples);
-        let in_groups = self.alignment.as_ref().filter(|a| a.when == AlignWhen::InGroups);
-        let hidden = job.source.layers().iter().map(|layer| layer.d_ff).max();
-        !plan.measure_error
-            && plan.measure_spectra != Some(true)
-            && plan.recoverer.is_none()
-            && plan.compressor.is_none()
-            && !plan.merge_needs().contains(Needs::EXPERTS)
-            && (in_groups.is_none() || hidden.is_none_or(|d_ff| d_ff <= align::PARALLEL_THRESHOLD))
-    }
-
-    /// What to write for some groups. What a size budget leaves of each matrix depends on the
-    /// weights and is not yet in it.
-    pub(crate) fn write_plan(
-        &self,
-        source: &Checkpoint,
-        output: &Output,
-        groupings: BTreeMap<LayerId, Grouping>,
-    ) -> Result<WritePlan> {
-        let mut plan = WritePlan {
-            export: output.export.into(),
-            groupings,
-            top_k: self.top_k,
-            flatten_groups: self.routing_groups == RoutingGroupPolicy::Flatten,
-            factored: BTreeMap::new(),
-            d_ff: None,
-            shard_bytes: output.shard_bytes,
-            only: None,
-        };
-        if self.size_budget().is_none() {
-            self.factor(source, &mut plan, None)?;
-        }
-        Ok(plan)
-    }
-
-    /// Writes the compressor's factors into the plan.
-    fn factor(
-        &self,
-        source: &Checkpoint,
-        plan: &mut WritePlan,
-        ranks: Option<&Ranks>,
-    ) -> Result<()> {
-        let Some(compressor) = &self.compressor else { return Ok(()) };
-        for layer in source.layers() {
-            let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
-            let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
-            let storage = compressor.storage(dim).in_layer(layer.id)?;
-            let same = storage.matrices(layer.gated);
-            let same = same.map(|kept| Factoring::new(vec![kept; groups]));
-            let allocated = ranks.and_then(|ranks| ranks.get(&layer.id)).cloned();
-            if let Some(kept) = same.or(allocated) {
-                plan.factored.insert(layer.id, kept);
-            }
-            if let ExpertStorage::HiddenUnits(units) = storage {
-                plan.d_ff = Some(units);
-            }
-        }
-        Ok(())
+        let ids: Vec<LayerId> = self.run.ids.iter().filter(open).copied().collect();
+        let groupings: Vec<Grouping> =
+            ids.iter().filter_map(|id| plan.groupings.get(id).cloned()).collect();
+        let known = (&ids[..], groupings);
+        Decisions::known(self.run.pipeline, &self.layers(), known, self.run.observer)
     }
 
     /// The ranks of a size budget, or those that the run that is resumed has found.
-    fn job_ranks(
+    fn ranks(
         &self,
-        folder: &Folder<'_>,
-        job: &Job<'_>,
         plan: &WritePlan,
-        fresh: Option<&Decided>,
-        samples: bool,
+        fresh: Option<&Decisions>,
         journal: &mut Journal,
     ) -> Result<Option<Ranks>> {
-        let Some(budget) = self.size_budget() else { return Ok(None) };
+        let CheckpointRun { pipeline, source, observer, .. } = *self.run;
+        let Some(budget) = pipeline.size_budget() else { return Ok(None) };
         if let Some(known) = journal.ranks.take() {
             return Ok(Some(known.into_iter().collect()));
         }
-        let room = Room::of_folder(budget, job.source, plan)?;
+        let room = Room::of_folder(budget, source, plan)?;
         let again;
-        let decided = match fresh {
-            Some(decided) => decided,
+        let decisions = match fresh {
+            Some(decisions) => decisions,
             None => {
-                again = self.rest(folder, job, plan, &BTreeMap::new())?;
+                again = self.remaining(plan, &BTreeMap::new())?;
                 &again
             }
         };
-        let ranks = self.ranks(folder, decided, (budget, &room), samples, job.observer)?;
+        let stages = LayerStages::of(pipeline, self.sample_origin());
+        let ranks = room.ranks(&stages, &self.layers(), decisions, observer, &pipeline.cx)?;
         journal.write(&Line::Ranks(ranks.clone().into_iter().collect()))?;
         Ok(Some(ranks))
     }
 }
 
-/// The last layer that lies whole in the folder with all before it, and the states behind it, which
-/// nothing needs behind the very last.
-pub(crate) fn behind(
-    writer: &Writer<'_>,
-    ids: &[LayerId],
-    finished: &BTreeMap<LayerId, (LayerReport, String)>,
-) -> Option<LayerId> {
-    let whole = |id: &LayerId| {
-        finished.get(id).is_some_and(|(_, digest)| writer.digest(*id).ok().as_ref() == Some(digest))
-    };
-    let count = ids.iter().take_while(|id| whole(id)).count();
-    if count == ids.len() {
-        return ids.last().copied();
+/// Statistics of a text, collected into the partial folder, or those that the run that is resumed
+/// has collected.
+pub(crate) fn collect_statistics(
+    run: &CheckpointRun<'_>,
+    tokens: &Tokens,
+    partial: &mut PartialRun,
+) -> Result<StatsFile> {
+    /// Hidden, as everything that does not belong to the target.
+    const STATISTICS: &str = ".mcsmoe.statistics.safetensors";
+    let CheckpointRun { pipeline, source, output, observer, .. } = *run;
+    let folder = partial.partial.path().to_owned();
+    let path = folder.join(STATISTICS);
+    let known = partial.journal.statistics.take();
+    if known.is_none() || fingerprint::of_file(&path).ok() != known {
+        remove_hidden(&folder)?;
+        let options = run.text_options(&folder, output.memory);
+        let needs = pipeline.needs_along_text();
+        calibrate_to_file_observed(source, tokens, needs, &options, &path, observer)?;
+        partial.journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
     }
-    Bookmarks::last_of(writer.folder(), &ids[..count])
+    StatsFile::open(&path)
 }
 
-/// Statistics of text, while a run lasts. Hidden, as everything that does not belong to the target.
-const STATISTICS: &str = ".mcsmoe.statistics.safetensors";
-
-/// Removes files that do not belong to the target.
-fn remove_hidden(folder: &Path) -> Result<()> {
-    let io = |e| Error::io("clear partial folder", e);
-    for entry in std::fs::read_dir(folder).map_err(io).in_file(folder)? {
-        let path = entry.map_err(io).in_file(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with('.') {
-            std::fs::remove_file(&path).map_err(io).in_file(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// What a run works on.
-#[derive(Clone, Copy)]
-pub(crate) struct Job<'a> {
-    pub(crate) source: &'a Checkpoint,
-    pub(crate) stats: &'a StatsFile,
-    /// The text, when the statistics come from it.
-    pub(crate) tokens: Option<&'a Tokens>,
-    pub(crate) shapes: &'a [LayerShape],
-    pub(crate) ids: &'a [LayerId],
-    pub(crate) output: &'a Output,
-    pub(crate) observer: &'a dyn Observer,
-}
-
-fn summary(source: &Checkpoint, plan: &WritePlan, written: Written) -> WrittenReport {
-    let expert_bytes = source.layers().iter().map(|l| l.expert_bytes).sum();
-    WrittenReport {
-        export: match plan.export {
-            Export::Stock => "stock",
-            Export::Native => "native",
-            Export::Expanded => "expanded",
-        }
-        .into(),
-        tensor_bytes: Change { before: source.total_bytes(), after: written.bytes },
-        expert_bytes: Change { before: expert_bytes, after: written.expert_bytes },
-        parameters: Change { before: source.total_parameters(), after: written.parameters },
-        dropped: written.dropped,
-    }
-}
-
-pub(crate) struct Folder<'a> {
-    pub(crate) source: &'a Checkpoint,
-    pub(crate) stats: &'a StatsFile,
-}
-
-impl Source for Folder<'_> {
-    fn router(&self, id: LayerId) -> Result<Router> {
-        self.source.read_router(id)
-    }
-
-    fn layer(&self, id: LayerId) -> Result<MoeLayer> {
-        self.source.read_layer(id)
-    }
-
-    fn expert(&self, id: LayerId, i: usize) -> Result<Expert> {
-        self.source.read_expert(id, i)
-    }
-
-    fn stats(&self, id: LayerId, needs: Needs) -> Result<RoutingStats> {
-        self.stats.layer(&id, needs)
-    }
-
-    fn release(&self, id: LayerId) {
-        self.source.release(id);
+/// Whether the statistics hold samples of all layers that take part.
+pub(crate) fn sample_origin(stats: &StatsFile, ids: &[LayerId]) -> SampleOrigin {
+    match ids.iter().all(|id| stats.available(id).contains(Needs::SAMPLES)) {
+        true => SampleOrigin::Statistics,
+        false => SampleOrigin::Nowhere,
     }
 }

@@ -9,10 +9,10 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Locate, Result};
-use crate::pipeline::activations::calibration::Given;
+use crate::pipeline::activations::calibration::CalibrationData;
 use crate::pipeline::activations::tokens::Tokens;
 use crate::pipeline::builder::Pipeline;
-use crate::pipeline::run::Output;
+use crate::pipeline::run::output::Output;
 
 /// SHA-256 of everything that decides the bytes of the target, by kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ impl Fingerprint {
     pub(crate) fn of(
         pipeline: &Pipeline,
         source: &Checkpoint,
-        given: Given<'_>,
+        given: CalibrationData<'_>,
         output: &Output,
     ) -> Result<Self> {
         let what = format!("{pipeline:?} {:?} {}", output.export, output.shard_bytes);
@@ -38,8 +38,8 @@ impl Fingerprint {
             version: env!("CARGO_PKG_VERSION").into(),
             source: of_source(source)?,
             calibration: match given {
-                Given::Statistics(file) => of_file(file.path())?,
-                Given::Tokens(tokens) => of_tokens(tokens),
+                CalibrationData::Statistics(file) => of_file(file.path())?,
+                CalibrationData::Tokens(tokens) => of_tokens(tokens),
             },
             recipe: hexadecimal(Sha256::new().chain_update(what)),
         })

@@ -1,9 +1,9 @@
-//! Hidden states behind a finished layer, on the disk: a run that follows the compressed model
-//! goes on from them after it was killed.
+//! Checkpoints of hidden states: those behind a finished layer, on the disk, from which a run along
+//! a text goes on after it was killed.
 //!
-//! A bookmark of layer `l` is of use once `l` and all before it are written, and the layer after it
-//! is merged while `l` is still being written. So the last three are kept. Layers that are redone
-//! about as quickly as a bookmark is written are not worth one.
+//! A checkpoint of layer `l` is of use once `l` and all before it are written, and the layer after
+//! it is merged while `l` is still being written. So the last three are kept. Layers that are redone
+//! about as quickly as their states are written are not worth one.
 
 use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -16,18 +16,18 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::LayerId;
 
-/// Bookmarks that are kept.
+/// Checkpoints that are kept.
 const KEPT: usize = 3;
-/// How many times as long as the last bookmark took, the layers behind it take before the next is
-/// written: bookmarks cost at most a twentieth of a run.
-const WORTH: u32 = 20;
+/// How many times as long as the last checkpoint took, the layers after it take before the next is
+/// written: checkpoints cost at most a twentieth of a run.
+const SAVE_COST_RATIO: u32 = 20;
 /// Bytes a second at which the first is expected to be written.
-const SLOW: f64 = 100e6;
+const ASSUMED_DISK_BYTES_PER_S: f64 = 100e6;
 /// Bytes of the SHA-256 that ends the file.
 const HASH: usize = 32;
 
-/// Text on its way, whose place can be marked.
-pub(crate) trait Marked {
+/// Hidden states of a text between two layers, which can be saved and restored.
+pub(crate) trait ResumableStates {
     /// Number of layers that are still to come.
     fn remaining(&self) -> usize;
     /// Bytes of the hidden states.
@@ -38,9 +38,9 @@ pub(crate) trait Marked {
     fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()>;
 }
 
-/// The bookmarks of a run, in its partial folder.
+/// The checkpoints of hidden states of a run, in its partial folder.
 #[derive(Debug)]
-pub(crate) struct Bookmarks<'a> {
+pub(crate) struct SavedStates<'a> {
     folder: &'a Path,
     kept: Vec<LayerId>,
     /// When the last was written, or these were opened.
@@ -49,24 +49,24 @@ pub(crate) struct Bookmarks<'a> {
     cost: Option<Duration>,
 }
 
-impl<'a> Bookmarks<'a> {
+impl<'a> SavedStates<'a> {
     pub(crate) fn new(folder: &'a Path) -> Self {
         Self { folder, kept: Vec::new(), since: Instant::now(), cost: None }
     }
 
     /// The last of `layers` behind which the states lie whole.
     pub(crate) fn last_of(folder: &Path, layers: &[LayerId]) -> Option<LayerId> {
-        let whole = |id: &&LayerId| is_whole(&path(folder, **id)).unwrap_or(false);
-        layers.iter().rev().find(whole).copied()
+        let complete = |id: &&LayerId| is_complete(&path(folder, **id)).unwrap_or(false);
+        layers.iter().rev().find(complete).copied()
     }
 
     /// Writes the states of `pass` as those behind layer `id` if they are worth it. Nothing goes on
     /// behind the last layer.
-    pub(crate) fn set(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
+    pub(crate) fn save(&mut self, pass: &mut dyn ResumableStates, id: LayerId) -> Result<()> {
         let begun = Instant::now();
-        let expected = || Duration::from_secs_f64(pass.bytes() as f64 / SLOW);
+        let expected = || Duration::from_secs_f64(pass.bytes() as f64 / ASSUMED_DISK_BYTES_PER_S);
         let cost = self.cost.unwrap_or_else(expected);
-        if pass.remaining() == 0 || begun - self.since < WORTH * cost {
+        if pass.remaining() == 0 || begun - self.since < SAVE_COST_RATIO * cost {
             return Ok(());
         }
         self.write(pass, id)?;
@@ -74,7 +74,7 @@ impl<'a> Bookmarks<'a> {
         Ok(())
     }
 
-    fn write(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
+    fn write(&mut self, pass: &mut dyn ResumableStates, id: LayerId) -> Result<()> {
         let path = path(self.folder, id);
         let draft = path.with_extension("draft");
         let io = |e| Error::io("write hidden states", e);
@@ -102,7 +102,7 @@ impl<'a> Bookmarks<'a> {
     }
 
     /// Puts `pass` behind layer `id`.
-    pub(crate) fn open(&mut self, pass: &mut dyn Marked, id: LayerId) -> Result<()> {
+    pub(crate) fn restore(&mut self, pass: &mut dyn ResumableStates, id: LayerId) -> Result<()> {
         let path = path(self.folder, id);
         let io = |e| Error::io("read hidden states", e);
         let mut file = BufReader::new(File::open(&path).map_err(io).in_file(&path)?);
@@ -130,7 +130,7 @@ fn path(folder: &Path, id: LayerId) -> PathBuf {
 }
 
 /// Whether a file ends with the SHA-256 of what is before.
-fn is_whole(path: &Path) -> std::io::Result<bool> {
+fn is_complete(path: &Path) -> std::io::Result<bool> {
     let mut file = File::open(path)?;
     let Some(mut left) = file.metadata()?.len().checked_sub(HASH as u64) else { return Ok(false) };
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
@@ -152,7 +152,7 @@ mod tests {
     /// One batch, and how many layers are still to come.
     struct Still(Array2<f32>, usize);
 
-    impl Marked for Still {
+    impl ResumableStates for Still {
         fn remaining(&self) -> usize {
             self.1
         }
@@ -174,46 +174,46 @@ mod tests {
     fn states_come_back_and_layers_quickly_redone_are_not_worth_a_file() {
         let dir = tempfile::tempdir().unwrap();
         let states = Array2::from_shape_fn((5, 3), |(i, j)| (i * 3 + j) as f32);
-        let mut bookmarks = Bookmarks::new(dir.path());
-        let set = |bookmarks: &mut Bookmarks<'_>, layer: usize, last: usize| {
+        let mut saved = SavedStates::new(dir.path());
+        let set = |saved: &mut SavedStates<'_>, layer: usize, last: usize| {
             let mut still = Still(&states + layer as f32, 6 - layer);
-            bookmarks.set(&mut still, LayerId::causal(layer)).unwrap();
+            saved.save(&mut still, LayerId::causal(layer)).unwrap();
             let ids: Vec<_> = (0..9).map(LayerId::causal).collect();
-            assert_eq!(Bookmarks::last_of(dir.path(), &ids), Some(LayerId::causal(last)));
+            assert_eq!(SavedStates::last_of(dir.path(), &ids), Some(LayerId::causal(last)));
         };
         // A layer that took a second is worth these few bytes, but not what takes an hour.
         let second = Duration::from_secs(1);
-        bookmarks.since -= second;
-        set(&mut bookmarks, 0, 0);
-        bookmarks.cost = Some(3600 * second);
-        set(&mut bookmarks, 1, 0);
+        saved.since -= second;
+        set(&mut saved, 0, 0);
+        saved.cost = Some(3600 * second);
+        set(&mut saved, 1, 0);
         for layer in 2..6 {
-            bookmarks.cost = Some(Duration::ZERO);
-            set(&mut bookmarks, layer, layer);
+            saved.cost = Some(Duration::ZERO);
+            set(&mut saved, layer, layer);
         }
-        bookmarks.cost = Some(Duration::ZERO);
-        set(&mut bookmarks, 6, 5);
+        saved.cost = Some(Duration::ZERO);
+        set(&mut saved, 6, 5);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), KEPT);
         let mut found = Still(Array2::zeros((5, 3)), 1);
-        bookmarks.open(&mut found, LayerId::causal(4)).unwrap();
+        saved.restore(&mut found, LayerId::causal(4)).unwrap();
         assert_eq!(found.0, &states + 4.0);
     }
 
     #[test]
     fn a_short_run_writes_none() {
         let dir = tempfile::tempdir().unwrap();
-        let mut bookmarks = Bookmarks::new(dir.path());
+        let mut saved = SavedStates::new(dir.path());
         // 12 MB at a slow disk's speed, twenty times: over two seconds.
         let mut still = Still(Array2::zeros((3000, 1000)), 5);
-        bookmarks.set(&mut still, LayerId::causal(0)).unwrap();
+        saved.save(&mut still, LayerId::causal(0)).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        bookmarks.since -= Duration::from_secs(3);
-        bookmarks.set(&mut still, LayerId::causal(1)).unwrap();
+        saved.since -= Duration::from_secs(3);
+        saved.save(&mut still, LayerId::causal(1)).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn a_torn_or_changed_file_is_not_whole() {
+    fn a_torn_or_changed_file_is_not_complete() {
         let dir = tempfile::tempdir().unwrap();
         let (first, second) = (LayerId::causal(3), LayerId::causal(4));
         let mut bytes = vec![7; 100];
@@ -221,13 +221,13 @@ mod tests {
         fs::write(path(dir.path(), first), &bytes).unwrap();
         let last = |bytes: &[u8]| {
             fs::write(path(dir.path(), second), bytes).unwrap();
-            Bookmarks::last_of(dir.path(), &[first, second])
+            SavedStates::last_of(dir.path(), &[first, second])
         };
         assert_eq!(last(&bytes), Some(second));
         assert_eq!(last(&bytes[..131]), Some(first));
         assert_eq!(last(&bytes[..10]), Some(first));
         bytes[50] ^= 1;
         assert_eq!(last(&bytes), Some(first));
-        assert_eq!(Bookmarks::last_of(dir.path(), &[]), None);
+        assert_eq!(SavedStates::last_of(dir.path(), &[]), None);
     }
 }

@@ -126,7 +126,7 @@ impl Journal {
     }
 
     /// Removes the folder of a run that has failed before there was anything to go on from.
-    pub(crate) fn discard_if_bare(folder: &Path) {
+    pub(crate) fn discard_if_empty(folder: &Path) {
         let Ok(mut file) = File::open(folder.join(NAME)) else { return };
         if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
             // Another run has resumed it meanwhile.

@@ -1,0 +1,115 @@
+//! What a run writes, and the plan of the folder that follows from the groups.
+
+use std::collections::BTreeMap;
+
+use crate::checkpoint::{Checkpoint, Export, Factoring, WritePlan, Written};
+use crate::error::{Locate, Result};
+use crate::model::{Grouping, LayerId};
+use crate::pipeline::builder::Pipeline;
+use crate::pipeline::options::RoutingGroupPolicy;
+use crate::pipeline::recipe::ExportChoice;
+use crate::pipeline::report::{Change, WrittenReport};
+use crate::pipeline::size::Ranks;
+use crate::stage::ExpertStorage;
+
+/// What [`Pipeline::run_checkpoint`] writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Output {
+    /// The kind of folder.
+    pub export: ExportChoice,
+    /// Largest size of a file, in bytes.
+    pub shard_bytes: u64,
+    /// Bytes of hidden states of text that are held in memory; above, they go to a scratch file in
+    /// the partial folder.
+    pub memory: u64,
+    /// Goes on from the last layer that an interrupted run has written, if there was one, and
+    /// leaves the partial folder after a failure, if statistics or a layer lie in it. The target
+    /// has the bytes of an undisturbed run. Refused when source, statistics or text, recipe or
+    /// export are not those of that run. A run that follows a text layer by layer keeps the hidden
+    /// states behind its last three layers in the partial folder for that: `12 t d_model` bytes,
+    /// as much again for what a recoverer follows, and twice that in an encoder-decoder model.
+    pub resume: bool,
+}
+
+impl Output {
+    /// A folder of one kind, in files of at most 5 GB; a partial folder is in the way.
+    pub fn new(export: ExportChoice) -> Self {
+        Self { export, shard_bytes: 5_000_000_000, memory: 2 << 30, resume: false }
+    }
+
+    /// The same, but going on from an interrupted run.
+    #[must_use]
+    pub fn resuming(self) -> Self {
+        Self { resume: true, ..self }
+    }
+}
+
+/// What to write for some groups. What a size budget leaves of each matrix depends on the
+/// weights and is not yet in it.
+pub(crate) fn write_plan(
+    pipeline: &Pipeline,
+    source: &Checkpoint,
+    output: &Output,
+    groupings: BTreeMap<LayerId, Grouping>,
+) -> Result<WritePlan> {
+    let mut plan = WritePlan {
+        export: output.export.into(),
+        groupings,
+        top_k: pipeline.top_k,
+        flatten_groups: pipeline.routing_groups == RoutingGroupPolicy::Flatten,
+        factored: BTreeMap::new(),
+        d_ff: None,
+        shard_bytes: output.shard_bytes,
+        only: None,
+    };
+    if pipeline.size_budget().is_none() {
+        plan_factors(pipeline, source, &mut plan, None)?;
+    }
+    Ok(plan)
+}
+
+/// Writes the compressor's factors into the plan.
+pub(crate) fn plan_factors(
+    pipeline: &Pipeline,
+    source: &Checkpoint,
+    plan: &mut WritePlan,
+    ranks: Option<&Ranks>,
+) -> Result<()> {
+    let Some(compressor) = &pipeline.compressor else { return Ok(()) };
+    for layer in source.layers() {
+        let Some(grouping) = plan.groupings.get(&layer.id) else { continue };
+        let (groups, dim) = (grouping.groups(), (layer.d_ff, layer.d_model));
+        let storage = compressor.storage(dim).in_layer(layer.id)?;
+        let same = storage.matrices(layer.gated);
+        let same = same.map(|kept| Factoring::new(vec![kept; groups]));
+        let allocated = ranks.and_then(|ranks| ranks.get(&layer.id)).cloned();
+        if let Some(kept) = same.or(allocated) {
+            plan.factored.insert(layer.id, kept);
+        }
+        if let ExpertStorage::HiddenUnits(units) = storage {
+            plan.d_ff = Some(units);
+        }
+    }
+    Ok(())
+}
+
+/// What the report tells of the written folder.
+pub(crate) fn written_report(
+    source: &Checkpoint,
+    plan: &WritePlan,
+    written: Written,
+) -> WrittenReport {
+    let expert_bytes = source.layers().iter().map(|l| l.expert_bytes).sum();
+    WrittenReport {
+        export: match plan.export {
+            Export::Stock => "stock",
+            Export::Native => "native",
+            Export::Expanded => "expanded",
+        }
+        .into(),
+        tensor_bytes: Change { before: source.total_bytes(), after: written.bytes },
+        expert_bytes: Change { before: expert_bytes, after: written.expert_bytes },
+        parameters: Change { before: source.total_parameters(), after: written.parameters },
+        dropped: written.dropped,
+    }
+}
