@@ -56,7 +56,7 @@ fn merges(c: &mut Criterion) {
                 let id = BenchmarkId::from_parameter(format!("{n}x{f}x{d}"));
                 let (layers, stats) = (std::slice::from_ref(&layer), std::slice::from_ref(&stats));
                 group.bench_function(id, |b| {
-                    b.iter(|| black_box(pipeline.run(layers, stats).unwrap()));
+                    b.iter(|| black_box(pipeline.run().in_memory(layers, stats).unwrap()));
                 });
             }
         }

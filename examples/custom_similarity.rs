@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let needs = pipeline.needs() | Needs::SAMPLES;
     let observed = |id: &_| stats.layer(id, needs);
     let stats = ids.iter().map(observed).collect::<mcsmoe::Result<Vec<_>>>()?;
-    let merged = pipeline.run(&layers, &stats)?;
+    let merged = pipeline.run().in_memory(&layers, &stats)?;
 
     for layer in &merged.report.layers {
         let error = layer.output_error.map_or(0.0, |e| 100.0 * e.mapped);

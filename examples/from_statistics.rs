@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let stats = Path::new("tests/fixtures/mixtral-8e.stats.safetensors");
     let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?;
     let target = tempfile::tempdir()?;
-    let report = merge_then_compress(model, stats, &recipe, &target.path().join("half"))?;
+    let report = merge_then_compress(model, stats, target.path().join("half"), &recipe)?;
     println!("{} → {} experts", report.experts.before, report.experts.after);
     Ok(())
 }

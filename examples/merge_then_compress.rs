@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let text = Calibration::text("tests/fixtures/text/calib", 512, 16_384, 7);
     let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?.export(ExportChoice::Stock);
     let target = tempfile::tempdir()?;
-    let report = merge_then_compress(model, text, &recipe, &target.path().join("half"))?;
+    let report = merge_then_compress(model, text, target.path().join("half"), &recipe)?;
     println!("{} → {} experts", report.experts.before, report.experts.after);
     assert_eq!(report.experts.after, 16);
     Ok(())

@@ -6,17 +6,12 @@
 //! treats alike, and writes a checkpoint that runs; one layer is in memory at a time.
 //!
 //! ```no_run
-//! use std::path::Path;
-//! use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, merge_then_compress};
+//! use mcsmoe::pipeline::{Calibration, Keep, Recipe, merge_then_compress};
 //!
 //! # fn main() -> mcsmoe::Result<()> {
-//! let recipe = Recipe::preset("m-smoe", Keep::Fraction(0.5))?.export(ExportChoice::Stock);
-//! let report = merge_then_compress(
-//!     Path::new("Mixtral-8x7B"),
-//!     Path::new("mixtral.stats.safetensors"),
-//!     &recipe,
-//!     Path::new("Mixtral-4x7B"),
-//! )?;
+//! let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?;
+//! let text = Calibration::text("texts", 512, 65_536, 0);
+//! let report = merge_then_compress("Mixtral-8x7B", text, "Mixtral-4x7B", &recipe)?;
 //! println!("{} experts are left of {}", report.experts.after, report.experts.before);
 //! # Ok(())
 //! # }

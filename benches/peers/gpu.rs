@@ -115,7 +115,7 @@ fn layer(device: Arc<dyn Compute>, [n, f, d]: [usize; 3]) -> Outcome {
     recipe.measure_error = false;
     let pipeline = recipe.builder()?.compute(device).build()?;
     let start = Instant::now();
-    let report = pipeline.run(&[layer], &[stats])?.report;
+    let report = pipeline.run().in_memory(&[layer], &[stats])?.report;
     let (seconds, left) = (start.elapsed().as_secs_f64(), report.experts.after);
     println!("{{\"device\": \"{name}\", \"seconds\": {seconds}, \"experts\": {left}}}");
     Ok(())

@@ -1,9 +1,9 @@
 //! The roof: recipe, checked plan, streamed run, report; the only place that knows the order of the
 //! stages.
 //!
-//! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. It runs on
-//! layers in memory ([`Pipeline::run`]) or on a checkpoint ([`Pipeline::run_checkpoint`], or in one
-//! call [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
+//! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. A [`Run`] of
+//! it goes over layers in memory ([`Run::in_memory`]) or a checkpoint ([`Run::write`], or in one call
+//! [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
 //! [`calibrate()`] runs through the model a layer at a time.
 //!
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
@@ -24,7 +24,7 @@ mod size;
 mod verify;
 
 pub use activations::calibration::Calibration;
-pub use activations::collect::{calibrate, calibrate_to_file, calibrate_to_file_observed};
+pub use activations::collect::{Collection, calibrate};
 pub use activations::own_text::{OwnTextOptions, own_text};
 pub use activations::tokens::{CalibrateOptions, TextTokens, Tokens};
 pub use builder::{Pipeline, PipelineBuilder};
@@ -47,8 +47,8 @@ pub use report::{
 };
 pub use run::distributed::PartReport;
 pub use run::in_memory::Merged;
-pub use run::merge_then_compress;
 pub use run::output::Output;
+pub use run::{Run, merge_then_compress};
 pub use verify::{Check, TensorFate, Verdict, Verification, verify};
 
 /// Indented JSON.

@@ -35,11 +35,11 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     if InputKind::of(calibration)? == InputKind::Text {
         return Err(Failure::Usage("parts are made from a statistics file: give that".into()));
     }
-    let stats = StatsFile::open(calibration)?;
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let output = args.running.output(&recipe);
     let progress = Progress::new(global, &source);
-    let report = pipeline.assemble(&source, &stats, &args.parts, target, &output, &progress);
+    let run = pipeline.run().calibration(calibration).output(output).observer(&progress);
+    let report = run.assemble(&source, &args.parts, target);
     progress.done();
     let report = report?;
     paper::card(&args.places, &report, None)?;

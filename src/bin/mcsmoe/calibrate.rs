@@ -8,7 +8,7 @@ use mcsmoe::Recipe;
 use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::Stack;
-use mcsmoe::pipeline::{CalibrateOptions, Keep, TextTokens, Tokens, calibrate_to_file_observed};
+use mcsmoe::pipeline::{CalibrateOptions, Keep, TextTokens, Tokens, calibrate};
 use mcsmoe::stage::{Context, Needs};
 use serde_json::json;
 
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     };
     let progress = Progress::new(global, &source);
     let start = Instant::now();
-    calibrate_to_file_observed(&source, &tokens, needs, &options, &args.stats, &progress)?;
+    calibrate(&source, &tokens, needs).options(options).observer(&progress).write(&args.stats)?;
     progress.done();
     let (seconds, peak) = (start.elapsed().as_secs_f64(), peak_memory());
     let held = StatsFile::open(&args.stats)?.layers().len();

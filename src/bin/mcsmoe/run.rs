@@ -106,7 +106,6 @@ fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
         let reason = "layers depend on each other unless statistics are given: run `calibrate`";
         return Err(Failure::Usage(reason.into()));
     }
-    let stats = StatsFile::open(calibration)?;
     let n = source.layers().len();
     let layers = match (&args.layers, args.part) {
         (Some(layers), _) => layers.clone(),
@@ -119,7 +118,8 @@ fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let output = args.task.running.output(recipe);
     let progress = Progress::new(global, &source);
-    let report = pipeline.run_part(&source, &stats, layers, target, &output, &progress);
+    let run = pipeline.run().calibration(calibration).output(output).observer(&progress);
+    let report = run.write_part(&source, layers, target);
     progress.done();
     let report = report?;
     show.result(&report, |out| {

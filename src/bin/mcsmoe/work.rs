@@ -82,7 +82,12 @@ pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<
     let is_text = !matches!(given, Calibration::Statistics(_));
     let output = bounded(&source, recipe, task, is_text)?;
     let progress = Progress::new(global, &source);
-    let report = pipeline.run_calibrated(&source, &given, &places.target, &output, &progress);
+    let report = pipeline
+        .run()
+        .calibration(given.clone())
+        .output(output)
+        .observer(&progress)
+        .write(&source, &places.target);
     progress.done();
     let report = report?;
     paper::card(places, &report, None)?;

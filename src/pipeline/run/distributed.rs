@@ -1,8 +1,8 @@
 //! A run in pieces, for several machines: once statistics exist, layers are independent.
 //!
 //! Every process decides for all layers, which is deterministic, then merges and writes its own
-//! into a folder of safetensors files with a partial manifest. [`Pipeline::assemble`] joins the
-//! folders; the target has the bytes that one process would have written.
+//! into a folder of safetensors files with a partial manifest. [`Run::assemble`](crate::pipeline::Run::assemble)
+//! joins the folders; the target has the bytes that one process would have written.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -147,55 +147,6 @@ impl<'a> Distributed<'a> {
             reports.insert(id, report);
         }
         self.run.finish(&plan, reports, (writer, journal), self.stats.tokens())
-    }
-}
-
-impl Pipeline {
-    /// Merges the layers `layers`, positions in [`Checkpoint::layers`], and writes them into
-    /// `folder`, which appears whole or not at all.
-    ///
-    /// With [`Output::resume`] what an interrupted process left is written over, and a folder that
-    /// is there already is taken if it belongs to this run: a job queued again does no harm.
-    /// Layers that are protected are in no part; they are copied when the parts are joined.
-    ///
-    /// # Errors
-    /// As [`Pipeline::run_checkpoint`]; [`ErrorKind::OutOfRange`] for positions beyond the last.
-    ///
-    /// # Cost
-    /// The first pass over all layers (similarity, alignment before grouping) in every process, the
-    /// second over its own.
-    pub fn run_part(
-        &self,
-        source: &Checkpoint,
-        stats: &StatsFile,
-        layers: Range<usize>,
-        folder: &Path,
-        output: &Output,
-        observer: &dyn Observer,
-    ) -> Result<PartReport> {
-        Distributed::new(self, (source, folder), stats, output, observer)?.run(layers)
-    }
-
-    /// Joins the folders that [`Pipeline::run_part`] has written into `target`, which has the bytes
-    /// of a run in one process. Everything else is copied from the source.
-    ///
-    /// # Errors
-    /// As [`Pipeline::run_checkpoint`]; [`ErrorKind::Target`] when a part belongs to another run or
-    /// a layer lies in none or in two; [`ErrorKind::Format`] when a part is not what its manifest
-    /// says.
-    ///
-    /// # Cost
-    /// Reads and writes every byte once; nothing is computed but hashes.
-    pub fn assemble(
-        &self,
-        source: &Checkpoint,
-        stats: &StatsFile,
-        parts: &[PathBuf],
-        target: &Path,
-        output: &Output,
-        observer: &dyn Observer,
-    ) -> Result<Report> {
-        Distributed::new(self, (source, target), stats, output, observer)?.assemble(parts)
     }
 }
 

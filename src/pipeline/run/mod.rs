@@ -7,6 +7,7 @@ pub(super) mod distributed;
 pub(super) mod in_memory;
 pub(super) mod one_pass;
 pub(super) mod output;
+pub(super) mod request;
 pub(super) mod resume;
 pub(super) mod two_pass;
 pub(super) mod write;
@@ -15,9 +16,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use self::checks::{Checked, check_run};
-use self::in_memory::{InMemory, Merged};
 use self::one_pass::{KnownCounts, OnePass};
 use self::output::{Output, written_report};
+pub use self::request::Run;
 use self::resume::fingerprint::Fingerprint;
 use self::resume::journal::{Journal, Line};
 use self::resume::remove_hidden;
@@ -25,28 +26,26 @@ use self::two_pass::{SecondPass, TwoPass, collect_statistics, sample_origin};
 use crate::calibrate::StatsFile;
 use crate::checkpoint::{Checkpoint, Partial, WritePlan, Writer};
 use crate::error::{ErrorKind, Result};
-use crate::model::{LayerId, MoeLayer, RoutingStats};
+use crate::model::LayerId;
 use crate::pipeline::activations::calibration::{Calibration, CalibrationData};
-use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
+use crate::pipeline::activations::tokens::CalibrateOptions;
 use crate::pipeline::builder::Pipeline;
-use crate::pipeline::evaluate::model::Subject;
 use crate::pipeline::layer::stages::SampleOrigin;
 use crate::pipeline::options::LayerShape;
-use crate::pipeline::progress::{Observer, Silent};
+use crate::pipeline::progress::Observer;
 use crate::pipeline::recipe::Recipe;
 use crate::pipeline::report::{LayerReport, Report};
 use crate::stage::Needs;
 
-/// Merges the experts of the checkpoint in `source` as `recipe` says and writes a new folder
-/// `target`. `calibration` is a routing statistics file, or text or token ids that are run through
-/// the model first.
+/// Merges the experts of the checkpoint in the folder `model` as `recipe` says and writes a new
+/// folder `target`. `calibration` is text, token ids or a statistics file.
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
 /// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed once
 /// something was computed leaves that folder, and the same call goes on from the last layer that
 /// was written, or one shortly before it; the target has the bytes of an undisturbed run. With
-/// another source, calibration or recipe it is refused. A run that shall leave nothing behind is
-/// [`Pipeline::run_calibrated`] without [`Output::resume`].
+/// another source, calibration or recipe it is refused. A run that shall leave nothing behind is a
+/// [`Run`] without [`resume`](Run::resume).
 ///
 /// # Errors
 /// Before any weight is read: an unreadable or unsupported checkpoint, statistics of another model
@@ -55,30 +54,25 @@ use crate::stage::Needs;
 ///
 /// # Example
 /// ```no_run
-/// use std::path::Path;
 /// use mcsmoe::pipeline::{Calibration, Keep, Recipe, merge_then_compress};
 ///
-/// let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?;
-/// let (source, stats) = (Path::new("mixtral"), Path::new("mixtral.stats.safetensors"));
-/// let report = merge_then_compress(source, stats, &recipe, Path::new("mixtral-4e"))?;
+/// // Half of the experts, calibrated on windows of 512 tokens, 65,536 in all, drawn by a seed.
+/// let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?;
+/// let text = Calibration::text("texts", 512, 65_536, 0);
+/// let report = merge_then_compress("mixtral", text, "mixtral-half", &recipe)?;
 /// println!("{:.0}% of the expert parameters saved", 100.0 * report.expert_parameters.saved());
-///
-/// // The same from text: windows of 512 tokens, 100,000 tokens in all, drawn by a seed of 7.
-/// let text = Calibration::text("texts", 512, 100_000, 7);
-/// merge_then_compress(source, text, &recipe, Path::new("mixtral-4e-too"))?;
 /// # Ok::<(), mcsmoe::Error>(())
 /// ```
 pub fn merge_then_compress(
-    source: &Path,
+    model: impl AsRef<Path>,
     calibration: impl Into<Calibration>,
+    target: impl AsRef<Path>,
     recipe: &Recipe,
-    target: &Path,
 ) -> Result<Report> {
-    let checkpoint = Checkpoint::open(source)?;
-    let output = Output::new(recipe.export).resuming();
-    let output = Output { shard_bytes: recipe.shard_bytes, ..output };
+    let source = Checkpoint::open(model.as_ref())?;
     let pipeline = recipe.builder()?.build()?;
-    pipeline.run_calibrated(&checkpoint, &calibration.into(), target, &output, &Silent)
+    let run = pipeline.run().calibration(calibration).resume(true);
+    run.export(recipe.export).shard_bytes(recipe.shard_bytes).write(&source, target)
 }
 
 /// The way of a run on a checkpoint. All ways take each layer through
@@ -94,7 +88,7 @@ pub(crate) enum Route {
 
 /// Chooses the route.
 ///
-/// Two more are chosen by the caller: [`InMemory`], and a part of a
+/// Two more are chosen by the caller: [in memory](self::in_memory::InMemory), and a part of a
 /// [distributed](self::distributed::Distributed) run, which is the second pass of some layers.
 pub(crate) fn route(run: &CheckpointRun<'_>, calibration: CalibrationData<'_>) -> Result<Route> {
     Ok(match calibration {
@@ -227,93 +221,5 @@ impl<'a> CheckpointRun<'a> {
         Journal::remove(self.target)?;
         self.observer.finished(&report);
         Ok(report)
-    }
-}
-
-impl Pipeline {
-    /// Merges a checkpoint, one layer in memory at a time; see [`merge_then_compress`].
-    ///
-    /// # Errors
-    /// As [`merge_then_compress`]; [`ErrorKind::Recipe`] when the export needs a narrowed router
-    /// and the pipeline has none, or the other way round; [`ErrorKind::Target`] when a run cannot
-    /// be resumed.
-    pub fn run_checkpoint(
-        &self,
-        source: &Checkpoint,
-        stats: &StatsFile,
-        target: &Path,
-        output: &Output,
-        observer: &dyn Observer,
-    ) -> Result<Report> {
-        self.run_given(source, CalibrationData::Statistics(stats), target, output, observer)
-    }
-
-    /// [`Pipeline::run_checkpoint`] with any source of statistics. Where the grouper tells how many
-    /// experts each layer keeps ([`Grouper::counts`](crate::stage::Grouper::counts)), text and
-    /// merge go through the model together and every layer is read once. Else text runs through
-    /// the model before anything is merged; its statistics lie in the partial folder until the run
-    /// is over, so that a resumed run need not repeat that. The bytes are the same either way.
-    ///
-    /// # Errors
-    /// As [`Pipeline::run_checkpoint`]; with text also those of
-    /// [`calibrate`](crate::pipeline::calibrate()).
-    pub fn run_calibrated(
-        &self,
-        source: &Checkpoint,
-        calibration: &Calibration,
-        target: &Path,
-        output: &Output,
-        observer: &dyn Observer,
-    ) -> Result<Report> {
-        match calibration {
-            Calibration::Statistics(path) => {
-                self.run_checkpoint(source, &StatsFile::open(path)?, target, output, observer)
-            }
-            Calibration::Tokens(tokens) => {
-                self.run_given(source, CalibrationData::Tokens(tokens), target, output, observer)
-            }
-            Calibration::Text { path, options } => {
-                let subject = Subject::open(source, &self.cx)?;
-                let tokens = Tokens::cut(&subject, path, options)?;
-                self.run_given(source, CalibrationData::Tokens(&tokens), target, output, observer)
-            }
-        }
-    }
-
-    fn run_given(
-        &self,
-        source: &Checkpoint,
-        calibration: CalibrationData<'_>,
-        target: &Path,
-        output: &Output,
-        observer: &dyn Observer,
-    ) -> Result<Report> {
-        let folders = (source, target);
-        CheckpointRun::new(self, folders, calibration, output, observer)?.run(calibration)
-    }
-
-    /// Merges layers that are already in memory: `stats[i]` belongs to `layers[i]`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Statistics`] when they do not fit, [`ErrorKind::Budget`] when the budget cannot
-    /// be met; else those of the stages, with layer and expert.
-    ///
-    /// # Memory
-    /// One more copy of the largest layer, and the merged layers.
-    pub fn run(&self, layers: &[MoeLayer], stats: &[RoutingStats]) -> Result<Merged> {
-        self.run_observed(layers, stats, &Silent)
-    }
-
-    /// [`Pipeline::run`] with an observer.
-    ///
-    /// # Errors
-    /// As [`Pipeline::run`].
-    pub fn run_observed(
-        &self,
-        layers: &[MoeLayer],
-        stats: &[RoutingStats],
-        observer: &dyn Observer,
-    ) -> Result<Merged> {
-        InMemory::new(self, layers, stats, observer).run()
     }
 }

@@ -12,7 +12,7 @@ use crate::pipeline::report::{Change, WrittenReport};
 use crate::pipeline::size::Ranks;
 use crate::stage::ExpertStorage;
 
-/// What [`Pipeline::run_checkpoint`] writes.
+/// What [`Run::write`](crate::pipeline::Run::write) writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Output {
     /// The kind of folder.
@@ -29,6 +29,13 @@ pub struct Output {
     /// states behind its last three layers in the partial folder for that: `12 t d_model` bytes,
     /// as much again for what a recoverer follows, and twice that in an encoder-decoder model.
     pub resume: bool,
+}
+
+impl Default for Output {
+    /// A stock folder.
+    fn default() -> Self {
+        Self::new(ExportChoice::Stock)
+    }
 }
 
 impl Output {

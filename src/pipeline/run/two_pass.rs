@@ -7,7 +7,7 @@ use crate::calibrate::StatsFile;
 use crate::checkpoint::{WritePlan, Writer};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId};
-use crate::pipeline::activations::collect::calibrate_to_file_observed;
+use crate::pipeline::activations::collect::calibrate;
 use crate::pipeline::activations::tokens::Tokens;
 use crate::pipeline::layer::by_group::ExpertsByGroup;
 use crate::pipeline::layer::process::{
@@ -239,7 +239,7 @@ pub(crate) fn collect_statistics(
         remove_hidden(&folder)?;
         let options = run.text_options(&folder, output.memory);
         let needs = pipeline.needs_along_text();
-        calibrate_to_file_observed(source, tokens, needs, &options, &path, observer)?;
+        calibrate(source, tokens, needs).options(options).observer(observer).write(&path)?;
         partial.journal.write(&Line::Statistics(fingerprint::of_file(&path)?))?;
     }
     StatsFile::open(&path)

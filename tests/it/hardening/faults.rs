@@ -11,7 +11,7 @@ use std::process::Command;
 use mcsmoe::calibrate::{statistics_from_json, statistics_to_json};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::LayerId;
-use mcsmoe::pipeline::{Observer, Phase, Silent, calibrate_to_file};
+use mcsmoe::pipeline::{Observer, Phase, Silent, calibrate};
 use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
 
@@ -45,7 +45,7 @@ fn work(place: &Path, kind: usize, target: &Path) -> Result<()> {
     match kind {
         3 => {
             let (source, options) = (Checkpoint::open(source)?, Default::default());
-            calibrate_to_file(&source, &tokens(), Needs::OBSERVABLE, &options, target)
+            calibrate(&source, &tokens(), Needs::OBSERVABLE).options(options).write(target)
         }
         4 => statistics_to_json(&place.join("stats.safetensors"), target),
         5 => statistics_from_json(&place.join("stats.json"), target),

@@ -110,7 +110,7 @@ fn work(dir: &Path, shard_bytes: u64) {
     told("plan");
     let target = dir.join("target");
     let from = dir.join("source");
-    merge_then_compress(&from, dir.join("stats.safetensors"), &recipe, &target).unwrap();
+    merge_then_compress(&from, dir.join("stats.safetensors"), &target, &recipe).unwrap();
     told("run");
     let found = verify(&target, Some(&from)).unwrap();
     // Its config tells nothing of attention: only the forward pass may be in doubt.

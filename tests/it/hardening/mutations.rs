@@ -12,8 +12,7 @@ use mcsmoe::checkpoint::{Checkpoint, LayerInfo};
 use mcsmoe::forward::Model;
 use mcsmoe::model::{LayerId, RoutingStats};
 use mcsmoe::pipeline::{
-    ExportChoice, Keep, Output, Recipe, Silent, Tokens, calibrate_to_file, merge_then_compress,
-    verify,
+    ExportChoice, Keep, Output, Recipe, Silent, Tokens, calibrate, merge_then_compress, verify,
 };
 use mcsmoe::stage::Needs;
 use ndarray::Array2;
@@ -242,7 +241,7 @@ fn native_folders_and_their_manifests() {
     let recipe = Recipe::preset("mc-smoe", Keep::Fraction(0.5)).unwrap();
     let mut recipe = recipe.export(ExportChoice::Native);
     recipe.compress = Some(mcsmoe::pipeline::CompressChoice::Svd { rank: 2 });
-    merge_then_compress(source.path(), tokens, &recipe, &target).unwrap();
+    merge_then_compress(source.path(), tokens, &target, &recipe).unwrap();
     let read = || read_all(&target);
     attack(&target.join("config.json"), 900, usize::MAX, &read);
     attack(&target.join("model.safetensors"), 600, 6000, &read);
@@ -260,7 +259,7 @@ fn statistics() {
     let (file, json) = (dir.path().join("stats.safetensors"), dir.path().join("stats.json"));
     let tokens = Tokens::Windows(vec![(0..30).collect(), (2..32).collect()]);
     let model = Checkpoint::open(fixture("forward/mixtral")).unwrap();
-    calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &Default::default(), &file).unwrap();
+    calibrate(&model, &tokens, Needs::OBSERVABLE).options(Default::default()).write(&file).unwrap();
     attack(&file, 900, 6000, &|| {
         let stats = StatsFile::open(&file)?;
         stats.layers().iter().try_for_each(|id| stats.layer(id, stats.available(id)).map(drop))
@@ -302,7 +301,15 @@ fn journals() {
     let pipeline = recipe.export(ExportChoice::Native).builder().unwrap().build().unwrap();
     let output = Output::new(ExportChoice::Native).resuming();
     let target = dir.path().join("target");
-    let run = || pipeline.run_checkpoint(&source, &stats, &target, &output, &Silent).map(drop);
+    let run = || {
+        pipeline
+            .run()
+            .calibration(stats.path())
+            .output(output)
+            .observer(&Silent)
+            .write(&source, &target)
+            .map(drop)
+    };
     // A run is stopped by a folder in the target's place, at the very end.
     let journal = dir.path().join("target.partial/mcsmoe.journal");
     struct InTheWay(PathBuf);
@@ -312,7 +319,13 @@ fn journals() {
         }
     }
     let way = InTheWay(target.clone());
-    pipeline.run_checkpoint(&source, &stats, &target, &output, &way).unwrap_err();
+    pipeline
+        .run()
+        .calibration(stats.path())
+        .output(output)
+        .observer(&way)
+        .write(&source, &target)
+        .unwrap_err();
     fs::remove_dir_all(&target).unwrap();
     let left = fs::read(&journal).unwrap();
     run().unwrap();

@@ -14,7 +14,7 @@ use mcsmoe::model::{
     Expert, Grouping, LayerId, MergedLayer, OutputSums, Router, Routing, RoutingRule, RoutingStats,
     Samples,
 };
-use mcsmoe::pipeline::{CalibrateOptions, Tokens, calibrate, calibrate_to_file};
+use mcsmoe::pipeline::{CalibrateOptions, Tokens, calibrate};
 use mcsmoe::stage::{Context, Needs};
 use ndarray::{Array2, ArrayView2, Axis, array};
 
@@ -120,7 +120,10 @@ fn expected(path: &Path) -> BTreeMap<LayerId, RoutingStats> {
 fn statistics_equal_the_references() {
     let path = fixture("mixtral-8e.stats.safetensors");
     let model = Checkpoint::open(fixture("mixtral-8e")).unwrap();
-    let found = calibrate(&model, &tokens(&path, 128), Needs::OBSERVABLE, &options()).unwrap();
+    let found = calibrate(&model, &tokens(&path, 128), Needs::OBSERVABLE)
+        .options(options())
+        .collect()
+        .unwrap();
     let expected = expected(&path);
     assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
     for (id, found) in &found {
@@ -137,7 +140,8 @@ fn statistics_equal_the_references_on_given_checkpoints() {
         let parts: Vec<&str> = triple.split(':').collect();
         let (model, path) = (Checkpoint::open(parts[0]).unwrap(), Path::new(parts[1]));
         let tokens = tokens(path, parts[2].parse().unwrap());
-        let found = calibrate(&model, &tokens, Needs::OBSERVABLE, &options()).unwrap();
+        let found =
+            calibrate(&model, &tokens, Needs::OBSERVABLE).options(options()).collect().unwrap();
         let expected = expected(path);
         assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
         for (id, found) in &found {
@@ -157,7 +161,10 @@ fn files_scratch_and_threads_do_not_change_a_bit() {
             let options = CalibrateOptions { memory, scratch, ..options() };
             let path = dir.path().join("stats.safetensors");
             pool.install(|| {
-                calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &options, &path).unwrap();
+                calibrate(&model, &tokens, Needs::OBSERVABLE)
+                    .options(options)
+                    .write(&path)
+                    .unwrap();
             });
             std::fs::read(path).unwrap()
         };
@@ -166,7 +173,8 @@ fn files_scratch_and_threads_do_not_change_a_bit() {
         assert!(run(2, 0) == one, "{name}: hidden states in a scratch file");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
 
-        let all = calibrate(&model, &tokens, Needs::OBSERVABLE, &options()).unwrap();
+        let all =
+            calibrate(&model, &tokens, Needs::OBSERVABLE).options(options()).collect().unwrap();
         let file = StatsFile::open(dir.path().join("stats.safetensors")).unwrap();
         assert_eq!(file.layers(), &all.keys().copied().collect::<Vec<_>>()[..]);
         for (id, stats) in &all {
@@ -193,7 +201,8 @@ fn pairs() -> Tokens {
 #[test]
 fn dropped_choices_count_for_no_expert_and_are_no_samples() {
     let model = Folder::open(&fixture("forward/switch"));
-    let stats = calibrate(&model, &pairs(), Needs::OBSERVABLE, &options()).unwrap();
+    let stats =
+        calibrate(&model, &pairs(), Needs::OBSERVABLE).options(options()).collect().unwrap();
     let dropped: u64 = stats.values().map(|s| s.tokens - s.counts.iter().sum::<u64>()).sum();
     assert!(dropped > 100, "{dropped}");
     for stats in stats.values() {
@@ -209,9 +218,10 @@ fn dropped_choices_count_for_no_expert_and_are_no_samples() {
 #[test]
 fn samples_are_bounded_and_spread_evenly() {
     let model = Folder::open(&fixture("forward/mixtral"));
-    let all = calibrate(&model, &windows(), Needs::OBSERVABLE, &options()).unwrap();
+    let all =
+        calibrate(&model, &windows(), Needs::OBSERVABLE).options(options()).collect().unwrap();
     let bounded = CalibrateOptions { samples: 50, ..options() };
-    let some = calibrate(&model, &windows(), Needs::OBSERVABLE, &bounded).unwrap();
+    let some = calibrate(&model, &windows(), Needs::OBSERVABLE).options(bounded).collect().unwrap();
     for (id, some) in &some {
         let (all, samples) = (&all[id], some.samples.as_ref().unwrap());
         assert_eq!((samples.tokens(), &some.logit_gram), (50, &all.logit_gram));
@@ -312,7 +322,9 @@ fn outputs_that_the_pass_has_summed_up_are_taken_as_they_are() {
 #[test]
 fn what_cannot_be_served_is_refused() {
     let model = Folder::open(&fixture("forward/mixtral"));
-    let fails = |tokens: Tokens, needs| calibrate(&model, &tokens, needs, &options()).unwrap_err();
+    let fails = |tokens: Tokens, needs| {
+        calibrate(&model, &tokens, needs).options(options()).collect().unwrap_err()
+    };
     let gradients = fails(windows(), Needs::GRADIENTS);
     assert!(matches!(gradients.kind(), ErrorKind::Missing { .. }), "{gradients}");
     let pairs = fails(pairs(), Needs::REAP);

@@ -8,7 +8,7 @@ use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::decompose::{LowRank, PerMatrix};
 use mcsmoe::pipeline::{
     CalibrateOptions, Calibration, CompressChoice, EvaluateOptions, ExportChoice, Keep, Recipe,
-    Report, Tokens, calibrate_to_file, evaluate, merge_then_compress,
+    Report, Tokens, calibrate, evaluate, merge_then_compress,
 };
 use mcsmoe::stage::{Needs, Portion, Size, SizeBudget};
 
@@ -20,7 +20,7 @@ fn recipe(keep: usize, size: Size, of: Portion) -> Recipe {
 
 fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
     let stats = fixture("mixtral-8e.stats.safetensors");
-    merge_then_compress(&fixture("mixtral-8e"), stats, recipe, target)
+    merge_then_compress(&fixture("mixtral-8e"), stats, target, recipe)
 }
 
 fn expert_bytes(folder: &Path) -> u64 {
@@ -77,7 +77,7 @@ fn recovery_on_text_leaves_the_ranks_to_the_same_samples() {
     let (source, stats) = (fixture("mixtral-8e"), dir.path().join("stats.safetensors"));
     let model = Checkpoint::open(&source).unwrap();
     let options = CalibrateOptions::default();
-    calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &options, &stats).unwrap();
+    calibrate(&model, &tokens, Needs::OBSERVABLE).options(options).write(&stats).unwrap();
     let fast = Recipe::preset("fast", Keep::Experts(6)).unwrap();
     let mut recipe = fast.export(ExportChoice::Native);
     recipe.compress =
@@ -85,7 +85,7 @@ fn recovery_on_text_leaves_the_ranks_to_the_same_samples() {
             .into();
     let shapes = |calibration: Calibration, name: &str| {
         let folder = dir.path().join(name);
-        merge_then_compress(&source, calibration, &recipe, &folder).unwrap();
+        merge_then_compress(&source, calibration, &folder, &recipe).unwrap();
         let folder = Checkpoint::open(&folder).unwrap();
         let shapes = folder.tensors().map(|(name, _, shape)| (name.to_owned(), shape.to_vec()));
         shapes.collect::<Vec<_>>()
@@ -148,7 +148,7 @@ fn in_memory_the_ranks_are_those_of_the_folder() {
     let needs = pipeline.needs() | Needs::SAMPLES;
     let of = |l: &mcsmoe::model::MoeLayer| stats.layer(&l.id(), needs).unwrap();
     let stats: Vec<_> = layers.iter().map(of).collect();
-    let found = pipeline.run(&layers, &stats).unwrap().report.compression.unwrap();
+    let found = pipeline.run().in_memory(&layers, &stats).unwrap().report.compression.unwrap();
     let folder = dir.path().join("native");
     let written = run(&recipe, &folder).unwrap().compression.unwrap();
     assert_eq!(found.parameters, written.parameters);

@@ -26,7 +26,12 @@ fn run(
     let pipeline = recipe.builder()?.compressor(compressor).build()?;
     let source = Checkpoint::open(fixture("mixtral-8e"))?;
     let stats = Calibration::from(fixture("mixtral-8e.stats.safetensors"));
-    pipeline.run_calibrated(&source, &stats, target, &Output::new(export), &Silent)
+    pipeline
+        .run()
+        .calibration(stats.clone())
+        .output(Output::new(export))
+        .observer(&Silent)
+        .write(&source, target)
 }
 
 /// Keeps the signs of the down projection and forgets the rest.

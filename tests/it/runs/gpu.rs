@@ -31,7 +31,13 @@ fn merge(preset: &str, given: &Calibration, on: Arc<dyn Compute>, target: &Path)
     let pipeline = recipe.builder().unwrap().compute(on).build().unwrap();
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
     let output = Output::new(ExportChoice::Native);
-    pipeline.run_calibrated(&source, given, target, &output, &Silent).unwrap()
+    pipeline
+        .run()
+        .calibration(given.clone())
+        .output(output)
+        .observer(&Silent)
+        .write(&source, target)
+        .unwrap()
 }
 
 /// Merges on both devices and compares.

@@ -68,7 +68,13 @@ fn run(pipeline: &Pipeline, export: ExportChoice) -> (Report, Files, Vec<(LayerI
         (Checkpoint::open(fixture("mixtral-8e")).unwrap(), dir.path().join("target"));
     let phases = Phases::default();
     let output = Output::new(export);
-    let report = pipeline.run_calibrated(&source, &text(), &target, &output, &phases).unwrap();
+    let report = pipeline
+        .run()
+        .calibration(text().clone())
+        .output(output)
+        .observer(&phases)
+        .write(&source, &target)
+        .unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else is left");
     (report, contents(&target), phases.0.into_inner().unwrap())
 }

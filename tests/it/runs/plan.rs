@@ -196,7 +196,7 @@ fn what_is_planned_is_what_is_written() {
         let planned = plan(&source, &recipe, &output, &options).unwrap();
         assert_eq!((planned.cost.calibrate, planned.cost.calibrations), (0, None));
         let target = dir.path().join(preset);
-        let report = merge_then_compress(&model, &stats, &recipe, &target).unwrap();
+        let report = merge_then_compress(&model, &stats, &target, &recipe).unwrap();
         let written = report.written.unwrap();
         assert_eq!(planned.parameters, written.parameters, "{preset}");
         assert_eq!(planned.tensor_bytes, written.tensor_bytes, "{preset}");
@@ -217,7 +217,7 @@ fn a_plan_refuses_what_a_run_refuses() {
     let recipe = Recipe::from_toml("keep.experts = 4\npreset = 'fast'\nmerge.method = 'fisher'");
     let (recipe, dir) = (recipe.unwrap(), tempfile::tempdir().unwrap());
     let ids = mcsmoe::pipeline::Tokens::Windows(vec![(0..64).collect()]);
-    let run = merge_then_compress(&model, ids, &recipe, &dir.path().join("target")).unwrap_err();
+    let run = merge_then_compress(&model, ids, dir.path().join("target"), &recipe).unwrap_err();
     let plan = plan(&source, &recipe, &Output::new(recipe.export), &PlanOptions::default());
     assert_eq!(plan.unwrap_err().to_string(), run.to_string());
 }

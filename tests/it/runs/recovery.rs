@@ -21,7 +21,7 @@ fn text(tokens: usize) -> Calibration {
 
 fn merge(preset: &str, export: ExportChoice, given: Calibration, target: &Path) -> Result<Report> {
     let recipe = Recipe::preset(preset, Keep::Experts(4))?.export(export);
-    merge_then_compress(&fixture("mixtral-8e"), given, &recipe, target)
+    merge_then_compress(&fixture("mixtral-8e"), given, target, &recipe)
 }
 
 fn loss(model: &Path) -> f64 {
@@ -65,7 +65,7 @@ fn either_target_and_either_stream_halves_what_pruning_loses() {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap().export(ExportChoice::Stock);
         let recipe = Recipe { recover_on, ..recipe };
         let target = of(&format!("{recover_on:?}"));
-        merge_then_compress(&fixture("mixtral-8e"), text(4096), &recipe, &target).unwrap();
+        merge_then_compress(&fixture("mixtral-8e"), text(4096), &target, &recipe).unwrap();
         let lost = loss(&target) - full;
         assert!(lost < 0.5 * pruned, "{recover_on:?}: {lost}, pruned {pruned}");
         found.push(lost);
@@ -90,7 +90,7 @@ fn no_recoverer_harms_on_few_tokens() {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
         let recipe = Recipe { recover, ..recipe.export(ExportChoice::Native) };
         let target = dir.path().join(name);
-        merge_then_compress(&fixture("mixtral-8e"), text(256), &recipe, &target).unwrap();
+        merge_then_compress(&fixture("mixtral-8e"), text(256), &target, &recipe).unwrap();
         loss(&target)
     };
     let bare = run("none", Vec::new());
@@ -118,7 +118,7 @@ fn measured_removals_spread_a_budget_over_layers() {
     assert_eq!(again.group, recipe.group);
     let source = fixture("mixtral-8e");
     let target = dir.path().join("global");
-    let report = merge_then_compress(&source, text(2048), &recipe, &target).unwrap();
+    let report = merge_then_compress(&source, text(2048), &target, &recipe).unwrap();
     let kept: Vec<u64> = report.layers.iter().map(|l| l.experts.after).collect();
     assert_eq!(kept.iter().sum::<u64>(), 16);
     assert!(report.stages.contains(&"group removal".to_owned()));
@@ -126,7 +126,7 @@ fn measured_removals_spread_a_budget_over_layers() {
     let fast = Recipe::preset("fast", Keep::Experts(4)).unwrap();
     let plain = Recipe { recover: Vec::new(), ..fast.export(ExportChoice::Native) };
     let target = dir.path().join("plain");
-    let before = merge_then_compress(&source, text(2048), &plain, &target).unwrap();
+    let before = merge_then_compress(&source, text(2048), &target, &plain).unwrap();
     let error = |r: &Report| r.layers.iter().map(|l| l.output_error.unwrap().mapped).sum::<f64>();
     assert!(error(&report) < error(&before), "{} {}", error(&report), error(&before));
 }
@@ -155,7 +155,14 @@ fn distillation_has_the_same_bytes_at_any_number_of_threads() {
         let target = dir.path().join(name);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let given = text(1024);
-        let run = || pipeline.run_calibrated(&source, &given, &target, &output, &Silent);
+        let run = || {
+            pipeline
+                .run()
+                .calibration(given.clone())
+                .output(output)
+                .observer(&Silent)
+                .write(&source, &target)
+        };
         pool.install(run).unwrap();
         contents(&target)
     };

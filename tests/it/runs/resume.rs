@@ -12,7 +12,7 @@ use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::LayerId;
 use mcsmoe::pipeline::{
     CalibrateOptions, Calibration, ExportChoice, Keep, LayerReport, Observer, Output, Phase,
-    Recipe, Report, Tokens, calibrate_to_file, merge_then_compress,
+    Recipe, Report, Tokens, calibrate, merge_then_compress,
 };
 use mcsmoe::stage::Needs;
 use mcsmoe::{ErrorKind, Result};
@@ -53,7 +53,14 @@ fn run(kind: usize, target: &Path, resume: bool, observer: &dyn Observer) -> Res
     let (recipe, calibration, output) = setting(kind);
     let source = Checkpoint::open(fixture("mixtral-8e"))?;
     let output = Output { resume, ..output };
-    recipe.builder()?.build()?.run_calibrated(&source, &calibration, target, &output, observer)
+    recipe
+        .builder()?
+        .build()?
+        .run()
+        .calibration(calibration.clone())
+        .output(output)
+        .observer(observer)
+        .write(&source, target)
 }
 
 /// Panics at an event, which a run cannot catch, and pauses at each.
@@ -96,15 +103,15 @@ fn text_gives_the_bytes_that_its_statistics_give() {
     let (recipe, tokens) = (recipe("ream", ExportChoice::Stock), tokens());
     let source = fixture("mixtral-8e");
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));
-    let report = merge_then_compress(&source, tokens.clone(), &recipe, &one).unwrap();
+    let report = merge_then_compress(&source, tokens.clone(), &one, &recipe).unwrap();
     assert_eq!((report.tokens, report.layers.len()), (6 * 64, 4));
 
     let stats = dir.path().join("stats.safetensors");
     let model = Checkpoint::open(&source).unwrap();
     let options = CalibrateOptions::default();
-    calibrate_to_file(&model, &tokens, Needs::OBSERVABLE, &options, &stats).unwrap();
+    calibrate(&model, &tokens, Needs::OBSERVABLE).options(options).write(&stats).unwrap();
     assert_eq!(StatsFile::open(&stats).unwrap().model_type(), Some("mixtral"));
-    assert_eq!(merge_then_compress(&source, &stats, &recipe, &two).unwrap(), report);
+    assert_eq!(merge_then_compress(&source, &stats, &two, &recipe).unwrap(), report);
     assert_eq!(contents(&one), contents(&two));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left");
 }
@@ -115,7 +122,7 @@ fn a_text_file_is_cut_drawn_and_run_through_the_model() {
     let (recipe, source) = (recipe("reap", ExportChoice::Stock), fixture("mixtral-8e"));
     let merge = |text: Calibration, name: &str| {
         let target = dir.path().join(name);
-        let report = merge_then_compress(&source, text, &recipe, &target);
+        let report = merge_then_compress(&source, text, &target, &recipe);
         report.map(|report| (report.tokens, contents(&target)))
     };
     let path = fixture("text/calib");
@@ -193,7 +200,12 @@ fn a_partial_folder_of_another_run_is_refused() {
         let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
         let pipeline = recipe.builder().unwrap().build().unwrap();
         let silent = Bomb::at(usize::MAX);
-        let error = pipeline.run_calibrated(&source, calibration, &target, &output, &silent);
+        let error = pipeline
+            .run()
+            .calibration(calibration.clone())
+            .output(output)
+            .observer(&silent)
+            .write(&source, &target);
         let error = error.unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Target { .. }), "{error}");
         assert_eq!(error.place().file.as_deref(), Some(&*partial.canonicalize().unwrap()));

@@ -55,11 +55,17 @@ impl Observer for Death {
 fn run(preset: &str, export: ExportChoice, target: &Path, observer: &dyn Observer) -> Result<()> {
     let source = Checkpoint::open(fixture("forward/mixtral"))?;
     let window = |w: u32| (0..32).map(|i| (i * 7 + i * i * 3 + w * 5) % 64).collect();
-    let tokens = Tokens::Windows((0..6).map(window).collect()).into();
+    let tokens = Tokens::Windows((0..6).map(window).collect());
     let recipe = Recipe::preset(preset, Keep::Experts(2))?.export(export);
     let output = Output::new(export).resuming();
     let pipeline = recipe.builder()?.build()?;
-    pipeline.run_calibrated(&source, &tokens, target, &output, observer).map(drop)
+    pipeline
+        .run()
+        .calibration(tokens)
+        .output(output)
+        .observer(observer)
+        .write(&source, target)
+        .map(drop)
 }
 
 /// The process that dies; `MCSMOE_MATRIX_CHILD=PRESET:EXPORT:EVENT:TARGET`.

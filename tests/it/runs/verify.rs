@@ -12,10 +12,16 @@ use sha2::{Digest, Sha256};
 fn merged(preset: &str, export: ExportChoice, shard_bytes: u64, target: &Path) {
     let recipe = Recipe::preset(preset, Keep::Experts(4)).unwrap().export(export);
     let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
-    let stats = fixture("mixtral-8e.stats.safetensors").into();
+    let stats = fixture("mixtral-8e.stats.safetensors");
     let output = Output { shard_bytes, ..Output::new(export) };
     let pipeline = recipe.builder().unwrap().build().unwrap();
-    pipeline.run_calibrated(&source, &stats, target, &output, &Silent).unwrap();
+    pipeline
+        .run()
+        .calibration(stats)
+        .output(output)
+        .observer(&Silent)
+        .write(&source, target)
+        .unwrap();
 }
 
 fn check(target: &Path) -> Verification {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mcsmoe::Result;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{
-    Calibration, ExportChoice, Keep, Observer, Output, Recipe, Silent, Tokens, calibrate_to_file,
+    Calibration, ExportChoice, Keep, Observer, Output, Recipe, Silent, Tokens, calibrate,
 };
 use mcsmoe::stage::Needs;
 
@@ -28,7 +28,7 @@ impl Place {
         let source = Checkpoint::open(dir.path().join("source")).unwrap();
         let stats = dir.path().join("stats.safetensors");
         let options = Default::default();
-        calibrate_to_file(&source, &tokens(), Needs::OBSERVABLE, &options, &stats).unwrap();
+        calibrate(&source, &tokens(), Needs::OBSERVABLE).options(options).write(&stats).unwrap();
         Self(dir)
     }
 
@@ -60,7 +60,13 @@ pub(super) fn run(place: &Path, kind: usize, target: &Path, observer: &dyn Obser
     let (shard_bytes, memory) = if kind == 1 { (20_000, 0) } else { (1 << 30, 1 << 30) };
     let output = Output { shard_bytes, memory, ..Output::new(export).resuming() };
     let pipeline = recipe.builder()?.build()?;
-    pipeline.run_calibrated(&source, &calibration, target, &output, observer).map(drop)
+    pipeline
+        .run()
+        .calibration(calibration.clone())
+        .output(output)
+        .observer(observer)
+        .write(&source, target)
+        .map(drop)
 }
 
 /// What an undisturbed run of a kind writes.
