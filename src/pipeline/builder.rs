@@ -6,13 +6,11 @@ use crate::align::Reference;
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::{Compute, Cpu, LinalgBackend};
 use crate::model::LayerId;
-use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
 use crate::pipeline::options::{
     AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy,
 };
 use crate::stage::{
-    Aligner, Compressor, Context, Grouper, Merger, Needs, Recoverer, RouterMerger, Similarity,
-    SizeBudget,
+    Aligner, Compressor, Context, Grouper, Merger, Recoverer, RouterMerger, Similarity, SizeBudget,
 };
 
 /// A merge, ready to run: one stage of each kind, the budget and its constraints.
@@ -229,24 +227,6 @@ impl Pipeline {
     /// Starts from nothing.
     pub fn builder() -> PipelineBuilder {
         PipelineBuilder::default()
-    }
-
-    /// The statistics that a run needs, over all stages.
-    pub fn needs(&self) -> Needs {
-        let stages = LayerStages::of(self, SampleOrigin::Nowhere);
-        stages.observe_needs() | stages.merge_needs()
-    }
-
-    /// What a run on text collects. Recovery and compression follow the text themselves; without
-    /// them samples are what errors are measured on.
-    pub(crate) fn needs_along_text(&self) -> Needs {
-        let along = self.recoverer.is_some();
-        let origin = if along { SampleOrigin::Text } else { SampleOrigin::Statistics };
-        let stages = LayerStages::of(self, origin);
-        // A size budget weighs the matrices of all layers before the first is merged.
-        let weighs = self.size_budget().is_some();
-        let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
-        stages.observe_needs() | stages.merge_needs() | samples
     }
 
     /// The size budget, if the compressor has one.

@@ -11,7 +11,6 @@
 
 mod activations;
 mod builder;
-mod compress;
 mod evaluate;
 mod layer;
 mod options;
@@ -20,7 +19,6 @@ mod progress;
 mod recipe;
 mod report;
 mod run;
-mod size;
 mod verify;
 
 pub use activations::calibration::Calibration;
@@ -31,7 +29,6 @@ pub use builder::{Pipeline, PipelineBuilder};
 pub use evaluate::compare::{Comparison, LayerError, compare};
 pub use evaluate::generation::{LoopOptions, Loops, generate, loops};
 pub use evaluate::perplexity::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
-pub use layer::spectra::SpectrumReport;
 pub use options::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 pub use plan::{Answer, CostPlan, MemoryPlan, PlanOptions, RunPlan, Runtime, RuntimePlan, plan};
 pub use progress::{Observer, Phase, Silent};
@@ -42,8 +39,8 @@ pub use recipe::choices::{
 pub use recipe::compress_choice::CompressChoice;
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{
-    Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, StableRanks,
-    WrittenReport,
+    Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, SpectrumReport,
+    StableRanks, WrittenReport,
 };
 pub use run::distributed::PartReport;
 pub use run::in_memory::Merged;

@@ -7,10 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::Result;
-use crate::model::{Expert, Grouping, LayerId, RoutingRule};
-use crate::pipeline::builder::Pipeline;
-use crate::pipeline::layer::spectra::SpectrumReport;
-use crate::stage::Stage;
+use crate::model::{Expert, Grouping, LayerId, Role, RoutingRule};
 
 /// A count before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -102,6 +99,23 @@ impl CompressionReport {
             },
         })
     }
+}
+
+/// Singular values of one kind of a layer's matrices, divided by the largest of their matrix: means
+/// over experts, at most 4 of them, evenly apart.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SpectrumReport {
+    /// Which matrices.
+    pub role: Role,
+    /// Which singular values, from 1 for the largest; evenly apart in their logarithm.
+    pub index: Vec<u32>,
+    /// Of the source's experts.
+    pub original: Vec<f32>,
+    /// Of the merged and recovered ones.
+    pub merged: Vec<f32>,
+    /// Of the compressed ones, if there was a compressor; fewer where it made matrices smaller.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressed: Option<Vec<f32>>,
 }
 
 /// One layer.
@@ -210,44 +224,11 @@ impl Report {
         to_value("report", self)
     }
 
-    /// The report of a run of `pipeline`, without what only a written folder has.
-    pub(crate) fn of(pipeline: &Pipeline, layers: Vec<LayerReport>) -> Self {
-        let name = |kind: &str, stage: &dyn Stage| format!("{kind} {}", stage.name());
-        let mut stages = vec![name("similarity", &pipeline.similarity)];
-        if let Some(a) = &pipeline.alignment {
-            stages.push(name("align", &a.aligner));
-        }
-        stages.push(name("group", &pipeline.grouper));
-        stages.push(name("merge", &pipeline.merger));
-        if let Some(router) = &pipeline.router {
-            stages.push(name("router", router));
-        }
-        if let Some(recoverer) = &pipeline.recoverer {
-            stages.push(name("recover", recoverer));
-        }
-        if let Some(compressor) = &pipeline.compressor {
-            stages.push(format!("compress {}", compressor.name()));
-        }
-        Self {
-            mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
-            family: None,
-            recipe: pipeline.recipe.clone(),
-            stages,
-            device: pipeline.cx.compute().name().into(),
-            factorise: pipeline.cx.backend().name().into(),
-            seed: pipeline.cx.seed(),
-            tokens: 0,
-            experts: Self::total(&layers, |l| l.experts),
-            expert_parameters: Self::total(&layers, |l| l.expert_parameters),
-            flops_per_token: Self::total(&layers, |l| l.flops_per_token),
-            compression: CompressionReport::total(&layers),
-            written: None,
-            layers,
-        }
-    }
-
     /// Sums a per-layer figure over all layers.
-    fn total(layers: &[LayerReport], of: impl Fn(&LayerReport) -> Change<u64>) -> Change<u64> {
+    pub(crate) fn total(
+        layers: &[LayerReport],
+        of: impl Fn(&LayerReport) -> Change<u64>,
+    ) -> Change<u64> {
         let sum = |pick: fn(Change<u64>) -> u64| layers.iter().map(|l| pick(of(l))).sum();
         Change { before: sum(|c| c.before), after: sum(|c| c.after) }
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use mcsmoe::calibrate::{InputKind, StatsFile};
+use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::Checkpoint;
 
 use crate::args::{Global, Method, Running};

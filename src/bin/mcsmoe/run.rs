@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use mcsmoe::Recipe;
-use mcsmoe::calibrate::{InputKind, StatsFile};
+use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{Comparison, EvaluateOptions, Verification, compare, verify as check};
 use mcsmoe::report::Quality;

@@ -5,6 +5,7 @@ pub(super) mod calibration;
 pub(super) mod collect;
 pub(super) mod forward_pass;
 pub(super) mod hidden_states;
+pub(super) mod model;
 pub(super) mod own_text;
 pub(super) mod samples;
 pub(super) mod streams;

@@ -11,7 +11,6 @@ use crate::pipeline::activations::forward_pass::{LoadedLayer, Pass};
 use crate::pipeline::activations::samples::{LayerSamples, joined};
 use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::options::RecoverOn;
-use crate::pipeline::run::resume::hidden_states::ResumableStates;
 use crate::stage::Context;
 
 /// One stream or two. Where both run, they are at the same layer.
@@ -164,6 +163,18 @@ impl<'a> Streams<'a> {
         }
         Ok(Some(samples))
     }
+}
+
+/// Hidden states of a text between two layers, which can be saved and restored.
+pub(crate) trait ResumableStates {
+    /// Number of layers that are still to come.
+    fn remaining(&self) -> usize;
+    /// Bytes of the hidden states.
+    fn bytes(&self) -> u64;
+    /// Leaves out all layers up to `id`.
+    fn jump_behind(&mut self, id: LayerId) -> Result<()>;
+    /// Hands all hidden states to `f`, in the same order every time.
+    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()>;
 }
 
 impl ResumableStates for Streams<'_> {

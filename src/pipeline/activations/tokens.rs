@@ -7,7 +7,7 @@ use crate::calibrate::text::{Select, Text, TextOptions, TextRecord};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::model::Stack;
-use crate::pipeline::evaluate::model::{Items, Subject};
+use crate::pipeline::activations::model::{EvalModel, Sequences};
 use crate::stage::Context;
 
 /// Token ids of calibration text, in windows that do not see each other.
@@ -57,7 +57,7 @@ impl Tokens {
         max_tokens: usize,
         seed: u64,
     ) -> Result<Self> {
-        let subject = Subject::open(source, &Context::cpu(seed))?;
+        let subject = EvalModel::open(source, &Context::cpu(seed))?;
         let select = Select::Tokens(max_tokens);
         let options = TextOptions { window, select, seed, ..TextOptions::default() };
         Self::cut(&subject, path, &options)
@@ -77,20 +77,20 @@ impl Tokens {
     }
 
     /// Reads and cuts a text as the model wants it.
-    pub(crate) fn cut(subject: &Subject<'_>, path: &Path, options: &TextOptions) -> Result<Self> {
+    pub(crate) fn cut(subject: &EvalModel<'_>, path: &Path, options: &TextOptions) -> Result<Self> {
         Ok(Self::recorded(subject, path, options)?.tokens)
     }
 
     /// Reads and cuts a text as the model wants it, and records what was read.
     pub(crate) fn recorded(
-        subject: &Subject<'_>,
+        subject: &EvalModel<'_>,
         path: &Path,
         options: &TextOptions,
     ) -> Result<TextTokens> {
         let text = Text::read(path, subject.checkpoint.dir(), subject.limits(), options)?;
         let tokens = match subject.items(&text, options.seed)? {
-            Items::Causal(windows) => Self::Windows(windows),
-            Items::Pairs(pairs) => Self::Pairs(pairs),
+            Sequences::Causal(windows) => Self::Windows(windows),
+            Sequences::Pairs(pairs) => Self::Pairs(pairs),
         };
         Ok(TextTokens { tokens, record: text.record().clone() })
     }

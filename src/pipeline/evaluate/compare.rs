@@ -12,7 +12,7 @@ use crate::forward::{Choice, Model, Observation, route, routed_sum};
 use crate::linalg::{exp, vectorised};
 use crate::model::{Finite, LayerId, TensorSource};
 use crate::par;
-use crate::pipeline::evaluate::model::{Items, Ran, Subject};
+use crate::pipeline::activations::model::{EvalModel, ModelOutput, Sequences};
 use crate::pipeline::evaluate::perplexity::{EvaluateOptions, Evaluation, summary};
 use crate::stage::{Context, relative_error};
 
@@ -69,7 +69,7 @@ pub fn compare(
 ) -> Result<Comparison> {
     let (first, second) = (Checkpoint::open(original)?, Checkpoint::open(other)?);
     let cx = Context::cpu(options.seed);
-    let (p, q) = (Subject::open(&first, &cx)?, Subject::open(&second, &cx)?);
+    let (p, q) = (EvalModel::open(&first, &cx)?, EvalModel::open(&second, &cx)?);
     let (own, others) = (p.limits(), q.limits());
     same("vocabulary", own.vocab, others.vocab).in_file(other)?;
     same("encoder-decoder", p.model.switch().is_some(), q.model.switch().is_some())
@@ -77,7 +77,7 @@ pub fn compare(
     let ids = |c: &Checkpoint| c.layers().iter().map(|l| l.id).collect::<Vec<_>>();
     same("MoE layers", ids(&first), ids(&second)).in_file(other)?;
     let limits = Limits { longest: own.longest.min(others.longest), ..own };
-    let text = p.text(text, limits, options)?;
+    let text = options.read(&p, text, limits)?;
     let items = p.items(&text, options.seed)?;
 
     let mut layers = Vec::new();
@@ -109,7 +109,7 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &'static str, original: T, other: 
 }
 
 /// The other's layer on the inputs of the original's.
-fn layer_error(other: &Subject<'_>, seen: &Observation<'_>, cx: &Context) -> Result<f64> {
+fn layer_error(other: &EvalModel<'_>, seen: &Observation<'_>, cx: &Context) -> Result<f64> {
     let capacity = match &other.model {
         Model::Switch(model) => Some(model.spec().capacity),
         _ => None,
@@ -129,7 +129,12 @@ struct Token {
 }
 
 /// Window by window; the logits of one are held at a time.
-fn predictions(items: &Items, p: &Ran, q: &Ran, cx: &Context) -> Result<Vec<Vec<Token>>> {
+fn predictions(
+    items: &Sequences,
+    p: &ModelOutput,
+    q: &ModelOutput,
+    cx: &Context,
+) -> Result<Vec<Vec<Token>>> {
     /// Logits of one model that are held at once.
     const HELD: usize = 1 << 24;
     let rows = (HELD / p.head.vocab().max(1)).clamp(1, 512);

@@ -9,7 +9,7 @@ use crate::calibrate::text::{Select, Text, TextOptions, TextRecord, Vocabulary};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::forward::Model;
-use crate::pipeline::evaluate::model::Subject;
+use crate::pipeline::activations::model::EvalModel;
 use crate::stage::Context;
 
 /// What is continued.
@@ -64,7 +64,7 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
         return Err(crate::Error::range("ngram", "at least 1", 0));
     }
     let checkpoint = Checkpoint::open(folder)?;
-    let subject = Subject::open(&checkpoint, &Context::cpu(options.seed))?;
+    let subject = EvalModel::open(&checkpoint, &Context::cpu(options.seed))?;
     let drawn = Select::Tokens(options.prompts.saturating_mul(options.prompt));
     let cut = TextOptions::new(options.prompt).select(drawn).seed(options.seed);
     let text = Text::read(text, folder, subject.limits(), &cut)?;
@@ -93,7 +93,7 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
 /// As [`loops`], and those of the tokenizer.
 pub fn generate(folder: &Path, prompt: &str, max_new: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(folder)?;
-    let subject = Subject::open(&checkpoint, &Context::cpu(0))?;
+    let subject = EvalModel::open(&checkpoint, &Context::cpu(0))?;
     let vocabulary = Vocabulary::open(folder)?;
     let prompt = [vocabulary.encode_whole(prompt)?];
     vocabulary.check(&prompt[0], subject.limits().vocab)?;
@@ -109,7 +109,7 @@ pub fn generate(folder: &Path, prompt: &str, max_new: usize) -> Result<String> {
 }
 
 fn continuations(
-    subject: &Subject<'_>,
+    subject: &EvalModel<'_>,
     prompts: &[Vec<u32>],
     max_new: usize,
     seed: u64,

@@ -2,5 +2,4 @@
 
 pub(super) mod compare;
 pub(super) mod generation;
-pub(super) mod model;
 pub(super) mod perplexity;

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::calibrate::text::{Text, TextRecord};
+use crate::calibrate::text::{Limits, Select, Text, TextOptions, TextRecord};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Locate, Result};
 use crate::model::Finite;
-use crate::pipeline::evaluate::model::{Items, Subject};
+use crate::pipeline::activations::model::{EvalModel, Sequences};
 use crate::stage::Context;
 
 /// What is evaluated.
@@ -27,6 +27,19 @@ pub struct EvaluateOptions {
 impl Default for EvaluateOptions {
     fn default() -> Self {
         Self { window: None, max_windows: 100, seed: 1234 }
+    }
+}
+
+impl EvaluateOptions {
+    /// Reads the text that is asked for.
+    pub(crate) fn read(&self, model: &EvalModel<'_>, path: &Path, limits: Limits) -> Result<Text> {
+        let options = TextOptions {
+            window: self.window,
+            select: Select::Windows(self.max_windows),
+            seed: self.seed,
+            ..TextOptions::default()
+        };
+        Text::read(path, model.checkpoint.dir(), limits, &options)
     }
 }
 
@@ -128,8 +141,8 @@ impl Evaluation {
 pub fn evaluate(folder: &Path, text: &Path, options: &EvaluateOptions) -> Result<Evaluation> {
     let checkpoint = Checkpoint::open(folder)?;
     let cx = Context::cpu(options.seed);
-    let subject = Subject::open(&checkpoint, &cx)?;
-    let text = subject.text(text, subject.limits(), options)?;
+    let subject = EvalModel::open(&checkpoint, &cx)?;
+    let text = options.read(&subject, text, subject.limits())?;
     let items = subject.items(&text, options.seed)?;
     let ran = subject.run(&items, None)?;
     let single = |w: usize| {
@@ -144,8 +157,8 @@ pub fn evaluate(folder: &Path, text: &Path, options: &EvaluateOptions) -> Result
 
 /// Sums over files, from sums and numbers of tokens per window.
 pub(crate) fn summary(
-    subject: &Subject<'_>,
-    items: &Items,
+    subject: &EvalModel<'_>,
+    items: &Sequences,
     text: &Text,
     windows: &[(f64, u64)],
 ) -> Evaluation {
@@ -162,8 +175,8 @@ pub(crate) fn summary(
     Evaluation {
         family: subject.checkpoint.family().into(),
         task: match items {
-            Items::Causal(_) => Task::CausalLm,
-            Items::Pairs(_) => Task::SpanCorruption,
+            Sequences::Causal(_) => Task::CausalLm,
+            Sequences::Pairs(_) => Task::SpanCorruption,
         },
         parameters: subject.checkpoint.total_parameters(),
         bytes: subject.checkpoint.total_bytes(),

@@ -3,13 +3,12 @@
 use crate::error::Result;
 use crate::model::{Grouping, MergedLayer, MoeLayer, Router, RoutingRule, RoutingStats};
 use crate::pipeline::activations::samples::{FitRows, LayerSamples, split};
-use crate::pipeline::compress;
+use crate::pipeline::layer::compress;
 use crate::pipeline::layer::observe::ObservedLayer;
 use crate::pipeline::layer::process::LayerDecision;
 use crate::pipeline::layer::spectra;
-use crate::pipeline::layer::spectra::SpectrumReport;
 use crate::pipeline::layer::stages::LayerStages;
-use crate::pipeline::report::{self, Change, Kind, LayerReport, OutputError};
+use crate::pipeline::report::{self, Change, Kind, LayerReport, OutputError, SpectrumReport};
 use crate::stage::{Context, Recovery};
 
 /// A layer as it was, in the figures that later ones are compared with.

@@ -2,6 +2,7 @@
 //! steps; every other file is one of them.
 
 pub(super) mod by_group;
+pub(super) mod compress;
 pub(super) mod grouping;
 pub(super) mod measure;
 pub(super) mod merge;

@@ -16,8 +16,8 @@ use crate::checkpoint::Factoring;
 use crate::error::{Error, Result};
 use crate::model::{Budget, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingStats};
 use crate::pipeline::activations::samples::LayerSamples;
-use crate::pipeline::compress;
 use crate::pipeline::layer::by_group::ExpertsByGroup;
+use crate::pipeline::layer::compress;
 use crate::pipeline::layer::grouping::group_layer;
 use crate::pipeline::layer::measure::{Original, describe, fit_rows, output_error};
 use crate::pipeline::layer::merge::{

@@ -1,12 +1,12 @@
 //! Singular values of a layer's matrices before and after, for the report.
 
 use ndarray::ArrayView2;
-use serde::{Deserialize, Serialize};
 
 use crate::decompose::analysis::spectrum;
 use crate::error::{Locate, Result};
 use crate::model::{Expert, Role};
 use crate::par;
+use crate::pipeline::report::SpectrumReport;
 use crate::stage::Context;
 
 /// Points of a spectrum, evenly apart in the logarithm of the index.
@@ -15,23 +15,6 @@ const POINTS: usize = 32;
 const EXPERTS: usize = 4;
 /// Short sides up to this are looked at unless a recipe says otherwise.
 const CHEAP: usize = 256;
-
-/// Singular values of one kind of a layer's matrices, divided by the largest of their matrix: means
-/// over experts, at most 4 of them, evenly apart.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SpectrumReport {
-    /// Which matrices.
-    pub role: Role,
-    /// Which singular values, from 1 for the largest; evenly apart in their logarithm.
-    pub index: Vec<u32>,
-    /// Of the source's experts.
-    pub original: Vec<f32>,
-    /// Of the merged and recovered ones.
-    pub merged: Vec<f32>,
-    /// Of the compressed ones, if there was a compressor; fewer where it made matrices smaller.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compressed: Option<Vec<f32>>,
-}
 
 /// The spectra of the experts of a layer before merging. `wanted` is
 /// [`Recipe::measure_spectra`](crate::pipeline::Recipe::measure_spectra).

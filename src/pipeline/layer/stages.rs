@@ -1,12 +1,17 @@
 //! The stages that a layer passes, and where the samples come from on which it is recovered,
 //! compressed and measured.
 
-use crate::model::RoutingRule;
+use std::collections::BTreeMap;
+
+use crate::checkpoint::Factoring;
+use crate::model::{LayerId, RoutingRule};
 use crate::pipeline::builder::Pipeline;
 use crate::pipeline::layer::observe::before_grouping;
 use crate::pipeline::options::{AlignWhen, Alignment, RoutingGroupPolicy};
-use crate::pipeline::size::Ranks;
 use crate::stage::{Compressor, Grouper, Merger, Needs, Recoverer, RouterMerger, Similarity};
+
+/// What a size budget leaves of every matrix, layer by layer.
+pub(crate) type Ranks = BTreeMap<LayerId, Factoring>;
 
 /// The stages that every layer of a run passes.
 #[derive(Debug, Clone, Copy)]
@@ -133,5 +138,25 @@ impl<'a> LayerStages<'a> {
             groups: rule.groups.filter(|g| !flatten && g.groups > 1),
             ..*rule
         }
+    }
+}
+
+impl Pipeline {
+    /// The statistics that a run needs, over all stages.
+    pub fn needs(&self) -> Needs {
+        let stages = LayerStages::of(self, SampleOrigin::Nowhere);
+        stages.observe_needs() | stages.merge_needs()
+    }
+
+    /// What a run on text collects. Recovery and compression follow the text themselves; without
+    /// them samples are what errors are measured on.
+    pub(crate) fn needs_along_text(&self) -> Needs {
+        let along = self.recoverer.is_some();
+        let origin = if along { SampleOrigin::Text } else { SampleOrigin::Statistics };
+        let stages = LayerStages::of(self, origin);
+        // A size budget weighs the matrices of all layers before the first is merged.
+        let weighs = self.size_budget().is_some();
+        let samples = if weighs { Needs::SAMPLES } else { Needs::NONE };
+        stages.observe_needs() | stages.merge_needs() | samples
     }
 }

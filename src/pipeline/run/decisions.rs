@@ -7,11 +7,11 @@ use crate::pipeline::layer::grouping::group_layers;
 use crate::pipeline::layer::observe::{ObservedLayer, observe_source};
 use crate::pipeline::layer::process::LayerDecision;
 use crate::pipeline::layer::source::LayerSource;
+use crate::pipeline::layer::stages::Ranks;
 use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
 use crate::pipeline::options::LayerShape;
 use crate::pipeline::progress::{LayerProgress, Observer, Phase};
 use crate::pipeline::run::checks::{Active, check_shapes};
-use crate::pipeline::size::Ranks;
 use crate::stage::LayerView;
 
 /// What the first pass has decided, for the layers that are to be processed.

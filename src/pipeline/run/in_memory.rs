@@ -11,8 +11,9 @@ use crate::pipeline::progress::{LayerProgress, Observer};
 use crate::pipeline::report::Report;
 use crate::pipeline::run::checks::check_compression;
 use crate::pipeline::run::decisions::Decisions;
+use crate::pipeline::run::output::run_report;
+use crate::pipeline::run::size_budget::SizeAccount;
 use crate::pipeline::run::write::process_layers;
-use crate::pipeline::size::Room;
 
 /// What a run in memory returns.
 #[derive(Debug, Clone)]
@@ -73,7 +74,7 @@ impl<'a> InMemory<'a> {
         }
         let position = |id: LayerId| layers.iter().position(|l| l.id() == id);
         merged.sort_by_key(|m| position(m.id));
-        let mut report = Report::of(pipeline, reports);
+        let mut report = run_report(pipeline, reports);
         report.tokens = stats.iter().map(|s| s.tokens).max().unwrap_or(0);
         observer.finished(&report);
         Ok(Merged { layers: merged, report })
@@ -94,7 +95,7 @@ impl<'a> InMemory<'a> {
         let shapes: Vec<LayerShape> = self.layers.iter().map(shape).collect();
         let mut decisions = Decisions::make(self.pipeline, source, &shapes, self.observer)?;
         if let Some(budget) = self.pipeline.size_budget() {
-            let room = Room::of_layers(budget, self.layers, &decisions)?;
+            let room = SizeAccount::of_layers(budget, self.layers, &decisions)?;
             let (stages, cx) = (self.stages(), &self.pipeline.cx);
             decisions.ranks = Some(room.ranks(&stages, source, &decisions, self.observer, cx)?);
         }

@@ -9,6 +9,7 @@ pub(super) mod one_pass;
 pub(super) mod output;
 pub(super) mod request;
 pub(super) mod resume;
+pub(super) mod size_budget;
 pub(super) mod two_pass;
 pub(super) mod write;
 
@@ -17,7 +18,7 @@ use std::path::Path;
 
 use self::checks::{Checked, check_run};
 use self::one_pass::{KnownCounts, OnePass};
-use self::output::{Output, written_report};
+use self::output::{Output, run_report, written_report};
 pub use self::request::Run;
 use self::resume::fingerprint::Fingerprint;
 use self::resume::journal::{Journal, Line};
@@ -209,7 +210,7 @@ impl<'a> CheckpointRun<'a> {
         (mut writer, mut journal): (Writer<'_>, Journal),
         tokens: u64,
     ) -> Result<Report> {
-        let mut report = Report::of(self.pipeline, reports.into_values().collect());
+        let mut report = run_report(self.pipeline, reports.into_values().collect());
         report.family = Some(self.source.family().into());
         report.tokens = tokens;
         report.written = Some(written_report(self.source, plan, writer.written()));

@@ -6,11 +6,11 @@ use crate::checkpoint::{Checkpoint, Export, Factoring, WritePlan, Written};
 use crate::error::{Locate, Result};
 use crate::model::{Grouping, LayerId};
 use crate::pipeline::builder::Pipeline;
+use crate::pipeline::layer::stages::Ranks;
 use crate::pipeline::options::RoutingGroupPolicy;
 use crate::pipeline::recipe::ExportChoice;
-use crate::pipeline::report::{Change, WrittenReport};
-use crate::pipeline::size::Ranks;
-use crate::stage::ExpertStorage;
+use crate::pipeline::report::{Change, CompressionReport, LayerReport, Report, WrittenReport};
+use crate::stage::{ExpertStorage, Stage};
 
 /// What [`Run::write`](crate::pipeline::Run::write) writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,5 +118,41 @@ pub(crate) fn written_report(
         expert_bytes: Change { before: expert_bytes, after: written.expert_bytes },
         parameters: Change { before: source.total_parameters(), after: written.parameters },
         dropped: written.dropped,
+    }
+}
+
+/// The report of a run of `pipeline`, without what only a written folder has.
+pub(crate) fn run_report(pipeline: &Pipeline, layers: Vec<LayerReport>) -> Report {
+    let name = |kind: &str, stage: &dyn Stage| format!("{kind} {}", stage.name());
+    let mut stages = vec![name("similarity", &pipeline.similarity)];
+    if let Some(a) = &pipeline.alignment {
+        stages.push(name("align", &a.aligner));
+    }
+    stages.push(name("group", &pipeline.grouper));
+    stages.push(name("merge", &pipeline.merger));
+    if let Some(router) = &pipeline.router {
+        stages.push(name("router", router));
+    }
+    if let Some(recoverer) = &pipeline.recoverer {
+        stages.push(name("recover", recoverer));
+    }
+    if let Some(compressor) = &pipeline.compressor {
+        stages.push(format!("compress {}", compressor.name()));
+    }
+    Report {
+        mcsmoe_version: env!("CARGO_PKG_VERSION").into(),
+        family: None,
+        recipe: pipeline.recipe.clone(),
+        stages,
+        device: pipeline.cx.compute().name().into(),
+        factorise: pipeline.cx.backend().name().into(),
+        seed: pipeline.cx.seed(),
+        tokens: 0,
+        experts: Report::total(&layers, |l| l.experts),
+        expert_parameters: Report::total(&layers, |l| l.expert_parameters),
+        flops_per_token: Report::total(&layers, |l| l.flops_per_token),
+        compression: CompressionReport::total(&layers),
+        written: None,
+        layers,
     }
 }

@@ -8,9 +8,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{MoeLayer, RoutingStats};
 use crate::pipeline::activations::calibration::{Calibration, CalibrationData};
+use crate::pipeline::activations::model::EvalModel;
 use crate::pipeline::activations::tokens::Tokens;
 use crate::pipeline::builder::Pipeline;
-use crate::pipeline::evaluate::model::Subject;
 use crate::pipeline::progress::{Observer, Silent};
 use crate::pipeline::recipe::ExportChoice;
 use crate::pipeline::report::Report;
@@ -117,7 +117,7 @@ impl<'a> Run<'a> {
             }
             Calibration::Tokens(tokens) => run(CalibrationData::Tokens(tokens)),
             Calibration::Text { path, options } => {
-                let subject = Subject::open(source, &self.pipeline.cx)?;
+                let subject = EvalModel::open(source, &self.pipeline.cx)?;
                 run(CalibrationData::Tokens(&Tokens::cut(&subject, path, options)?))
             }
         }

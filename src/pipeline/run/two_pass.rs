@@ -14,6 +14,7 @@ use crate::pipeline::layer::process::{
     Decision, Experts, LayerInput, ProcessedLayer, process_layer,
 };
 use crate::pipeline::layer::source::{CheckpointLayers, LayerSource};
+use crate::pipeline::layer::stages::Ranks;
 use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
 use crate::pipeline::progress::LayerProgress;
 use crate::pipeline::report::{LayerReport, Report};
@@ -22,9 +23,9 @@ use crate::pipeline::run::decisions::Decisions;
 use crate::pipeline::run::output::{plan_factors, write_plan};
 use crate::pipeline::run::resume::journal::{Journal, Line};
 use crate::pipeline::run::resume::{fingerprint, last_resumable_layer, remove_hidden};
+use crate::pipeline::run::size_budget::SizeAccount;
 use crate::pipeline::run::write::{RecordLayer, process_by_group, process_layers, write_layer};
 use crate::pipeline::run::{CheckpointRun, PartialRun};
-use crate::pipeline::size::{Ranks, Room};
 use crate::stage::Needs;
 
 /// How the second pass goes from layer to layer.
@@ -206,7 +207,7 @@ impl<'a> TwoPass<'a> {
         if let Some(known) = journal.ranks.take() {
             return Ok(Some(known.into_iter().collect()));
         }
-        let room = Room::of_folder(budget, source, plan)?;
+        let room = SizeAccount::of_folder(budget, source, plan)?;
         let again;
         let decisions = match fresh {
             Some(decisions) => decisions,

@@ -10,11 +10,11 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ndarray::Array2;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::LayerId;
+use crate::pipeline::activations::streams::ResumableStates;
 
 /// Checkpoints that are kept.
 const KEPT: usize = 3;
@@ -25,18 +25,6 @@ const SAVE_COST_RATIO: u32 = 20;
 const ASSUMED_DISK_BYTES_PER_S: f64 = 100e6;
 /// Bytes of the SHA-256 that ends the file.
 const HASH: usize = 32;
-
-/// Hidden states of a text between two layers, which can be saved and restored.
-pub(crate) trait ResumableStates {
-    /// Number of layers that are still to come.
-    fn remaining(&self) -> usize;
-    /// Bytes of the hidden states.
-    fn bytes(&self) -> u64;
-    /// Leaves out all layers up to `id`.
-    fn jump_behind(&mut self, id: LayerId) -> Result<()>;
-    /// Hands all hidden states to `f`, in the same order every time.
-    fn batches(&mut self, f: &mut dyn FnMut(&mut Array2<f32>) -> Result<()>) -> Result<()>;
-}
 
 /// The checkpoints of hidden states of a run, in its partial folder.
 #[derive(Debug)]
@@ -148,6 +136,7 @@ fn is_complete(path: &Path) -> std::io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ndarray::Array2;
 
     /// One batch, and how many layers are still to come.
     struct Still(Array2<f32>, usize);

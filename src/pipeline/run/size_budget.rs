@@ -14,17 +14,14 @@ use crate::pipeline::layer::process::{
     Decision, Experts, LayerDecision, LayerInput, process_layer,
 };
 use crate::pipeline::layer::source::LayerSource;
-use crate::pipeline::layer::stages::{LayerStages, SampleOrigin};
+use crate::pipeline::layer::stages::{LayerStages, Ranks, SampleOrigin};
 use crate::pipeline::progress::{LayerProgress, Observer, Phase, Silent};
 use crate::pipeline::run::decisions::Decisions;
 use crate::stage::{Compression, Compressor, Context, Needs, Portion, SizeBudget, Spectrum};
 
-/// What a size budget leaves of every matrix, layer by layer.
-pub(crate) type Ranks = BTreeMap<LayerId, Factoring>;
-
 /// What a budget has to spend, and what is spent already.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Room {
+pub(crate) struct SizeAccount {
     /// Bytes of the target, or of its experts.
     target: u64,
     /// Of these, what no rank changes: other tensors, protected layers, biases.
@@ -33,7 +30,7 @@ pub(crate) struct Room {
     value_bytes: BTreeMap<LayerId, Vec<Vec<usize>>>,
 }
 
-impl Room {
+impl SizeAccount {
     /// In a native folder, whose plan has no factors yet.
     pub(crate) fn of_folder(
         budget: &SizeBudget,
@@ -96,7 +93,7 @@ impl Room {
     }
 }
 
-impl Room {
+impl SizeAccount {
     /// The pass of its own: merges every decided layer, surveys it, and allocates.
     pub(crate) fn ranks(
         &self,
@@ -153,7 +150,7 @@ fn survey(
     compressor.survey(&merged, &task, cx)
 }
 
-impl Room {
+impl SizeAccount {
     /// The spectra of a layer with the bytes of a number in each of its matrices.
     fn priced(
         &self,

@@ -1,26 +1,22 @@
 //! A checkpoint that text runs through, and the text as the model's kind wants it.
 
-use std::path::Path;
-
 use ndarray::{ArrayView2, s};
 
-use crate::calibrate::text::{Limits, Select, SpanCorruption, Text, TextOptions, sentinels};
+use crate::calibrate::text::{Limits, SpanCorruption, Text, sentinels};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Locate, Result};
 use crate::forward::{Head, Hidden, Model, Observer};
 use crate::model::TensorSource;
 use crate::stage::Context;
 
-use crate::pipeline::evaluate::perplexity::EvaluateOptions;
-
 /// An open model.
-pub(crate) struct Subject<'a> {
+pub(crate) struct EvalModel<'a> {
     pub(crate) checkpoint: &'a Checkpoint,
     pub(crate) model: Model<&'a Checkpoint>,
 }
 
 /// What runs through the model, window by window.
-pub(crate) enum Items {
+pub(crate) enum Sequences {
     /// Tokens; all but the first are predicted.
     Causal(Vec<Vec<u32>>),
     /// Inputs and targets; all targets are predicted.
@@ -28,12 +24,12 @@ pub(crate) enum Items {
 }
 
 /// The end of a run: the states of every window, and what each of their rows is to predict.
-pub(crate) struct Ran {
+pub(crate) struct ModelOutput {
     pub(crate) hidden: Hidden,
     pub(crate) head: Head,
 }
 
-impl<'a> Subject<'a> {
+impl<'a> EvalModel<'a> {
     pub(crate) fn open(checkpoint: &'a Checkpoint, cx: &Context) -> Result<Self> {
         let model = Model::open_on(checkpoint, cx.clone());
         let model = model.in_file(&checkpoint.dir().join("config.json"))?;
@@ -54,27 +50,11 @@ impl<'a> Subject<'a> {
         }
     }
 
-    /// Reads the text that an evaluation asks for.
-    pub(crate) fn text(
-        &self,
-        path: &Path,
-        limits: Limits,
-        options: &EvaluateOptions,
-    ) -> Result<Text> {
-        let options = TextOptions {
-            window: options.window,
-            select: Select::Windows(options.max_windows),
-            seed: options.seed,
-            ..TextOptions::default()
-        };
-        Text::read(path, self.checkpoint.dir(), limits, &options)
-    }
-
     /// The windows as the model wants them. The seed of window `w` of source `s` is
     /// `seed + 1000 s + w`.
-    pub(crate) fn items(&self, text: &Text, seed: u64) -> Result<Items> {
+    pub(crate) fn items(&self, text: &Text, seed: u64) -> Result<Sequences> {
         let Model::Switch(_) = self.model else {
-            return Ok(Items::Causal(text.windows().map(<[u32]>::to_vec).collect()));
+            return Ok(Sequences::Causal(text.windows().map(<[u32]>::to_vec).collect()));
         };
         let corruption = self.corruption()?;
         let mut pairs = Vec::new();
@@ -84,7 +64,7 @@ impl<'a> Subject<'a> {
                 pairs.push(corruption.corrupt(window, seed)?);
             }
         }
-        Ok(Items::Pairs(pairs))
+        Ok(Sequences::Pairs(pairs))
     }
 
     /// The span corruption that the checkpoint's tokenizer has sentinels for.
@@ -95,13 +75,17 @@ impl<'a> Subject<'a> {
     }
 
     /// All windows through the model, one layer in memory at a time.
-    pub(crate) fn run(&self, items: &Items, observer: Option<&mut dyn Observer>) -> Result<Ran> {
+    pub(crate) fn run(
+        &self,
+        items: &Sequences,
+        observer: Option<&mut dyn Observer>,
+    ) -> Result<ModelOutput> {
         let ran = match (&self.model, items) {
-            (Model::Switch(model), Items::Pairs(pairs)) => {
-                Ran { hidden: model.run(pairs, observer)?, head: model.head()? }
+            (Model::Switch(model), Sequences::Pairs(pairs)) => {
+                ModelOutput { hidden: model.run(pairs, observer)?, head: model.head()? }
             }
-            (Model::Causal(model), Items::Causal(windows)) => {
-                Ran { hidden: model.run(windows, observer)?, head: model.head()? }
+            (Model::Causal(model), Sequences::Causal(windows)) => {
+                ModelOutput { hidden: model.run(windows, observer)?, head: model.head()? }
             }
             _ => return Err(crate::Error::shape("kind of windows", "the model's", "another's")),
         };
@@ -111,7 +95,7 @@ impl<'a> Subject<'a> {
     }
 }
 
-impl Items {
+impl Sequences {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Causal(windows) => windows.len(),
@@ -128,7 +112,7 @@ impl Items {
     }
 }
 
-impl Ran {
+impl ModelOutput {
     /// The states that predict the targets of window `w`: `(targets, d_model)`.
     pub(crate) fn states(&self, w: usize, targets: usize) -> ArrayView2<'_, f32> {
         let start = self.hidden.windows[w].start;

@@ -1,11 +1,11 @@
 //! Compression of one merged layer: what the compressor promised is checked, and what it did is
 //! measured for the report.
 
-use super::report::{self, Change, CompressionReport, Kind, StableRanks};
 use crate::decompose::analysis::{mean_change, stable_rank};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Activation, Expert, Factored, Grouping, MergedLayer, MoeLayer, Role};
 use crate::par;
+use crate::pipeline::report::{self, Change, CompressionReport, Kind, StableRanks};
 use crate::stage::{Compressed, Compression, Compressor, Context, ExpertStorage, Kept};
 
 /// Stable ranks of a layer's matrices before merging: for every group, and in it for gate (if any),
