@@ -2,8 +2,8 @@
 //! stages.
 //!
 //! A [`Pipeline`] is built from stages ([`Pipeline::builder`]) or from a [`Recipe`]. A [`Run`] of
-//! it goes over layers in memory ([`Run::in_memory`]) or a checkpoint ([`Run::write`], or in one call
-//! [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
+//! it goes over layers in memory ([`Run::in_memory`]) or a checkpoint ([`Run::write`], or in one
+//! call [`merge_then_compress`]). Statistics come from a file or from text ([`Calibration`]), which
 //! [`calibrate()`] runs through the model a layer at a time.
 //!
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the

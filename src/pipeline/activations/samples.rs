@@ -1,7 +1,7 @@
 //! Inputs and outputs of a layer on a text, and which of their rows are held out of every fit.
 //!
-//! Held-out rows must be independent of what is fitted: tokens of one window are so alike that a fit
-//! to some of them looks good on the others at any ridge. So whole windows are held out.
+//! Held-out rows must be independent of what is fitted: tokens of one window are so alike that a
+//! fit to some of them looks good on the others at any ridge. So whole windows are held out.
 
 use std::ops::Range;
 
@@ -80,8 +80,8 @@ impl LayerSamples {
 /// into runs of rows.
 ///
 /// Not more: half as many tokens again to fit are worth more than a surer choice of a ridge. At
-/// 8,192 tokens, `fast`, a quarter that was held out left Mixtral at 4.028 nats, one window in 16 at
-/// 3.888.
+/// 8,192 tokens, `fast`, a quarter that was held out left Mixtral at 4.028 nats, one window in 16
+/// at 3.888.
 pub(crate) fn split<'a>(
     inputs: &[ArrayView2<'_, f32>],
     targets: &[ArrayView2<'_, f32>],

@@ -67,8 +67,8 @@ impl<'a> Streams<'a> {
         Err(Error::range("layer", "one of the model's, in order", id))
     }
 
-    /// Runs the merged stream, if there is one, through what became of a layer, from the inputs that
-    /// [`capture_merged`](Self::capture_merged) has left in `samples`.
+    /// Runs the merged stream, if there is one, through what became of a layer, from the inputs
+    /// that [`capture_merged`](Self::capture_merged) has left in `samples`.
     pub(crate) fn leave(
         &mut self,
         layer: &LoadedLayer,

@@ -1,8 +1,8 @@
 //! Align and merge, group by group, where no later step sees a whole layer at once.
 //!
-//! The members of a group are read, aligned, merged, handed on and dropped on one thread. What is in
-//! memory is a group per thread, and every thread has something to do even when the model has one
-//! layer only.
+//! The members of a group are read, aligned, merged, handed on and dropped on one thread. What is
+//! in memory is a group per thread, and every thread has something to do even when the model has
+//! one layer only.
 
 use crate::align;
 use crate::error::{Error, Locate, Result};

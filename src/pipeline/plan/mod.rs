@@ -116,9 +116,9 @@ pub struct RunPlan {
 /// ([`MemoryPlan`]); the cost is counted ([`CostPlan`]).
 ///
 /// # Errors
-/// What [`Run::write`](crate::pipeline::Run::write) refuses before any weight is read, but for statistics, which
-/// are not looked at: an invalid recipe, a budget or a compression that cannot be met, a source
-/// that cannot be written.
+/// What [`Run::write`](crate::pipeline::Run::write) refuses before any weight is read, but for
+/// statistics, which are not looked at: an invalid recipe, a budget or a compression that cannot be
+/// met, a source that cannot be written.
 ///
 /// # Example
 /// ```no_run

@@ -1,6 +1,6 @@
 //! Second pass along a text: the text runs through the original model, through the layers merged so
-//! far, or both ([`RecoverOn`](crate::pipeline::options::RecoverOn)), and each layer is recovered on
-//! what it is seen to get and give there.
+//! far, or both ([`RecoverOn`](crate::pipeline::options::RecoverOn)), and each layer is recovered
+//! on what it is seen to get and give there.
 
 use crate::calibrate::StatsFile;
 use crate::checkpoint::Writer;

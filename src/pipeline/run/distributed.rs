@@ -1,8 +1,9 @@
 //! A run in pieces, for several machines: once statistics exist, layers are independent.
 //!
 //! Every process decides for all layers, which is deterministic, then merges and writes its own
-//! into a folder of safetensors files with a partial manifest. [`Run::assemble`](crate::pipeline::Run::assemble)
-//! joins the folders; the target has the bytes that one process would have written.
+//! into a folder of safetensors files with a partial manifest.
+//! [`Run::assemble`](crate::pipeline::Run::assemble) joins the folders; the target has the bytes
+//! that one process would have written.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

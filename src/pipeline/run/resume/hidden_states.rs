@@ -2,8 +2,8 @@
 //! a text goes on after it was killed.
 //!
 //! A checkpoint of layer `l` is of use once `l` and all before it are written, and the layer after
-//! it is merged while `l` is still being written. So the last three are kept. Layers that are redone
-//! about as quickly as their states are written are not worth one.
+//! it is merged while `l` is still being written. So the last three are kept. Layers that are
+//! redone about as quickly as their states are written are not worth one.
 
 use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, Read, Write};
