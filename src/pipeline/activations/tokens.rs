@@ -72,7 +72,7 @@ impl Tokens {
         path: &Path,
         options: &TextOptions,
     ) -> Result<TextTokens> {
-        let subject = Subject::open(source, &Context::cpu(options.seed))?;
+        let subject = EvalModel::open(source, &Context::cpu(options.seed))?;
         Self::recorded(&subject, path, options)
     }
 
