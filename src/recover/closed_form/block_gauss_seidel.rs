@@ -150,13 +150,12 @@ impl Strip {
         let moved = self.deltas.iter().zip(&deltas).map(|(now, before)| now - before).collect();
         let mut way = Direction { deltas: moved, image: &residual - &self.residual };
         let descent = inner((&residual, &deltas), (&way.image, &way.deltas), -fit.lambda);
-        let (lengths, gained) = match &self.last {
-            None => best_combination(&way, &descent, None, fit.lambda),
-            Some(last) => {
-                let by_last = inner((&residual, &deltas), (&last.image, &last.deltas), -fit.lambda);
-                best_combination(&way, &descent, Some((last, &by_last)), fit.lambda)
-            }
-        };
+        let by_last = self
+            .last
+            .as_ref()
+            .map(|last| inner((&residual, &deltas), (&last.image, &last.deltas), -fit.lambda));
+        let last = self.last.as_ref().zip(by_last.as_deref());
+        let (lengths, gained) = best_combination(&way, &descent, last, fit.lambda);
         way.combine(&lengths, self.last.as_ref());
         self.residual = residual - &way.image;
         self.deltas = deltas.into_iter().zip(&way.deltas).map(|(d, way)| d + way).collect();
@@ -243,9 +242,14 @@ fn dot(a: ArrayView1<'_, f32>, b: ArrayView1<'_, f32>) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
+/// The longest that a way is taken. Longer ones are asked for only where the way is the rounding
+/// of a residual that falls no more, and a residual and its rows then no longer fit each other.
+const LONGEST: f64 = 4.0;
+
 /// For every output feature the lengths along the way of a pass and that of the pass before which
-/// lower the loss most, the minimum of a quadratic of two unknowns; and by how much all of them
-/// lower it. `descent` is half of how fast the loss falls along each.
+/// lower the loss most, the minimum of a quadratic of two unknowns; 1 and 0 where the two ways are
+/// nearly the same or that is too far. And by how much all of them lower it. `descent` is half of
+/// how fast the loss falls along each.
 fn best_combination(
     way: &Direction,
     descent: &[f64],
@@ -255,26 +259,22 @@ fn best_combination(
     let of =
         |a: &Direction, b: &Direction| inner((&a.image, &a.deltas), (&b.image, &b.deltas), lambda);
     let own = of(way, way);
-    let last = last.map(|(last, descent)| (of(way, last), of(last, last), descent));
+    let Some((last, by_last)) = last else {
+        let gained = descent.iter().zip(&own).map(|(along, own)| 2.0 * along - own).sum();
+        return (vec![(1.0, 0.0); own.len()], gained);
+    };
+    let (mixed, other) = (of(way, last), of(last, last));
     let mut gained = 0.0;
-    let lengths = (0..descent.len()).map(|j| {
-        if own[j] <= 0.0 {
-            return (0.0, 0.0);
-        }
-        let mut best = (descent[j] / own[j], 0.0);
-        let mut gain = descent[j] * best.0;
-        if let Some((mixed, other, by_last)) = &last {
-            let determinant = own[j] * other[j] - mixed[j] * mixed[j];
-            // Ways that are nearly the same say nothing apart.
-            if determinant > 1e-9 * own[j] * other[j] {
-                let first = (descent[j] * other[j] - by_last[j] * mixed[j]) / determinant;
-                let second = (by_last[j] * own[j] - descent[j] * mixed[j]) / determinant;
-                best = (first, second);
-                gain = descent[j] * first + by_last[j] * second;
-            }
-        }
-        gained += gain.max(0.0);
-        best
+    let lengths = (0..own.len()).map(|j| {
+        let determinant = own[j] * other[j] - mixed[j] * mixed[j];
+        let first = (descent[j] * other[j] - by_last[j] * mixed[j]) / determinant;
+        let second = (by_last[j] * own[j] - descent[j] * mixed[j]) / determinant;
+        let apart = determinant > 1e-6 * own[j] * other[j];
+        let near = first > 0.0 && first < LONGEST && second.abs() < LONGEST;
+        let (a, b) = if apart && near { (first, second) } else { (1.0, 0.0) };
+        let curvature = a * a * own[j] + 2.0 * a * b * mixed[j] + b * b * other[j];
+        gained += 2.0 * (a * descent[j] + b * by_last[j]) - curvature;
+        (a, b)
     });
     (lengths.collect(), gained)
 }
