@@ -307,16 +307,16 @@ mod tests {
     use super::*;
     use crate::model::{Expert, Grouping, LayerId, MergedLayer, Router, RoutingRule};
     use crate::recover::closed_form::normal_equations::NormalEquations;
+    use rand::{RngExt, SeedableRng};
 
-    fn values(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
-        Array2::from_shape_fn((rows, cols), |(i, j)| {
-            ((i * 131 + j * 71 + seed * 37 + 5) as f32 * 0.6137).sin()
-        })
+    fn values(rows: usize, cols: usize, seed: u64) -> Array2<f32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        Array2::from_shape_simple_fn((rows, cols), || rng.random_range(-1.0f32..1.0))
     }
 
     /// Features of three experts of ten hidden units, and what is to be fitted.
     fn problem() -> (Features, Array2<f32>) {
-        let expert = |e: usize| {
+        let expert = |e: u64| {
             let [gate, up] = [0, 1].map(|i| values(10, 6, 5 * e + i));
             Expert::swiglu(gate, up, values(6, 10, 5 * e + 2)).unwrap()
         };
@@ -344,11 +344,12 @@ mod tests {
             let (lambda, expected) = (exact.lambda(ridge), exact.solve(ridge, &cx).unwrap());
             let least = loss(&features, &residual, &expected, lambda);
             assert!(least < 0.99 * squares(residual.view()));
-            for most in [10, 4] {
+            // A whole expert at a time, and parts of it, which need more passes.
+            for (most, tolerance) in [(10, 1e-5), (4, 1e-3)] {
                 let blocks = BlockGaussSeidel::of_at_most(most, &features, lambda, &cx).unwrap();
                 let found = blocks.solve(&residual, 100, 0.0, &cx).unwrap();
                 let above = loss(&features, &residual, &found, lambda) / least - 1.0;
-                assert!(above < 1e-5, "ridge {ridge}, blocks of {most}: {above}");
+                assert!(above < tolerance, "ridge {ridge}, blocks of {most}: {above}");
             }
         }
     }
