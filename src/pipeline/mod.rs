@@ -16,6 +16,7 @@ mod layer;
 mod options;
 mod plan;
 mod progress;
+mod provenance;
 mod recipe;
 mod report;
 mod run;
@@ -32,6 +33,7 @@ pub use evaluate::perplexity::{EvaluateOptions, Evaluation, FileScore, Score, Ta
 pub use options::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 pub use plan::{Answer, CostPlan, MemoryPlan, PlanOptions, RunPlan, Runtime, RuntimePlan, plan};
 pub use progress::{Observer, Phase, Silent};
+pub use provenance::{CalibrationReport, HashedFile};
 pub use recipe::choices::{
     AlignChoice, FactoriseChoice, GroupChoice, MergeChoice, RecoverChoice, RouterChoice,
     SimilarityChoice,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::Result;
 use crate::model::{Expert, Grouping, LayerId, Role, RoutingRule};
+use crate::pipeline::provenance::CalibrationReport;
 
 /// A count before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -131,6 +132,9 @@ pub struct LayerReport {
     pub flops_per_token: Change<u64>,
     /// Activation frequency of every expert.
     pub usage: Vec<f64>,
+    /// Calibration tokens that reached every expert.
+    #[serde(default)]
+    pub tokens: Vec<u64>,
     /// Similarity of every pair, row by row.
     pub similarity: Vec<Vec<f32>>,
     /// The groups; experts in none were dropped.
@@ -182,6 +186,9 @@ pub struct Report {
     pub seed: u64,
     /// Tokens that the statistics were gathered on.
     pub tokens: u64,
+    /// What the statistics come from, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationReport>,
     /// Experts over all merged layers.
     pub experts: Change<u64>,
     /// Parameters of the routed experts, over all merged layers.
@@ -222,6 +229,17 @@ impl Report {
     /// The report as a JSON value, for the manifest of a folder.
     pub(crate) fn to_value(&self) -> crate::Result<serde_json::Value> {
         to_value("report", self)
+    }
+
+    /// Experts of the source that fewer than `tokens` calibration tokens reached, by layer: what is
+    /// decided on them rests on little.
+    pub fn rarely_reached(&self, tokens: u64) -> Vec<(LayerId, Vec<usize>)> {
+        let rare = |layer: &LayerReport| {
+            let counts = layer.tokens.iter().enumerate();
+            let few: Vec<usize> = counts.filter(|(_, n)| **n < tokens).map(|(e, _)| e).collect();
+            (!few.is_empty()).then_some((layer.layer, few))
+        };
+        self.layers.iter().filter_map(rare).collect()
     }
 
     /// Sums a per-layer figure over all layers.

@@ -5,7 +5,7 @@ use serde_yaml_ng::{Mapping, Value};
 use super::details::{Details, Quality};
 use super::text::{markdown, percent};
 use super::{facts, front};
-use crate::pipeline::{LayerReport, Report};
+use crate::pipeline::{CalibrationReport, LayerReport, Report};
 
 /// Around what a run has written, so that it can be renewed without touching other text.
 const BEGIN: &str = "<!-- mcsmoe: begin -->\n";
@@ -35,6 +35,7 @@ pub fn model_card(report: &Report, details: &Details) -> String {
     if let Some(recipe) = facts::recipe(report) {
         out += &format!("\nAs a file for `--recipe`:\n\n```json\n{recipe}\n```\n");
     }
+    out += &calibration(report);
     if !details.files.is_empty() {
         out += "\n## Files\n\n| file | bytes | SHA-256 |\n|---|--:|---|\n";
         for file in &details.files {
@@ -121,6 +122,42 @@ fn introduction(report: &Report, details: &Details) -> String {
         "Made from {of} with mcsmoe {version}{preset}: {} experts became {}.{export}\n",
         experts.before, experts.after
     )
+}
+
+/// The text and statistics that the run rests on.
+fn calibration(report: &Report) -> String {
+    let Some(CalibrationReport { statistics, text }) = &report.calibration else {
+        return String::new();
+    };
+    let mut out = String::from("\n## Calibration\n\n");
+    if let Some(file) = statistics {
+        out += &format!(
+            "Statistics {}, SHA-256 {}.\n\n",
+            markdown(&file.name),
+            markdown(&file.sha256)
+        );
+    }
+    let Some(text) = text else { return out };
+    let options = &text.options;
+    let window = options.window.unwrap_or_default();
+    let (tokens, windows, seed) = (text.tokens, text.windows, options.seed);
+    out += &format!("{tokens} tokens in {windows} windows of {window}, drawn by seed {seed}");
+    if !text.prefix.is_empty() {
+        out += &format!("; special tokens {:?} begin each", text.prefix);
+    }
+    if let Some(id) = text.separator {
+        out += &format!("; token {id} between documents");
+    }
+    if let Some(template) = &text.template {
+        let (file, hash) = (markdown(&template.file), markdown(&template.sha256));
+        out += &format!("; chat template {file} (SHA-256 {hash})");
+    }
+    out += ".\n\n| text | tokens | windows used | SHA-256 |\n|---|--:|--:|---|\n";
+    for file in &text.files {
+        let (name, hash) = (markdown(&file.name), markdown(&file.sha256));
+        out += &format!("| {name} | {} | {} | {hash} |\n", file.tokens, file.windows);
+    }
+    out
 }
 
 fn quality(details: &Details) -> String {

@@ -78,7 +78,11 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     };
     let progress = Progress::new(global, &source);
     let start = Instant::now();
-    calibrate(&source, &tokens, needs).options(options).observer(&progress).write(&args.stats)?;
+    calibrate(&source, &tokens, needs)
+        .options(options)
+        .observer(&progress)
+        .text(&record)
+        .write(&args.stats)?;
     progress.done();
     let (seconds, peak) = (start.elapsed().as_secs_f64(), peak_memory());
     let held = StatsFile::open(&args.stats)?.layers().len();

@@ -54,6 +54,7 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
 /// The report for people.
 pub(crate) fn text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "{}; {} tokens", report.stages.join(", "), count(report.tokens))?;
+    calibration(report, out)?;
     writeln!(out, "{:<18} {:>9}  {:>11}  groups", "layer", "experts", "output err.")?;
     for layer in &report.layers {
         let error = layer
@@ -79,6 +80,23 @@ pub(crate) fn text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         change(out, "parameters", written.parameters, count)?;
         change(out, "expert bytes", written.expert_bytes, bytes)?;
         change(out, "tensor bytes", written.tensor_bytes, bytes)?;
+    }
+    Ok(())
+}
+
+/// Fewer tokens than this say little of an expert.
+const FEW_TOKENS: u64 = 16;
+
+/// The sources of the text, and the experts that few tokens reached.
+fn calibration(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    let calibration = report.calibration.as_ref();
+    for source in calibration.and_then(|found| found.text.as_ref()).iter().flat_map(|t| &t.sources)
+    {
+        let (name, windows, tokens) = (&source.name, source.windows, count(source.tokens));
+        writeln!(out, "text {name}: {tokens} tokens in {windows} windows")?;
+    }
+    for (layer, experts) in report.rarely_reached(FEW_TOKENS) {
+        writeln!(out, "{layer}: fewer than {FEW_TOKENS} tokens reached experts {experts:?}")?;
     }
     Ok(())
 }

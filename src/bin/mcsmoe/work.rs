@@ -69,7 +69,7 @@ pub(crate) fn calibration(
     }
     let read = Tokens::from_text(source, path, &text.options())?;
     warn(global, &read.record);
-    Ok(read.tokens.into())
+    Ok(read.into())
 }
 
 /// Writes the target.

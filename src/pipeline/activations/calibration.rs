@@ -6,7 +6,7 @@ use crate::calibrate::text::{Select, TextOptions};
 use crate::calibrate::{InputKind, StatsFile};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::pipeline::activations::tokens::Tokens;
+use crate::pipeline::activations::tokens::{TextTokens, Tokens};
 
 /// Where the statistics of a run come from: a file, or text that is run through the model.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +16,8 @@ pub enum Calibration {
     Statistics(PathBuf),
     /// Token ids; at most 4096 tokens of each layer, spread evenly, are samples.
     Tokens(Tokens),
+    /// Token ids of a text that was read, with its record.
+    Read(TextTokens),
     /// A text file, or a folder of them, tokenised by the checkpoint's own tokenizer; for
     /// encoder-decoder models with span corruption. See [`text`](crate::calibrate::text).
     Text {
@@ -50,7 +52,9 @@ impl Calibration {
             StatsFile::open(path)?;
             return Ok(path.into());
         }
-        Ok(Tokens::read(source, path, window, max_tokens, seed)?.into())
+        let select = Select::Tokens(max_tokens);
+        let options = TextOptions { window, select, seed, ..TextOptions::default() };
+        Ok(Tokens::from_text(source, path, &options)?.into())
     }
 }
 
@@ -69,6 +73,12 @@ impl From<&PathBuf> for Calibration {
 impl From<PathBuf> for Calibration {
     fn from(path: PathBuf) -> Self {
         Self::Statistics(path)
+    }
+}
+
+impl From<TextTokens> for Calibration {
+    fn from(text: TextTokens) -> Self {
+        Self::Read(text)
     }
 }
 

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::calibrate::text::TextRecord;
 use crate::calibrate::{Batch, Collector, StatsWriter};
-use crate::error::{Locate, Result};
+use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::forward::{self, Observation};
 use crate::model::{LayerId, RoutingStats, TensorSource};
 use crate::pipeline::activations::forward_pass::Pass;
 use crate::pipeline::activations::streams::SampleCapture;
 use crate::pipeline::activations::tokens::{CalibrateOptions, Tokens};
 use crate::pipeline::progress::{Observer, Phase, Silent};
+use crate::pipeline::provenance::TEXT_KEY;
 use crate::stage::{Context, Needs};
 
 /// Collects statistics: runs text through a model and records what its routers and experts did.
@@ -37,7 +39,8 @@ pub fn calibrate<'a, S: TensorSource>(
     tokens: &'a Tokens,
     needs: Needs,
 ) -> Collection<'a, S> {
-    Collection { source, tokens, needs, options: CalibrateOptions::default(), observer: &Silent }
+    let options = CalibrateOptions::default();
+    Collection { source, tokens, needs, options, observer: &Silent, text: None }
 }
 
 /// Statistics that are to be collected; see [`calibrate`].
@@ -49,12 +52,18 @@ pub struct Collection<'a, S> {
     needs: Needs,
     options: CalibrateOptions,
     observer: &'a dyn Observer,
+    text: Option<&'a TextRecord>,
 }
 
 impl<'a, S: TensorSource> Collection<'a, S> {
     /// How text runs through the model.
     pub fn options(self, options: CalibrateOptions) -> Self {
         Self { options, ..self }
+    }
+
+    /// The record of the text that the tokens come from; a file of the statistics names it.
+    pub fn text(self, record: &'a TextRecord) -> Self {
+        Self { text: Some(record), ..self }
     }
 
     /// Who is told of the progress.
@@ -94,7 +103,14 @@ impl<'a, S: TensorSource> Collection<'a, S> {
     pub fn write(self, file: impl AsRef<Path>) -> Result<()> {
         let family = self.source.config().get("model_type").and_then(|v| v.as_str());
         let metadata = family.map(|family| ("model_type".to_owned(), family.to_owned()));
-        let metadata = metadata.into_iter().collect();
+        let mut metadata: BTreeMap<_, _> = metadata.into_iter().collect();
+        if let Some(record) = self.text {
+            let json = serde_json::to_string(record).map_err(|e| {
+                let reason = e.to_string();
+                Error::from(ErrorKind::Format { format: "record of the text", reason })
+            })?;
+            metadata.insert(TEXT_KEY.to_owned(), json);
+        }
         let mut writer = StatsWriter::create(file.as_ref(), &metadata)?;
         self.each_layer(&mut |id, stats| writer.layer(id, &stats))?;
         writer.finish()
@@ -105,7 +121,7 @@ impl<'a, S: TensorSource> Collection<'a, S> {
         &self,
         consume: &mut dyn FnMut(LayerId, RoutingStats) -> Result<()>,
     ) -> Result<()> {
-        let Self { source, tokens, needs, ref options, observer } = *self;
+        let Self { source, tokens, needs, ref options, observer, .. } = *self;
         Collector::new(needs)?; // Refuses what cannot be served before any weight is read.
         let mut pass = Pass::new(source, tokens, options, |id| source.is_moe(id))?;
         let total = pass.remaining();

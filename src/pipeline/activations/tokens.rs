@@ -60,7 +60,7 @@ impl Tokens {
         let subject = EvalModel::open(source, &Context::cpu(seed))?;
         let select = Select::Tokens(max_tokens);
         let options = TextOptions { window, select, seed, ..TextOptions::default() };
-        Self::cut(&subject, path, &options)
+        Ok(Self::recorded(&subject, path, &options)?.tokens)
     }
 
     /// Windows of a text with all options, and what was read.
@@ -74,11 +74,6 @@ impl Tokens {
     ) -> Result<TextTokens> {
         let subject = EvalModel::open(source, &Context::cpu(options.seed))?;
         Self::recorded(&subject, path, options)
-    }
-
-    /// Reads and cuts a text as the model wants it.
-    pub(crate) fn cut(subject: &EvalModel<'_>, path: &Path, options: &TextOptions) -> Result<Self> {
-        Ok(Self::recorded(subject, path, options)?.tokens)
     }
 
     /// Reads and cuts a text as the model wants it, and records what was read.

@@ -102,6 +102,7 @@ pub(crate) fn describe(
             after: report::flops_per_token(kind, router.rule(), router.experts()),
         },
         usage,
+        tokens: summary.stats.counts.clone(),
         similarity: report::rounded(summary.similarity.similarities()),
         groups,
         dropped,

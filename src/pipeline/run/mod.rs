@@ -18,13 +18,14 @@ use std::path::Path;
 
 use self::checks::{Checked, check_run};
 use self::one_pass::{KnownCounts, OnePass};
-use self::output::{Output, run_report, written_report};
+use self::output::{Output, provenance_of, run_report, written_report};
 pub use self::request::Run;
 use self::resume::fingerprint::Fingerprint;
 use self::resume::journal::{Journal, Line};
 use self::resume::remove_hidden;
 use self::two_pass::{SecondPass, TwoPass, collect_statistics, sample_origin};
 use crate::calibrate::StatsFile;
+use crate::calibrate::text::TextRecord;
 use crate::checkpoint::{Checkpoint, Partial, WritePlan, Writer};
 use crate::error::{ErrorKind, Result};
 use crate::model::LayerId;
@@ -34,6 +35,7 @@ use crate::pipeline::builder::Pipeline;
 use crate::pipeline::layer::stages::SampleOrigin;
 use crate::pipeline::options::LayerShape;
 use crate::pipeline::progress::Observer;
+use crate::pipeline::provenance::CalibrationReport;
 use crate::pipeline::recipe::Recipe;
 use crate::pipeline::report::{LayerReport, Report};
 use crate::stage::Needs;
@@ -120,6 +122,8 @@ pub(crate) struct CheckpointRun<'a> {
     pub(crate) shapes: Vec<LayerShape>,
     /// The layers that take part.
     pub(crate) ids: Vec<LayerId>,
+    /// What the statistics come from.
+    pub(crate) provenance: Option<CalibrationReport>,
 }
 
 /// The partial folder of a run, and the journal in it.
@@ -140,7 +144,20 @@ impl<'a> CheckpointRun<'a> {
         let checked = check_run(pipeline, source, calibration, output.export)?;
         let ids = checked.ids();
         let Checked { shapes, .. } = checked;
-        Ok(Self { pipeline, source, target, output, observer, shapes, ids })
+        let provenance = match calibration {
+            CalibrationData::Statistics(stats) => Some(provenance_of(stats)?),
+            CalibrationData::Tokens(_) => None,
+        };
+        Ok(Self { pipeline, source, target, output, observer, shapes, ids, provenance })
+    }
+
+    /// The same with the record of the text that the tokens come from.
+    pub(crate) fn on_text(mut self, record: Option<&TextRecord>) -> Self {
+        if let Some(record) = record {
+            self.provenance =
+                Some(CalibrationReport { statistics: None, text: Some(record.clone()) });
+        }
+        self
     }
 
     /// Runs from the start, or from what an interrupted run has left.
@@ -213,6 +230,7 @@ impl<'a> CheckpointRun<'a> {
         let mut report = run_report(self.pipeline, reports.into_values().collect());
         report.family = Some(self.source.family().into());
         report.tokens = tokens;
+        report.calibration.clone_from(&self.provenance);
         report.written = Some(written_report(self.source, plan, writer.written()));
         writer.seal(&report.to_value()?)?;
         remove_hidden(writer.folder())?;

@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use crate::calibrate::StatsFile;
 use crate::checkpoint::{Checkpoint, Export, Factoring, WritePlan, Written};
 use crate::error::{Locate, Result};
 use crate::model::{Grouping, LayerId};
 use crate::pipeline::builder::Pipeline;
 use crate::pipeline::layer::stages::Ranks;
 use crate::pipeline::options::RoutingGroupPolicy;
+use crate::pipeline::provenance::{CalibrationReport, HashedFile, TEXT_KEY};
 use crate::pipeline::recipe::ExportChoice;
 use crate::pipeline::report::{Change, CompressionReport, LayerReport, Report, WrittenReport};
+use crate::pipeline::run::resume::fingerprint;
 use crate::stage::{ExpertStorage, Stage};
 
 /// What [`Run::write`](crate::pipeline::Run::write) writes.
@@ -148,6 +151,7 @@ pub(crate) fn run_report(pipeline: &Pipeline, layers: Vec<LayerReport>) -> Repor
         factorise: pipeline.cx.backend().name().into(),
         seed: pipeline.cx.seed(),
         tokens: 0,
+        calibration: None,
         experts: Report::total(&layers, |l| l.experts),
         expert_parameters: Report::total(&layers, |l| l.expert_parameters),
         flops_per_token: Report::total(&layers, |l| l.flops_per_token),
@@ -155,4 +159,13 @@ pub(crate) fn run_report(pipeline: &Pipeline, layers: Vec<LayerReport>) -> Repor
         written: None,
         layers,
     }
+}
+
+/// What is known of the text behind a statistics file.
+pub(crate) fn provenance_of(stats: &StatsFile) -> Result<CalibrationReport> {
+    let name = stats.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let statistics = Some(HashedFile { name, sha256: fingerprint::of_file(stats.path())? });
+    // Files of other programs may have another entry of this name.
+    let text = stats.metadata(TEXT_KEY).and_then(|json| serde_json::from_str(json).ok());
+    Ok(CalibrationReport { statistics, text })
 }

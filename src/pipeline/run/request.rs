@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::model::{MoeLayer, RoutingStats};
 use crate::pipeline::activations::calibration::{Calibration, CalibrationData};
 use crate::pipeline::activations::model::EvalModel;
-use crate::pipeline::activations::tokens::Tokens;
+use crate::pipeline::activations::tokens::{TextTokens, Tokens};
 use crate::pipeline::builder::Pipeline;
 use crate::pipeline::progress::{Observer, Silent};
 use crate::pipeline::recipe::ExportChoice;
@@ -107,18 +107,23 @@ impl<'a> Run<'a> {
     /// way round; [`ErrorKind::Target`] when a run cannot be resumed.
     pub fn write(self, source: &Checkpoint, target: impl AsRef<Path>) -> Result<Report> {
         let target = target.as_ref();
-        let run = |data| {
+        let run = |data, record| {
             let (pipeline, folders) = (self.pipeline, (source, target));
-            CheckpointRun::new(pipeline, folders, data, &self.output, self.observer)?.run(data)
+            let run = CheckpointRun::new(pipeline, folders, data, &self.output, self.observer)?;
+            run.on_text(record).run(data)
         };
         match self.calibration.as_ref().ok_or_else(missing)? {
             Calibration::Statistics(path) => {
-                run(CalibrationData::Statistics(&StatsFile::open(path)?))
+                run(CalibrationData::Statistics(&StatsFile::open(path)?), None)
             }
-            Calibration::Tokens(tokens) => run(CalibrationData::Tokens(tokens)),
+            Calibration::Tokens(tokens) => run(CalibrationData::Tokens(tokens), None),
+            Calibration::Read(TextTokens { tokens, record }) => {
+                run(CalibrationData::Tokens(tokens), Some(record))
+            }
             Calibration::Text { path, options } => {
                 let subject = EvalModel::open(source, &self.pipeline.cx)?;
-                run(CalibrationData::Tokens(&Tokens::cut(&subject, path, options)?))
+                let TextTokens { tokens, record } = Tokens::recorded(&subject, path, options)?;
+                run(CalibrationData::Tokens(&tokens), Some(&record))
             }
         }
     }

@@ -63,7 +63,8 @@ fn run(document: &str) -> (tempfile::TempDir, String) {
 }
 
 /// Documents whose scripts the tests below run.
-const RUN: [&str; 4] = ["README.md", "docs/CLI.md", "docs/GUIDE.md", "docs/SCALE.md"];
+const RUN: [&str; 5] =
+    ["README.md", "docs/CLI.md", "docs/GUIDE.md", "docs/SCALE.md", "docs/TEXT.md"];
 
 #[test]
 fn every_command_is_run_or_named_with_a_reason() {
@@ -209,6 +210,16 @@ fn the_reference_runs_and_names_every_command() {
 fn the_guide_runs() {
     let (dir, _) = run("docs/GUIDE.md");
     assert!(dir.path().join("smaller/model.safetensors").exists());
+}
+
+#[test]
+fn the_page_on_text_runs() {
+    let (dir, _) = run("docs/TEXT.md");
+    let manifest = fs::read_to_string(dir.path().join("chatty/mcsmoe.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    let text = &manifest["calibration"]["text"];
+    assert_eq!(text["template"]["file"], "chat.jinja");
+    assert_eq!(text["files"][0]["documents"], 200);
 }
 
 #[test]

@@ -95,7 +95,12 @@ fn text_and_its_windows_are_one_calibration() {
         let folder = target.path().join(i.to_string());
         merge_then_compress(&bundled(), calibration, &folder, &recipe).unwrap()
     });
-    let reports: Vec<_> = reports.collect();
+    let mut reports: Vec<_> = reports.collect();
+    // Only text has files to name.
+    let named = reports[1].calibration.take().unwrap().text.unwrap();
+    let files: Vec<_> = named.files.iter().map(|f| (&*f.name, f.windows, f.sha256.len())).collect();
+    assert_eq!(files, [("legal.txt", 4, 64), ("python.txt", 4, 64)]);
+    assert_eq!(reports[0].calibration, None);
     assert_eq!((reports[0].tokens, &reports[0]), (1024, &reports[1]));
 }
 
