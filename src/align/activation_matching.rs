@@ -1,4 +1,4 @@
-//! Lines up hidden units that fire on the same inputs.
+//! Activation matching: aligns hidden units that are active on the same inputs.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Leaves the order of hidden units alone.
+//! The identity: no alignment.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Lines up hidden units whose weights agree: the paper's method.
+//! Weight matching: aligns hidden units whose weights agree (the paper's method).
 
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};

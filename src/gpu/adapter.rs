@@ -1,4 +1,4 @@
-//! Which cards there are, and which one is meant.
+//! The graphics cards that are present, and the choice of one.
 
 use std::fmt;
 

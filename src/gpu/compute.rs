@@ -1,4 +1,4 @@
-//! What a device must be able to do, by the kernels.
+//! The implementation of [`Compute`] by the kernels.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Products: blocks of at most what the device binds, each matrix uploaded once.
+//! Matrix products in blocks of at most what the device binds, each matrix uploaded once.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! Weighted sums of permuted matrices: the merge.
+//! Weighted sums of permuted matrices, for merging.
 
 use ndarray::{Array2, ArrayView2, Axis, s};
 

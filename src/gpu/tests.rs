@@ -1,4 +1,4 @@
-//! What only the inside can see: a lost device, the pool, the meaning of wgpu's errors.
+//! Tests of internals: a lost device, the pool, the meaning of wgpu's errors.
 
 use ndarray::Array2;
 

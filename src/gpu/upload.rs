@@ -1,4 +1,4 @@
-//! Matrices on their way to the device and back.
+//! Copies of matrices to the device and back.
 
 use std::borrow::Cow;
 use std::sync::mpsc;

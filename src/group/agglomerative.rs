@@ -1,4 +1,4 @@
-//! Hierarchical clustering, with one dendrogram a layer.
+//! Agglomerative clustering, with one dendrogram a layer.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! From sets of experts to a grouping.
+//! Conversion of sets of experts to a grouping.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! The paper's grouping: dominant experts, and the others around them.
+//! The paper's grouping: each other expert joins the most similar dominant expert.
 
 use serde::{Deserialize, Serialize};
 

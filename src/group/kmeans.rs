@@ -1,4 +1,4 @@
-//! K-means without coordinates.
+//! K-means clustering from distances alone.
 
 use ndarray::Array2;
 use rand::RngExt;

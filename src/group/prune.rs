@@ -1,4 +1,4 @@
-//! Pruning: the best experts stay as they are.
+//! Pruning: the best experts are kept unchanged.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ use crate::model::{Budget, Grouping, Importance, LayerId, Numbering};
 use crate::par;
 use crate::stage::{Context, Grouper, LayerSummary, Needs, Stage};
 
-/// What becomes of a pruned expert.
+/// The treatment of a pruned expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Absorb {
@@ -33,9 +33,9 @@ pub enum Absorb {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Prune {
-    /// What makes an expert worth keeping.
+    /// The score by which experts are kept.
     pub importance: Importance,
-    /// Dropped or redirected?
+    /// Whether pruned experts are dropped or redirected.
     pub absorb: Absorb,
     /// Whether layers compete for the budget.
     pub spread: Spread,

@@ -1,4 +1,4 @@
-//! How many groups does a layer get?
+//! The number of groups of each layer.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Groups by chance: the baseline that every method must beat.
+//! Random groups: a baseline.
 
 use rand::RngExt;
 use rand::seq::SliceRandom;

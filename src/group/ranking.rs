@@ -1,4 +1,4 @@
-//! Experts in order of importance, and what the unimportant ones join.
+//! Ranking of experts by importance, and the assignment of the others to groups.
 
 use serde::{Deserialize, Serialize};
 

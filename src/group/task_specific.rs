@@ -1,4 +1,4 @@
-//! Task-specific pruning: experts that a task hardly uses go.
+//! Task-specific pruning: drops experts that a task hardly uses.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,7 @@ use crate::stage::{Context, Grouper, LayerSummary, Stage};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TaskSpecific {
-    /// The share of the mean usage below which an expert dies: 0 or more.
+    /// The share of the mean usage below which an expert is dropped: 0 or more.
     pub beta: f64,
     /// Whether layers compete for the budget.
     pub spread: Spread,

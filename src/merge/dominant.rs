@@ -1,4 +1,4 @@
-//! The dominant expert, alone.
+//! The dominant expert in place of its group.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Averages weighted element by element.
+//! Fisher merging: averages weighted element by element by Fisher information.
 
 use ndarray::{Array1, Array2, Zip};
 use serde::{Deserialize, Serialize};

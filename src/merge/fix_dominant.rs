@@ -1,4 +1,4 @@
-//! The members' hidden units folded into the dominant expert's.
+//! Fix-dominant merging: the members' hidden units are added to the dominant expert's.
 
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};

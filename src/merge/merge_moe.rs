@@ -1,4 +1,4 @@
-//! Outputs merged instead of weights: the down projection by least squares.
+//! MergeMoE: merges outputs instead of weights, with the down projection by least squares.
 
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! The average that keeps every member's linear responses on its own inputs.
+//! RegMean: the average that keeps each member's linear responses on its own inputs.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Hidden units as vectors: what the unit-by-unit mergers compare, add up and put back.
+//! Hidden units as vectors, for mergers that work unit by unit.
 
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Greedy pairing: the most alike two of all units become one, until few enough are left.
+//! Greedy pairing: the two most similar units become one, until few enough are left.
 
 use ndarray::Array2;
 

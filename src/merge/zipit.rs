@@ -1,4 +1,4 @@
-//! Zipping: hidden units are paired within and across experts, most alike first.
+//! ZipIt: hidden units are paired within and across experts, most alike first.
 
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};

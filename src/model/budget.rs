@@ -1,4 +1,4 @@
-//! How many experts may remain, and which must.
+//! A budget: how many experts may remain, and which must.
 
 use std::collections::{BTreeMap, BTreeSet};
 

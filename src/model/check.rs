@@ -1,4 +1,4 @@
-//! Finiteness checks that run at memory speed.
+//! Checks for NaN and infinity, at memory speed.
 
 use ndarray::{ArrayBase, Data, Dimension};
 

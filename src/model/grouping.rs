@@ -1,4 +1,4 @@
-//! Which experts become one.
+//! A grouping: which experts of a layer become one.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! What an expert is worth, from routing statistics.
+//! The importance of experts, from routing statistics.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! How alike the experts of a layer are.
+//! The similarity table of the experts of a layer.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};

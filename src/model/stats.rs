@@ -1,4 +1,4 @@
-//! What was observed of a layer while text ran through the model.
+//! Routing statistics of a layer, observed while text ran through the model.
 
 use ndarray::{Array2, ArrayView2};
 

@@ -1,4 +1,4 @@
-//! Which tokens visit which expert of a merged layer.
+//! The tokens that are routed to each expert of a merged layer.
 
 use ndarray::{Array2, ArrayView1, ArrayView2};
 

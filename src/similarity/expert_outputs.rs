@@ -1,4 +1,4 @@
-//! Experts that say the same thing on average: HC-SMoE.
+//! Similarity of mean expert outputs (HC-SMoE).
 
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Experts whose weights are close, entry by entry.
+//! Similarity of weights, entry by entry.
 
 use serde::{Deserialize, Serialize};
 

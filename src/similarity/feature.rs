@@ -1,4 +1,4 @@
-//! Experts that are fed alike.
+//! Similarity of the inputs that are routed to the experts.
 
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};

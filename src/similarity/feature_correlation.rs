@@ -1,4 +1,4 @@
-//! Experts whose hidden units fire together.
+//! Correlation of the experts' hidden units.
 
 use ndarray::{Array2, Axis};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Experts that the task pulls the same way.
+//! Similarity of the gradients of the experts' weights.
 
 use serde::{Deserialize, Serialize};
 

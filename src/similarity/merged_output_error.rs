@@ -1,4 +1,4 @@
-//! What merging a pair would cost on the tokens of the pair.
+//! The output error of merging a pair, on the tokens of the pair.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};

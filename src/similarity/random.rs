@@ -1,4 +1,4 @@
-//! No metric at all: the baseline that any metric has to beat.
+//! Random similarities: a baseline.
 
 use ndarray::Array2;
 use rand::{Rng, SeedableRng};

@@ -1,4 +1,4 @@
-//! Experts whose router logits rise and fall together: the paper's default.
+//! Similarity of router logits over the tokens: the paper's default.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Router rows, scaled by how large each input feature is.
+//! Similarity of router rows, scaled by the size of each input feature.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Experts whose router rows point the same way.
+//! Similarity of router rows.
 
 use serde::{Deserialize, Serialize};
 

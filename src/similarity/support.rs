@@ -1,4 +1,4 @@
-//! What several metrics share: pairs in parallel, Gram matrices of vectors that are never laid out,
+//! Helpers of several metrics: pairs in parallel, Gram matrices of vectors that are never laid out,
 //! and the tokens that visited each expert.
 
 use std::ops::Range;

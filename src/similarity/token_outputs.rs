@@ -1,4 +1,4 @@
-//! Experts that say the same thing token by token: REAP's merging metric.
+//! Similarity of expert outputs, token by token: REAP's merging metric.
 
 use ndarray::{Array2, ArrayView1, Axis};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Weights that read the input, scaled by how large each input feature is for the expert.
+//! Similarity of up projections, scaled by the size of each input feature of the expert.
 
 use serde::{Deserialize, Serialize};
 

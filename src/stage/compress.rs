@@ -1,4 +1,4 @@
-//! What a compressor is given, what it promises before a weight is read, and what it returns.
+//! Input and output of a compressor, and its storage, known before a weight is read.
 
 use ndarray::{Array2, ArrayView2};
 

@@ -8,7 +8,8 @@ use super::context::Context;
 use crate::error::{Error, Result};
 use crate::model::{Finite, MergedLayer};
 
-/// The original layer's output on calibration tokens, which a merged layer is to give again.
+/// The task of a recoverer: the original layer's output on calibration tokens, which the merged
+/// layer is fitted to.
 #[derive(Debug, Clone, Copy)]
 pub struct Recovery<'a> {
     /// `(t, d_model)` what the merged layer will get.

@@ -1,4 +1,4 @@
-//! A target size over all layers, and what each matrix has to offer it.
+//! A target size over all layers, and the spectrum of each matrix, by which it is shared out.
 
 use serde::{Deserialize, Serialize};
 

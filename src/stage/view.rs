@@ -67,7 +67,7 @@ impl<'a> LayerView<'a> {
 pub struct LayerSummary {
     /// Which layer it is.
     pub id: LayerId,
-    /// How alike its experts are.
+    /// The similarity of its experts.
     pub similarity: SimilarityMatrix,
     /// Its statistics, without per-token parts.
     pub stats: RoutingStats,

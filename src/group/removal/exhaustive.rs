@@ -1,4 +1,4 @@
-//! All subsets of the experts, for layers that have few.
+//! Exhaustive search over subsets of experts, for layers with few of them.
 
 use super::Removal;
 use super::path::{alone, grouping};

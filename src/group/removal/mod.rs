@@ -1,4 +1,4 @@
-//! Which experts can go? The ones whose removal is measured to change the layer's output least.
+//! Removal of the experts whose absence changes the layer's output least, as measured.
 
 mod exhaustive;
 mod path;
@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Budget, Grouping, SimilarityMatrix};
 use crate::stage::{Candidate, Context, Grouper, LayerSummary, LayerView, Needs, Stage};
 
-/// What becomes of an expert that does not stay.
+/// The treatment of an expert that is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rest {

@@ -1,4 +1,4 @@
-//! One expert less at a time: which one, and what becomes of its tokens.
+//! Greedy removal of experts, one at a time, and the redirection of their tokens.
 
 use std::collections::BTreeSet;
 

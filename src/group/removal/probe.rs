@@ -1,4 +1,4 @@
-//! What a layer gives for some tokens, expert by expert: the data on which removals are measured.
+//! Outputs of a layer's experts on sampled tokens: the data on which removals are measured.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rand::Rng;

@@ -1,4 +1,4 @@
-//! The error that a layer keeps after all its down projections have been refitted together.
+//! The error of a layer after a joint refit of all its down projections.
 
 use ndarray::{Array2, Axis, s};
 

@@ -1,4 +1,4 @@
-//! The auction: free rows bid for columns, and prices rise until nobody wants to change.
+//! The auction: unassigned rows bid for columns, and prices rise until no row gains by a change.
 //!
 //! D. P. Bertsekas, *The auction algorithm*, Annals of Operations Research 14 (1988).
 

@@ -1,4 +1,4 @@
-//! Shortest augmenting paths: the exact finish.
+//! Shortest augmenting paths: the exact last step of the assignment.
 //!
 //! R. Jonker and A. Volgenant, "A shortest augmenting path algorithm for dense and sparse linear
 //! assignment problems", Computing 38 (1987). Ours searches the candidate lists, and returns to a

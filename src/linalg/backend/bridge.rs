@@ -1,4 +1,4 @@
-//! Between `ndarray`, which the crate speaks, and `faer`, which factorises.
+//! Conversions between `ndarray`, which the crate's API uses, and `faer`, which decomposes.
 
 use faer::{Mat, MatRef};
 use ndarray::{Array2, ArrayView2};

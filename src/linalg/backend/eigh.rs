@@ -10,7 +10,7 @@ use super::bridge::{check_finite, to_array, to_faer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::registers::with_clean_registers;
 
-/// `A = V diag(values) Vᵀ`.
+/// An eigendecomposition `A = V diag(values) Vᵀ`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Eigh {
     /// The `n` eigenvalues, largest first (as singular values are, unlike LAPACK's order).

@@ -124,7 +124,7 @@ pub(crate) fn renew(place: &mut Array2<f64>, gram: &Array2<f64>) -> Result<()> {
     Ok(())
 }
 
-/// The functions of this module: pure Rust, the same bits at any number of threads. Cholesky runs
+/// The default backend: pure Rust, the same bits at any number of threads. Cholesky runs
 /// in parallel, the others on one thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PureRust;

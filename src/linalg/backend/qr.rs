@@ -10,7 +10,7 @@ use super::bridge::{check_finite, to_array, to_faer};
 use crate::error::Result;
 use crate::linalg::registers::with_clean_registers;
 
-/// `A = Q R` with `A: (m, n)`, `k = min(m, n)`.
+/// A QR factorisation `A = Q R` with `A: (m, n)`, `k = min(m, n)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Qr {
     /// `Q: (m, k)`, orthonormal columns also where `A` lacks rank.

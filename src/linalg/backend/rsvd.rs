@@ -1,4 +1,4 @@
-//! The randomised SVD: subspace iteration from a random start, watched until it has converged.
+//! The randomised SVD: subspace iteration from a random start, until it has converged.
 
 use ndarray::{Array2, ArrayView2};
 use rand::{RngExt, SeedableRng};
@@ -31,7 +31,7 @@ impl Default for Randomized {
     }
 }
 
-/// What the iteration found, and how well.
+/// The result of the iteration, and its accuracy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RandomizedSvd {
     /// The leading triplets.

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::linalg::device::compute::Compute;
 use crate::linalg::registers::with_clean_registers;
 
-/// `A = U diag(s) Vᵀ`, all of it or the leading part.
+/// A singular value decomposition `A = U diag(s) Vᵀ`, complete or truncated.
 ///
 /// Singular vectors are unique up to a common sign only: compare products, never factors.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,4 +1,4 @@
-//! Solves with a lower triangular matrix in `f64`: how a Cholesky factor is divided by, since its
+//! Solves with a lower triangular matrix in `f64`: division by a Cholesky factor, since its
 //! inverse is never formed.
 
 use faer::Par;

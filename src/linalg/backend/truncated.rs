@@ -1,4 +1,4 @@
-//! The leading part of an SVD, by whichever algorithm is cheapest at the wanted accuracy.
+//! The truncated SVD, by the algorithm that is cheapest at the wanted accuracy.
 
 use ndarray::{Array2, ArrayView2, s};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::svd::Svd;
 use crate::error::{Error, Result};
 use crate::linalg::device::compute::Compute;
 
-/// How the leading singular triplets are found.
+/// The algorithm of a truncated SVD.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SvdMethod {

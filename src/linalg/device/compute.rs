@@ -1,4 +1,4 @@
-//! What a device must be able to do: the few dense operations in which the arithmetic is.
+//! The operations of a device: the few dense ones in which nearly all arithmetic is.
 
 use std::fmt::Debug;
 use std::sync::Arc;

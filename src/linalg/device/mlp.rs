@@ -1,4 +1,4 @@
-//! An MLP as a device takes it, and how it is computed part by part.
+//! A borrowed MLP, the input of a device, and its computation product by product.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 

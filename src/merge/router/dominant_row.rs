@@ -1,4 +1,4 @@
-//! The dominant experts' rows.
+//! A narrowed router of the dominant experts' rows.
 
 use super::narrowed_rule;
 use serde::{Deserialize, Serialize};

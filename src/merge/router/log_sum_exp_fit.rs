@@ -1,4 +1,4 @@
-//! Rows that keep each group's probability mass, by least squares.
+//! Router rows fitted by least squares to keep each group's probability mass.
 
 use ndarray::{Array1, Array2, ArrayView1, s};
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! The members' mean rows.
+//! A narrowed router of the members' mean rows.
 
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 

@@ -1,4 +1,4 @@
-//! Routers with one row per group, for runtimes that know no expert map.
+//! Narrowed routers, with one row per group, for runtimes without an expert map.
 //!
 //! | method | row of a group | needs |
 //! |---|---|---|

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::linalg::Compute;
 use crate::model::check::Finite;
 
-/// Which lines of the matrix the sparse part holds.
+/// Whether the sparse part holds rows or columns of the matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Structure {
@@ -19,7 +19,7 @@ pub enum Structure {
 }
 
 impl Structure {
-    /// The axis along which lines are picked.
+    /// The axis along which rows or columns are picked.
     pub const fn axis(self) -> Axis {
         match self {
             Self::Rows => Axis(0),
@@ -27,13 +27,13 @@ impl Structure {
         }
     }
 
-    /// The lines `at` of a matrix, in their order.
+    /// The rows or columns `at` of a matrix, in their order.
     pub fn pick(self, a: ArrayView2<'_, f32>, at: &[u32]) -> Array2<f32> {
         let at: Vec<usize> = at.iter().map(|&i| i as usize).collect();
         a.select(self.axis(), &at)
     }
 
-    /// How many lines an `(m, n)` matrix has.
+    /// The number of rows or columns of an `(m, n)` matrix.
     pub const fn lines(self, (m, n): (usize, usize)) -> usize {
         match self {
             Self::Rows => m,
@@ -88,14 +88,18 @@ impl Factored {
         let ascending = indices.windows(2).all(|w| w[0] < w[1]);
         if !ascending || indices.last().is_some_and(|&i| i as usize >= count) {
             let expected = format!("ascending numbers below {count}");
-            return Err(Error::range("indices of kept lines", expected, format!("{indices:?}")));
+            return Err(Error::range(
+                "indices of kept rows or columns",
+                expected,
+                format!("{indices:?}"),
+            ));
         }
         if r == 0 && k == 0 {
-            return Err(Error::range("factored matrix", "a rank or kept lines above 0", "neither"));
+            return Err(Error::range("factored matrix", "a rank or kept rows above 0", "neither"));
         }
         left.check_finite("left factor")?;
         right.check_finite("right factor")?;
-        lines.check_finite("kept lines")?;
+        lines.check_finite("kept rows or columns")?;
         Ok(Self { left, right, structure, indices, lines })
     }
 
@@ -108,7 +112,7 @@ impl Factored {
         Self::new(left, right, Structure::Rows, Vec::new(), none)
     }
 
-    /// Kept lines of an `(m, n)` matrix only.
+    /// Kept rows or columns of an `(m, n)` matrix only.
     ///
     /// # Errors
     /// As [`Factored::new`].

@@ -1,4 +1,4 @@
-//! Experts whose weights are in factors, as they lie in a native folder.
+//! Experts whose weights are factors, as stored in a native folder.
 
 use ndarray::{Array1, Array2};
 
