@@ -41,14 +41,16 @@ pub use recipe::choices::{
 pub use recipe::compress_choice::CompressChoice;
 pub use recipe::{ExportChoice, Recipe};
 pub use report::{
-    Change, CompressionReport, GroupReport, LayerReport, OutputError, Report, SpectrumReport,
-    StableRanks, WrittenReport,
+    Change, CompressionReport, ExpertOutcome, GroupReport, LayerReport, OutputError, Report,
+    SpectrumReport, StableRanks, WrittenReport,
 };
 pub use run::distributed::PartReport;
 pub use run::in_memory::Merged;
 pub use run::output::Output;
 pub use run::{Run, merge_then_compress};
-pub use verify::{Check, TensorFate, Verdict, Verification, verify};
+pub use verify::{
+    Check, CheckName, EVALUATION, TensorAction, TensorRecord, Verdict, Verification, verify,
+};
 
 /// Indented JSON.
 fn json(format: &'static str, value: &impl serde::Serialize) -> crate::Result<String> {

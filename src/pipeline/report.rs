@@ -1,5 +1,6 @@
 //! What a run did, as data.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use ndarray::ArrayView2;
@@ -151,6 +152,34 @@ pub struct LayerReport {
     pub spectra: Vec<SpectrumReport>,
 }
 
+/// What happened to an expert of the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertOutcome {
+    /// It is in the target as it was.
+    Kept,
+    /// It is in the target, changed by recovery or compression.
+    Refitted,
+    /// It became one expert with others.
+    Merged,
+    /// It is not in the target; its tokens visit the dominant expert of its group.
+    Redirected,
+    /// It is not in the target, and the router can no longer choose it.
+    Dropped,
+}
+
+impl std::fmt::Display for ExpertOutcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Kept => "kept",
+            Self::Refitted => "refitted",
+            Self::Merged => "merged",
+            Self::Redirected => "redirected",
+            Self::Dropped => "dropped",
+        })
+    }
+}
+
 /// The written folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WrittenReport {
@@ -240,6 +269,49 @@ impl Report {
             (!few.is_empty()).then_some((layer.layer, few))
         };
         self.layers.iter().filter_map(rare).collect()
+    }
+
+    /// The name of the method that was a stage, such as `"merge"`.
+    pub fn method(&self, stage: &str) -> Option<&str> {
+        let of_stage = |text: &String| text.split_once(' ').is_some_and(|(kind, _)| kind == stage);
+        self.stages.iter().find(|text| of_stage(text))?.split_once(' ').map(|(_, method)| method)
+    }
+
+    /// What happened to every expert of a layer, in order. Which experts are grouped does not say
+    /// it: with the merger `dominant-only` a group is its dominant expert, to which an expert map
+    /// (native, expanded) sends the tokens of the others, and a narrowed router (stock) does not.
+    pub fn outcomes(&self, layer: &LayerReport) -> Vec<ExpertOutcome> {
+        let changed = self.method("recover").is_some() || self.method("compress").is_some();
+        let stays = if changed { ExpertOutcome::Refitted } else { ExpertOutcome::Kept };
+        let merges = self.method("merge") != Some("dominant-only");
+        let absent = match self.method("router") {
+            Some(_) => ExpertOutcome::Dropped,
+            None => ExpertOutcome::Redirected,
+        };
+        let mut outcomes = vec![ExpertOutcome::Dropped; layer.experts.before as usize];
+        for group in &layer.groups {
+            for &member in &group.members {
+                let outcome = match (group.members.len(), merges) {
+                    (1, _) => stays,
+                    (_, true) => ExpertOutcome::Merged,
+                    (_, false) if member == group.dominant => stays,
+                    (_, false) => absent,
+                };
+                if let Some(place) = outcomes.get_mut(member) {
+                    *place = outcome;
+                }
+            }
+        }
+        outcomes
+    }
+
+    /// How many experts of all layers had each outcome.
+    pub fn outcome_counts(&self) -> BTreeMap<ExpertOutcome, u64> {
+        let mut counts = BTreeMap::new();
+        for outcome in self.layers.iter().flat_map(|layer| self.outcomes(layer)) {
+            *counts.entry(outcome).or_insert(0) += 1;
+        }
+        counts
     }
 
     /// Sums a per-layer figure over all layers.

@@ -5,7 +5,7 @@ use serde_yaml_ng::{Mapping, Value};
 use super::details::{Details, Quality};
 use super::text::{markdown, percent};
 use super::{facts, front};
-use crate::pipeline::{CalibrationReport, LayerReport, Report};
+use crate::pipeline::{CalibrationReport, ExpertOutcome, LayerReport, Report};
 
 /// Around what a run has written, so that it can be renewed without touching other text.
 const BEGIN: &str = "<!-- mcsmoe: begin -->\n";
@@ -26,8 +26,12 @@ pub fn model_card(report: &Report, details: &Details) -> String {
         out += &format!("| {} | {} | {} | {} |\n", row.what, row.before, row.after, row.saved);
     }
     out += &quality(details);
-    out += "\n## Layers\n\n| layer | experts | output error | groups |\n|---|--:|--:|---|\n";
-    report.layers.iter().for_each(|l| out += &layer(l));
+    out += &format!(
+        "\n## Layers\n\nExperts of the original: {}. A group is in brackets, the expert that stands for it \
+         first.\n\n| layer | experts | output error | experts that stay |\n|---|--:|--:|---|\n",
+        facts::outcomes(report)
+    );
+    report.layers.iter().for_each(|l| out += &layer(report, l));
     out += "\n## Recipe\n\n";
     for (i, stage) in report.stages.iter().enumerate() {
         out += &format!("{}. {}\n", i + 1, markdown(stage));
@@ -86,6 +90,8 @@ pub fn with_original(card: &str, original: &str) -> String {
 }
 
 fn own(report: &Report, details: &Details) -> Mapping {
+    let counts = report.outcome_counts();
+    let merged = counts.contains_key(&ExpertOutcome::Merged);
     let mut front = Mapping::new();
     let mut add = |key: &str, value: Value| drop(front.insert(key.into(), value));
     add("library_name", "transformers".into());
@@ -97,10 +103,16 @@ fn own(report: &Report, details: &Details) -> Mapping {
     add("pipeline_tag", task.into());
     if let Some(name) = &details.base_model {
         add("base_model", name.as_str().into());
-        add("base_model_relation", "merge".into());
+        if merged {
+            add("base_model_relation", "merge".into());
+        }
     }
-    let tags = ["mcsmoe", "mixture-of-experts", "expert-merging"];
-    add("tags", Value::Sequence(tags.iter().map(|&tag| tag.into()).collect()));
+    let mut tags = vec!["mcsmoe", "mixture-of-experts"];
+    tags.extend(merged.then_some("expert-merging"));
+    let gone = [ExpertOutcome::Dropped, ExpertOutcome::Redirected];
+    tags.extend(gone.iter().any(|o| counts.contains_key(o)).then_some("expert-pruning"));
+    tags.extend(report.method("compress").map(|_| "expert-compression"));
+    add("tags", Value::Sequence(tags.into_iter().map(Value::from).collect()));
     front
 }
 
@@ -119,8 +131,10 @@ fn introduction(report: &Report, details: &Details) -> String {
         .map_or(String::new(), |written| format!(" It is a {} export.", markdown(&written.export)));
     let version = markdown(&report.mcsmoe_version);
     format!(
-        "Made from {of} with mcsmoe {version}{preset}: {} experts became {}.{export}\n",
-        experts.before, experts.after
+        "Made from {of} with mcsmoe {version}{preset}: {} experts became {} ({}).{export}\n",
+        experts.before,
+        experts.after,
+        facts::outcomes(report)
     )
 }
 
@@ -181,23 +195,14 @@ fn quality(details: &Details) -> String {
     }
 }
 
-fn layer(layer: &LayerReport) -> String {
+fn layer(report: &Report, layer: &LayerReport) -> String {
     let error = layer.output_error.map(|e| percent(e.narrowed.unwrap_or(e.mapped)));
-    let groups: Vec<String> = layer
-        .groups
-        .iter()
-        .map(|g| g.members.iter().map(usize::to_string).collect::<Vec<_>>().join(" "))
-        .collect();
-    let mut groups = groups.join("; ");
-    if !layer.dropped.is_empty() {
-        let dropped: Vec<String> = layer.dropped.iter().map(usize::to_string).collect();
-        groups += &format!("; dropped {}", dropped.join(" "));
-    }
     format!(
-        "| {} | {} → {} | {} | {groups} |\n",
+        "| {} | {} → {} | {} | {} |\n",
         layer.layer,
         layer.experts.before,
         layer.experts.after,
-        error.unwrap_or_else(|| "–".into())
+        error.unwrap_or_else(|| "–".into()),
+        markdown(&facts::layer_outcomes(report, layer, usize::MAX))
     )
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{MANIFEST, read_json};
 use crate::error::{Error, ErrorKind, Locate, Result};
-use crate::pipeline::{Comparison, Evaluation};
+use crate::pipeline::{Comparison, EVALUATION, Evaluation};
 
 /// A file of the target, as its manifest lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +59,30 @@ impl Quality {
     pub fn read(file: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(file).map_err(|e| Error::io("read evaluation", e));
         text.and_then(|text| Self::from_json(&text)).in_file(file)
+    }
+
+    /// Keeps it in a folder that a run has written, in the place of an earlier one: reports that are
+    /// made later have it.
+    ///
+    /// # Errors
+    /// [`Io`](ErrorKind::Io) with the file.
+    pub fn keep(&self, target: &Path) -> Result<()> {
+        let json = match self {
+            Self::Score(found) => found.to_json()?,
+            Self::Comparison(found) => found.to_json()?,
+        };
+        let (file, new) = (target.join(EVALUATION), target.join(format!(".{EVALUATION}.new")));
+        let written = std::fs::write(&new, json + "\n").and_then(|()| std::fs::rename(&new, &file));
+        written.map_err(|e| Error::io("keep evaluation", e)).in_file(&file)
+    }
+
+    /// What [`Quality::keep`] has kept in a folder, if anything.
+    ///
+    /// # Errors
+    /// As [`Quality::read`].
+    pub fn kept(target: &Path) -> Result<Option<Self>> {
+        let file = target.join(EVALUATION);
+        if file.is_file() { Self::read(&file).map(Some) } else { Ok(None) }
     }
 
     pub(super) fn comparison(&self) -> Option<&Comparison> {

@@ -2,7 +2,7 @@
 
 use super::details::Details;
 use super::text::{bytes, count, percent};
-use crate::pipeline::{Change, Report};
+use crate::pipeline::{Change, ExpertOutcome, LayerReport, Report};
 
 /// A figure before and after, as text.
 pub(super) struct Row {
@@ -41,6 +41,45 @@ pub(super) fn title(report: &Report) -> String {
     let Change { before, after } = report.experts;
     let family = report.family.as_deref().unwrap_or("a model");
     format!("{family} with {after} of {before} experts")
+}
+
+/// `16 refitted, 16 dropped`.
+pub fn outcomes(report: &Report) -> String {
+    let counts = report.outcome_counts();
+    let parts = counts.iter().map(|(outcome, n)| format!("{} {outcome}", count(*n)));
+    parts.collect::<Vec<_>>().join(", ")
+}
+
+/// What happened to the experts of a layer, short enough for a line: groups where experts were
+/// merged or redirected, else the experts that stay. At most `most` characters.
+pub fn layer_outcomes(report: &Report, layer: &LayerReport, most: usize) -> String {
+    let outcomes = report.outcomes(layer);
+    let gone = |i: usize| outcomes.get(i) == Some(&ExpertOutcome::Dropped);
+    let list = |all: &mut dyn Iterator<Item = usize>| {
+        all.map(|i| i.to_string()).collect::<Vec<_>>().join(" ")
+    };
+    let mut groups = layer.groups.iter().map(|group| {
+        let dominant = group.dominant;
+        let others = &mut group.members.iter().copied().filter(|&i| i != dominant && !gone(i));
+        match list(others) {
+            others if others.is_empty() => dominant.to_string(),
+            others => format!("[{dominant} {others}]"),
+        }
+    });
+    let mut text = String::new();
+    for (shown, group) in groups.by_ref().enumerate() {
+        if text.len() + group.len() > most {
+            let rest = layer.groups.len() - shown;
+            return format!("{text}… {rest} more");
+        }
+        text += &group;
+        text.push(' ');
+    }
+    let dropped = outcomes.iter().filter(|&&outcome| outcome == ExpertOutcome::Dropped).count();
+    match dropped {
+        0 => text.trim_end().to_owned(),
+        n => format!("{}; {n} dropped", text.trim_end()),
+    }
 }
 
 /// The recipe's preset, if it had one.

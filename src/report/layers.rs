@@ -114,7 +114,7 @@ pub(super) fn overview(report: &Report, details: &Details) -> Result<String> {
 pub(super) fn sections(report: &Report) -> Result<String> {
     let layers = &report.layers;
     let range = heat::range(layers);
-    let metric = report.stages.iter().find_map(|stage| stage.strip_prefix("similarity "));
+    let metric = report.method("similarity");
     let metric = metric.map_or(String::new(), |name| format!(" by {name}"));
     let mut out = format!(
         "<figure class=\"wide\">{}<figcaption>Similarity of two experts{}, the \
@@ -124,7 +124,7 @@ pub(super) fn sections(report: &Report) -> Result<String> {
         heat::scale(range)?,
         escape(&metric),
         key(SERIES[0], "dominant expert of its group", true),
-        key(SERIES[1], "merged into it", false),
+        key(SERIES[1], "another of its group", false),
         key(GREY, "dropped", false),
     );
     if layers.iter().any(|l| !l.spectra.is_empty()) {

@@ -27,5 +27,6 @@ mod text;
 
 pub use card::{model_card, with_original, with_text};
 pub use details::{Details, FileRecord, Quality};
+pub use facts::{layer_outcomes, outcomes};
 pub use page::html;
 pub use text::{bytes, count};

@@ -55,6 +55,7 @@ pub fn html(report: &Report, details: &Details) -> Result<String> {
 fn introduction(report: &Report, title: &str) -> String {
     let mut parts = vec![title.to_owned()];
     parts.extend(facts::preset(report).map(|name| format!("preset {name}")));
+    parts.push(format!("experts: {}", facts::outcomes(report)));
     parts.extend(report.written.as_ref().map(|w| format!("{} export", w.export)));
     parts.push(format!("{} calibration tokens", count(report.tokens)));
     parts.push(format!("seed {}", report.seed));

@@ -13,6 +13,7 @@ use crate::exit::{Failure, Outcome};
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub(crate) struct Global {
     /// Print one JSON value instead of text; errors too.
     #[arg(long, global = true)]
@@ -64,6 +65,7 @@ fn gpu(device: &str) -> Outcome<Arc<dyn Compute>> {
 
 /// What is done to the experts: a recipe file, or a preset and a few choices.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Method")]
 pub(crate) struct Method {
     /// A recipe in TOML, YAML or JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["preset", "keep", "top_k", "seed"])]
@@ -111,6 +113,7 @@ impl Method {
 
 /// How text becomes tokens.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Calibration text")]
 pub(crate) struct TextArgs {
     /// Most calibration tokens, in whole windows drawn by the seed.
     #[arg(long, value_name = "N", default_value = "16384", value_parser = positive)]
@@ -188,6 +191,7 @@ fn conversations(text: &str) -> Result<Conversations, std::convert::Infallible> 
 
 /// How a run is carried out.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Run")]
 pub(crate) struct Running {
     /// Go on from where a run that was killed has come to; refused when its inputs were others.
     #[arg(long)]

@@ -1,5 +1,6 @@
 //! Why a command ended, as a stable exit code.
 
+use mcsmoe::report::bytes;
 use mcsmoe::{Error, ErrorKind};
 
 /// What every command returns.
@@ -14,7 +15,7 @@ Exit codes:
   3  an input is wrong: missing, damaged, unsupported, or not of this model
   4  the number of experts that was asked for cannot be reached
   5  the target is in the way, or was left by another run
-  6  verification left a doubt
+  6  verification failed
   7  more memory is needed than --max-memory allows";
 
 /// Why a command failed.
@@ -25,7 +26,7 @@ pub(crate) enum Failure {
     /// A wrong command line.
     Usage(String),
     /// Something that verification found; it has been printed.
-    Doubt(usize),
+    Verification(usize),
     /// Predicted and allowed bytes.
     Memory { needed: u64, allowed: u64 },
     /// The output cannot be written.
@@ -38,7 +39,7 @@ impl Failure {
         match self {
             Self::Library(error) => of_kind(error.kind()),
             Self::Usage(_) => (2, "usage"),
-            Self::Doubt(_) => (6, "doubt"),
+            Self::Verification(_) => (6, "verification"),
             Self::Memory { .. } => (7, "memory"),
             Self::Output(_) => (1, "io"),
         }
@@ -73,10 +74,11 @@ impl std::fmt::Display for Failure {
         match self {
             Self::Library(error) => error.fmt(f),
             Self::Usage(reason) => f.write_str(reason),
-            Self::Doubt(1) => f.write_str("verification left a doubt"),
-            Self::Doubt(n) => write!(f, "verification left {n} doubts"),
+            Self::Verification(1) => f.write_str("verification failed: 1 finding"),
+            Self::Verification(n) => write!(f, "verification failed: {n} findings"),
             Self::Memory { needed, allowed } => {
-                write!(f, "needs about {needed} bytes of memory, --max-memory allows {allowed}")
+                let (needed, allowed) = (bytes(*needed), bytes(*allowed));
+                write!(f, "needs about {needed} of memory, --max-memory allows {allowed}")
             }
             Self::Output(error) => write!(f, "output: {error}"),
         }

@@ -1,36 +1,28 @@
 //! `mcsmoe`: merge, then compress the experts of a Mixture-of-Experts checkpoint.
 //!
-//! Thin: arguments in, library calls, text or JSON out. One file per command; what several commands
-//! share is in `args` (options), `exit` (exit codes), `show` (output), `progress` (bars).
+//! Arguments in, library calls, text or JSON out. One file per command, in `produce` and `examine`;
+//! what several commands share is in `args` (options), `common` (a run from inputs to summary),
+//! `exit` (exit codes), `locate` (folders of models), `show` (output), `progress` (bars).
 
 mod args;
-mod assemble;
-mod calibrate;
-mod compress;
-mod convert_stats;
-mod evaluate;
+mod artifacts;
+mod common;
+mod examine;
 mod exit;
-mod generate;
-mod inspect;
+mod locate;
 mod manual;
-mod merge;
-mod paper;
-mod plan;
-mod presets;
+mod produce;
 mod progress;
-mod report;
-mod run;
 mod show;
-mod verify;
-mod work;
-mod write_text;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use args::Global;
+use examine::{evaluate, generate, inspect, presets, report, verify};
 use exit::{Failure, Outcome};
+use produce::{assemble, calibrate, compress, convert_stats, merge, plan, run, write_text};
 use show::Show;
 
 /// Merge, then compress the experts of a Mixture-of-Experts checkpoint.
@@ -87,9 +79,9 @@ fn start(global: &Global, command: Command, show: &Show) -> Outcome {
         Command::Compress(args) => compress::run(&args, global, show),
         Command::Run(args) => run::run(&args, global, show),
         Command::Assemble(args) => assemble::run(&args, global, show),
-        Command::Evaluate(args) => evaluate::run(&args, show),
+        Command::Evaluate(args) => evaluate::run(&args, global, show),
         Command::Generate(args) => generate::run(&args, show),
-        Command::Verify(args) => verify::run(&args, show),
+        Command::Verify(args) => verify::run(&args, global, show),
         Command::Report(args) => report::run(&args, show),
         Command::ConvertStats(args) => convert_stats::run(&args, show),
         Command::Completions(args) => manual::completions::<Cli>(&args, show),

@@ -1,14 +1,12 @@
-//! Progress on standard error: a bar per phase on a terminal, a line per layer elsewhere.
+//! Progress on standard error: one line that moves on a terminal, a line per layer elsewhere.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mcsmoe::calibrate::text::TextRecord;
-use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::LayerId;
 use mcsmoe::pipeline::{Observer, Phase, Report};
 
@@ -32,7 +30,7 @@ pub(crate) fn warn(global: &Global, text: &TextRecord) {
     }
 }
 
-/// How progress is shown.
+/// How progress is shown: `Bars` on a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Style {
     Quiet,
@@ -40,75 +38,106 @@ enum Style {
     Bars,
 }
 
-/// An observer that shows layer, phase, bytes, time left and peak memory.
+impl Style {
+    fn of(global: &Global) -> Self {
+        match (global.quiet || global.json, std::io::stderr().is_terminal()) {
+            (true, _) => Self::Quiet,
+            (false, true) => Self::Bars,
+            (false, false) => Self::Lines,
+        }
+    }
+}
+
+/// How often a line on a terminal moves, also while one layer takes long.
+const TICK: Duration = Duration::from_millis(200);
+
+/// An observer that shows phase, layer, time left and peak memory.
 pub(crate) struct Progress {
     style: Style,
-    /// Bytes of experts on the disk.
-    sizes: BTreeMap<LayerId, u64>,
     state: Mutex<State>,
 }
 
+#[derive(Default)]
 struct State {
-    phase: Option<Phase>,
     bar: Option<ProgressBar>,
-    since: Instant,
+    pass: Option<Pass>,
 }
 
-impl Progress {
-    pub(crate) fn new(global: &Global, source: &Checkpoint) -> Self {
-        let style = match (global.quiet || global.json, std::io::stderr().is_terminal()) {
-            (true, _) => Style::Quiet,
-            (false, true) => Style::Bars,
-            (false, false) => Style::Lines,
-        };
-        let sizes = source.layers().iter().map(|l| (l.id, l.expert_bytes)).collect();
-        let state = State { phase: None, bar: None, since: Instant::now() };
-        Self { style, sizes, state: Mutex::new(state) }
+/// One way through the layers. Phases that take turns in every layer are one pass.
+#[derive(Debug, Clone, Copy)]
+struct Pass {
+    since: Instant,
+    /// Layers done when it began, now, and in all.
+    first: usize,
+    done: usize,
+    total: usize,
+}
+
+impl Pass {
+    fn begin(done: usize, total: usize) -> Self {
+        Self { since: Instant::now(), first: done, done, total }
     }
 
-    /// Ends the last phase.
-    pub(crate) fn done(&self) {
-        if let Ok(mut state) = self.state.lock() {
-            let old = state.bar.take();
-            old.inspect(ProgressBar::finish);
+    /// The same pass one step on, or the next one.
+    fn step(old: Option<Self>, done: usize, total: usize) -> Self {
+        match old {
+            Some(pass) if pass.total == total && (pass.done..=pass.done + 1).contains(&done) => {
+                Self { done, ..pass }
+            }
+            _ => Self::begin(done, total),
         }
     }
 
-    /// Bytes behind and in all, when `done` of `total` layers are done. A resumed phase has fewer
-    /// layers than the model, a calibration may have more.
-    fn bytes(&self, done: usize, total: usize) -> (u64, u64) {
-        let all: u64 = self.sizes.values().sum();
-        let known = self.sizes.len().max(1) as u64;
-        let all = if (total as u64) < known { all * total as u64 / known } else { all };
-        (all * done as u64 / total.max(1) as u64, all)
+    /// Seconds that are left if the layers to come take as long as those of this pass.
+    fn left(&self) -> Option<f64> {
+        let finished = self.done - self.first;
+        let each = self.since.elapsed().as_secs_f64() / finished as f64;
+        (finished > 0).then(|| each * (self.total - self.done) as f64)
+    }
+
+    fn status(&self) -> String {
+        let mut status = String::new();
+        if let Some(left) = self.left() {
+            let _ = write!(status, ", {} left", show::time(left));
+        }
+        if let Some(peak) = peak_memory() {
+            let _ = write!(status, ", peak memory {}", show::bytes(peak));
+        }
+        status
+    }
+}
+
+impl Progress {
+    pub(crate) fn new(global: &Global) -> Self {
+        Self { style: Style::of(global), state: Mutex::default() }
+    }
+
+    /// Ends the line.
+    pub(crate) fn done(&self) {
+        if let Ok(mut state) = self.state.lock()
+            && let Some(bar) = state.bar.take()
+        {
+            bar.finish_and_clear();
+        }
     }
 }
 
 impl Observer for Progress {
     fn layer_started(&self, layer: LayerId, phase: Phase, done: usize, total: usize) {
-        if self.style == Style::Quiet {
-            return;
-        }
         let Ok(mut state) = self.state.lock() else { return };
-        let (behind, all) = self.bytes(done, total);
-        if state.phase != Some(phase) {
-            state.phase = Some(phase);
-            state.since = Instant::now();
-            let old = state.bar.take();
-            old.inspect(ProgressBar::finish);
-            if self.style == Style::Bars {
-                state.bar = Some(bar(all));
+        let pass = Pass::step(state.pass, done, total);
+        state.pass = Some(pass);
+        let what = format!("{phase} {layer} ({} of {total})", done + 1);
+        match self.style {
+            Style::Quiet => {}
+            Style::Lines => {
+                let _ = writeln!(std::io::stderr(), "{what}{}", pass.status());
             }
-        }
-        match &state.bar {
-            Some(bar) => {
-                bar.set_prefix(phase.to_string());
-                bar.set_message(format!("{layer} ({} of {total})", done + 1));
-                bar.set_position(behind);
-            }
-            None => {
-                let line = line(&state, (layer, phase), (done, total), (behind, all));
-                let _ = writeln!(std::io::stderr(), "{line}");
+            Style::Bars => {
+                let bar = state.bar.get_or_insert_with(|| line(true));
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+                bar.set_message(what + &pass.status());
             }
         }
     }
@@ -118,35 +147,53 @@ impl Observer for Progress {
     }
 }
 
-/// One layer, where there is no terminal.
-fn line(
-    state: &State,
-    (layer, phase): (LayerId, Phase),
-    (done, total): (usize, usize),
-    (behind, all): (u64, u64),
-) -> String {
-    let mut line = format!("{phase} {layer} ({} of {total})", done + 1);
-    let _ = write!(line, ", {} of {}", show::bytes(behind), show::bytes(all));
-    if done > 0 {
-        let left = state.since.elapsed().as_secs_f64() * (total - done) as f64 / done as f64;
-        let _ = write!(line, ", {} left", show::time(left));
-    }
-    if let Some(peak) = peak_memory() {
-        let _ = write!(line, ", peak memory {}", show::bytes(peak));
-    }
-    line
+/// Does something that has no layers to count, and says so while it lasts.
+pub(crate) fn during<T>(global: &Global, what: &str, work: impl FnOnce() -> T) -> T {
+    let shown = match Style::of(global) {
+        Style::Quiet => None,
+        Style::Lines => {
+            let _ = writeln!(std::io::stderr(), "{what}");
+            None
+        }
+        Style::Bars => {
+            let bar = line(false);
+            bar.set_message(what.to_owned());
+            Some(bar)
+        }
+    };
+    let result = work();
+    shown.inspect(ProgressBar::finish_and_clear);
+    result
 }
 
-fn bar(bytes: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
-    let template = "{prefix:9} {msg:24} [{bar:24}] {decimal_bytes} of {decimal_total_bytes}, \
-                    {eta} left, peak memory {peak}";
-    let peak = |_: &ProgressState, w: &mut dyn std::fmt::Write| {
-        let _ = w.write_str(&peak_memory().map_or("unknown".into(), show::bytes));
+/// One line on a terminal, as wide as that: what has no room is cut off, not wrapped.
+fn line(counts: bool) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+    let template = match counts {
+        true => "{spinner} [{bar:12}] {elapsed:>4}  {wide_msg}",
+        false => "{spinner} {elapsed:>4}  {wide_msg}",
     };
     // The template is ours; were it wrong, the plain bar would do.
     let style = ProgressStyle::with_template(template);
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-    bar.set_style(style.with_key("peak", peak).progress_chars("=> "));
+    bar.set_style(style.progress_chars("=> "));
+    bar.enable_steady_tick(TICK);
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_that_take_turns_are_one_pass() {
+        let one = Pass::step(None, 0, 4);
+        let same = Pass::step(Some(one), 0, 4);
+        assert_eq!((same.since, same.left()), (one.since, None), "the next phase of that layer");
+        let next = Pass::step(Some(same), 1, 4);
+        assert!(next.since == one.since && next.left().is_some());
+        let again = Pass::step(Some(Pass { done: 3, ..next }), 0, 4);
+        assert_eq!((again.first, again.done, again.left()), (0, 0, None), "another pass");
+        assert_eq!(Pass::step(Some(next), 0, 2).total, 2);
+    }
 }

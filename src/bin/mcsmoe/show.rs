@@ -41,8 +41,8 @@ impl Show {
     /// Writes a failure and returns its exit code: text to standard error, JSON to standard output.
     pub(crate) fn failure(&self, failure: &Failure) -> ExitCode {
         let (code, kind) = failure.code();
-        // A doubt has been printed with all that was found.
-        if self.json && !matches!(failure, Failure::Doubt(_)) {
+        // Findings have been printed with all that was found.
+        if self.json && !matches!(failure, Failure::Verification(_)) {
             let error = json!({ "kind": kind, "exit_code": code, "message": failure.to_string() });
             let _ = writeln!(io::stdout(), "{:#}", json!({ "error": error }));
         }

@@ -17,29 +17,29 @@ const TOKENS: usize = 16;
 pub(super) fn tensors(target: &Checkpoint, outline: &Outline) -> Vec<String> {
     let mut expected: BTreeMap<&str, &OutlineTensor> =
         outline.tensors.iter().map(|t| (&*t.name, t)).collect();
-    let mut doubts = Vec::new();
+    let mut findings = Vec::new();
     for (name, dtype, shape) in target.tensors() {
         match expected.remove(name) {
-            None => doubts.push(format!("{name}: no tensor of this name follows from the plan")),
+            None => findings.push(format!("{name}: no tensor of this name follows from the plan")),
             Some(t) if t.dtype != dtype || t.shape != shape => {
                 let planned = format!("{} {:?}", t.dtype, t.shape);
-                doubts.push(format!(
+                findings.push(format!(
                     "{name}: {planned} follows from the plan, found {dtype} {shape:?}"
                 ));
             }
             Some(_) => {}
         }
     }
-    doubts.extend(expected.keys().map(|name| format!("{name}: missing")));
+    findings.extend(expected.keys().map(|name| format!("{name}: missing")));
     for (name, size) in &outline.files {
         let found = std::fs::metadata(target.dir().join(name)).map(|data| data.len());
         match found {
             Ok(found) if found == *size => {}
-            Ok(found) => doubts.push(format!("{name}: {size} bytes expected, {found} found")),
-            Err(error) => doubts.push(format!("{name}: {error}")),
+            Ok(found) => findings.push(format!("{name}: {size} bytes expected, {found} found")),
+            Err(error) => findings.push(format!("{name}: {error}")),
         }
     }
-    doubts
+    findings
 }
 
 /// Copied tensors against the source; how many, and which differ. Experts that joined no other are

@@ -11,6 +11,9 @@ use crate::error::{Error, Locate, Result};
 use crate::par;
 use crate::pipeline::run::resume::fingerprint;
 
+/// The file in a target in which its evaluation is kept.
+pub const EVALUATION: &str = "mcsmoe.evaluation.json";
+
 /// A file as it was written.
 #[derive(Debug, Deserialize)]
 pub(super) struct Recorded {
@@ -47,19 +50,19 @@ impl Manifest {
             let (name, recorded) = files[i];
             Ok(check(folder, name, recorded))
         });
-        let mut doubts: Vec<String> = checked.into_iter().flatten().flatten().collect();
+        let mut findings: Vec<String> = checked.into_iter().flatten().flatten().collect();
         let index = "model.safetensors.index.json";
         if !self.files.contains_key("config.json") {
-            doubts.push("the manifest lists no config.json".into());
+            findings.push("the manifest lists no config.json".into());
         }
-        match strangers(folder, &self.files.keys().map(|name| &**name).collect()) {
-            Ok(names) => doubts.extend(names.iter().map(|name| {
+        match unlisted_files(folder, &self.files.keys().map(|name| &**name).collect()) {
+            Ok(names) => findings.extend(names.iter().map(|name| {
                 let what = if name == index { "an index" } else { "a file" };
                 format!("{name}: {what} that the manifest does not list")
             })),
-            Err(error) => doubts.push(error.to_string()),
+            Err(error) => findings.push(error.to_string()),
         }
-        doubts
+        findings
     }
 }
 
@@ -86,14 +89,14 @@ fn check(folder: &Path, name: &str, recorded: &Recorded) -> Option<String> {
 }
 
 /// Files that a runtime might read but that nobody wrote. Reports and cards are for people.
-fn strangers(folder: &Path, listed: &BTreeSet<&str>) -> Result<Vec<String>> {
+fn unlisted_files(folder: &Path, listed: &BTreeSet<&str>) -> Result<Vec<String>> {
     let list = |e| Error::io("list folder", e);
     let mut names = Vec::new();
     for entry in fs::read_dir(folder).map_err(list).in_file(folder)? {
         let name = entry.map_err(list).in_file(folder)?.file_name();
         let name = name.to_string_lossy().into_owned();
         let for_people = [".md", ".html", ".txt", ".svg"].iter().any(|end| name.ends_with(end));
-        if name != MANIFEST && !for_people && !listed.contains(&*name) {
+        if ![MANIFEST, EVALUATION].contains(&&*name) && !for_people && !listed.contains(&*name) {
             names.push(name);
         }
     }

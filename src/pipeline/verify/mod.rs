@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::manifest::EVALUATION;
+
 use self::manifest::Manifest;
 use crate::checkpoint::{Checkpoint, Fate, Outline};
 use crate::error::{Error, Result};
@@ -26,30 +28,110 @@ pub enum Verdict {
     /// It could not be made, for the reason told.
     Skipped,
     /// Something is not as it must be.
-    Doubt,
+    Failed,
+}
+
+/// What is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckName {
+    /// The files that the manifest lists, their sizes and hashes.
+    Files,
+    /// Headers, index and `config.json`.
+    Open,
+    /// Whether there is a source to compare with.
+    Source,
+    /// Names, data types and shapes of all tensors.
+    Tensors,
+    /// The text of `config.json`.
+    Config,
+    /// Bytes that are only copied.
+    Copies,
+    /// Whether every number is finite.
+    Values,
+    /// Sixteen tokens through the model.
+    Forward,
+}
+
+impl CheckName {
+    /// As JSON spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Files => "files",
+            Self::Open => "open",
+            Self::Source => "source",
+            Self::Tensors => "tensors",
+            Self::Config => "config",
+            Self::Copies => "copies",
+            Self::Values => "values",
+            Self::Forward => "forward",
+        }
+    }
+}
+
+impl std::fmt::Display for CheckName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// What was done with a tensor of the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TensorAction {
+    /// Its bytes were copied.
+    Copied,
+    /// Its numbers were written in another element type.
+    Dequantised,
+    /// A router, kept or narrowed.
+    Router,
+    /// Of an expert in a group of its own.
+    Alone,
+    /// Of an expert in a group with others, of which one stands for all.
+    Grouped,
+    /// Of an expert in no group.
+    Pruned,
+    /// Shared by all experts of a layer.
+    Shared,
+    /// Left out, for a reason.
+    Dropped,
+}
+
+impl std::fmt::Display for TensorAction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Copied => "copied",
+            Self::Dequantised => "dequantised",
+            Self::Router => "router",
+            Self::Alone => "alone",
+            Self::Grouped => "grouped",
+            Self::Pruned => "pruned",
+            Self::Shared => "shared",
+            Self::Dropped => "dropped",
+        })
+    }
 }
 
 /// One check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// What was checked: `files`, `open`, `source`, `tensors`, `config`, `copies`, `values`,
-    /// `forward`.
-    pub name: String,
+    /// What was checked.
+    pub name: CheckName,
     /// How it ended.
     pub verdict: Verdict,
     /// What was looked at, or why it was not.
     pub detail: String,
     /// Everything that is not as it must be.
-    pub doubts: Vec<String>,
+    pub findings: Vec<String>,
 }
 
-/// What became of the tensors of the source.
+/// What was done with one tensor of the source.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TensorFate {
+pub struct TensorRecord {
     /// The source's tensor.
     pub tensor: String,
-    /// `copied`, `dequantised`, `router`, `alone`, `merged`, `pruned`, `shared` or `dropped`.
-    pub fate: String,
+    /// What was done with it.
+    pub action: TensorAction,
     /// Into which group of which layer, or why not.
     pub detail: String,
 }
@@ -61,34 +143,34 @@ pub struct Verification {
     pub target: PathBuf,
     /// All checks, in order.
     pub checks: Vec<Check>,
-    /// Number of the source's tensors by fate.
-    pub account: BTreeMap<String, u64>,
+    /// Number of the source's tensors by what was done with them.
+    pub account: BTreeMap<TensorAction, u64>,
     /// Every tensor of the source; empty without one.
-    pub tensors: Vec<TensorFate>,
+    pub tensors: Vec<TensorRecord>,
 }
 
 impl Verification {
     /// Everything that is not as it must be, with the name of the check.
-    pub fn doubts(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.checks.iter().flat_map(|c| c.doubts.iter().map(|d| (&*c.name, &**d)))
+    pub fn findings(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.checks.iter().flat_map(|c| c.findings.iter().map(|d| (c.name.as_str(), &**d)))
     }
 
-    /// Whether there is no doubt. Checks that were skipped leave none.
+    /// Whether nothing was found. Checks that were skipped leave none.
     pub fn is_clean(&self) -> bool {
-        self.doubts().next().is_none()
+        self.findings().next().is_none()
     }
 
-    fn add(&mut self, name: &str, detail: String, doubts: Vec<String>) {
-        let verdict = if doubts.is_empty() { Verdict::Passed } else { Verdict::Doubt };
-        self.checks.push(Check { name: name.into(), verdict, detail, doubts });
+    fn add(&mut self, name: CheckName, detail: String, findings: Vec<String>) {
+        let verdict = if findings.is_empty() { Verdict::Passed } else { Verdict::Failed };
+        self.checks.push(Check { name, verdict, detail, findings });
     }
 
-    fn skip(&mut self, name: &str, why: &str) {
-        let (verdict, doubts) = (Verdict::Skipped, Vec::new());
-        self.checks.push(Check { name: name.into(), verdict, detail: why.into(), doubts });
+    fn skip(&mut self, name: CheckName, why: &str) {
+        let (verdict, findings) = (Verdict::Skipped, Vec::new());
+        self.checks.push(Check { name, verdict, detail: why.into(), findings });
     }
 
-    fn doubt(&mut self, name: &str, error: &Error) {
+    fn fail(&mut self, name: CheckName, error: &Error) {
         self.add(name, String::new(), vec![error.to_string()]);
     }
 }
@@ -107,13 +189,13 @@ impl Verification {
 /// 6. `values`: every floating-point number is finite;
 /// 7. `forward`: sixteen tokens run through the model give finite logits.
 ///
-/// What fails is a doubt in the result, not an error. Without a source 3 to 5 are skipped, and
+/// What fails is a finding in the result, not an error. Without a source 3 to 5 are skipped, and
 /// without a native forward pass of the family 7 is. Merged weights themselves cannot be known
 /// without repeating the run: for them there are hashes, shapes and finiteness.
 ///
 /// # Errors
 /// Those of [`Checkpoint::open`] on the source. Everything that is wrong with the target is a
-/// doubt.
+/// finding.
 ///
 /// # Cost
 /// The target's bytes are read three times, the source's copied ones once; memory as a forward
@@ -129,34 +211,34 @@ pub fn verify(target: &Path, source: Option<&Path>) -> Result<Verification> {
     let manifest = match Manifest::read(target) {
         Ok(manifest) => Some(manifest),
         Err(error) => {
-            found.doubt("files", &error);
+            found.fail(CheckName::Files, &error);
             None
         }
     };
     if let Some(manifest) = &manifest {
-        let doubts = manifest.check_files(target);
-        found.add("files", format!("{} files", manifest.files.len()), doubts);
+        let findings = manifest.check_files(target);
+        found.add(CheckName::Files, format!("{} files", manifest.files.len()), findings);
     }
     let opened = match Checkpoint::open(target) {
         Ok(opened) => opened,
         Err(error) => {
-            found.doubt("open", &error);
+            found.fail(CheckName::Open, &error);
             return Ok(found);
         }
     };
     let (tensors, layers) = (opened.tensors().count(), opened.layers().len());
-    found.add("open", format!("{tensors} tensors, {layers} MoE layers"), Vec::new());
+    found.add(CheckName::Open, format!("{tensors} tensors, {layers} MoE layers"), Vec::new());
     match (&source, &manifest) {
         (Some(source), Some(manifest)) => against(&mut found, source, &opened, manifest),
-        (None, _) => found.skip("source", "no source was given"),
-        (Some(_), None) => found.skip("source", "no manifest says what was done with it"),
+        (None, _) => found.skip(CheckName::Source, "no source was given"),
+        (Some(_), None) => found.skip(CheckName::Source, "no manifest says what was done with it"),
     }
-    let doubts = checks::values(&opened);
-    found.add("values", format!("{tensors} tensors"), doubts);
+    let findings = checks::values(&opened);
+    found.add(CheckName::Values, format!("{tensors} tensors"), findings);
     match checks::forward(&opened, &Context::cpu(0)) {
-        Ok(Some(detail)) => found.add("forward", detail, Vec::new()),
-        Ok(None) => found.skip("forward", "no native forward pass of this family"),
-        Err(error) => found.doubt("forward", &error),
+        Ok(Some(detail)) => found.add(CheckName::Forward, detail, Vec::new()),
+        Ok(None) => found.skip(CheckName::Forward, "no native forward pass of this family"),
+        Err(error) => found.fail(CheckName::Forward, &error),
     }
     Ok(found)
 }
@@ -170,33 +252,36 @@ fn against(
 ) {
     let outline = match source.outline(&manifest.plan) {
         Ok(outline) => outline,
-        Err(error) => return found.doubt("source", &error),
+        Err(error) => return found.fail(CheckName::Source, &error),
     };
     account(found, &outline);
-    let doubts = checks::tensors(target, &outline);
-    found.add("tensors", format!("{} expected", outline.tensors.len()), doubts);
+    let findings = checks::tensors(target, &outline);
+    found.add(CheckName::Tensors, format!("{} expected", outline.tensors.len()), findings);
     let same = target.config().text() == outline.config;
-    let doubts = if same { Vec::new() } else { vec!["not the source's, as planned".into()] };
-    found.add("config", format!("{} bytes", outline.config.len()), doubts);
+    let findings = if same { Vec::new() } else { vec!["not the source's, as planned".into()] };
+    found.add(CheckName::Config, format!("{} bytes", outline.config.len()), findings);
     let untouched = !manifest.changes_experts();
-    let (compared, doubts) = checks::copies(source, target, &outline, untouched);
-    found.add("copies", format!("{compared} tensors equal their originals"), doubts);
+    let (compared, findings) = checks::copies(source, target, &outline, untouched);
+    found.add(CheckName::Copies, format!("{compared} tensors equal their originals"), findings);
 }
 
 fn account(found: &mut Verification, outline: &Outline) {
     for (tensor, fate) in &outline.sources {
-        let (fate, detail) = match fate {
-            Fate::Copied => ("copied", String::new()),
-            Fate::Dequantised => ("dequantised", String::new()),
-            Fate::Router(layer) => ("router", format!("of {layer}")),
-            Fate::Alone(layer, e) => ("alone", format!("expert {e} of {layer}")),
-            Fate::Merged(layer, e, g) => ("merged", format!("expert {e} of {layer}, group {g}")),
-            Fate::Pruned(layer, e) => ("pruned", format!("expert {e} of {layer}, in no group")),
-            Fate::Shared(layer) => ("shared", format!("all experts of {layer}")),
-            Fate::Dropped(why) => ("dropped", why.clone()),
+        let (action, detail) = match fate {
+            Fate::Copied => (TensorAction::Copied, String::new()),
+            Fate::Dequantised => (TensorAction::Dequantised, String::new()),
+            Fate::Router(layer) => (TensorAction::Router, format!("of {layer}")),
+            Fate::Alone(layer, e) => (TensorAction::Alone, format!("expert {e} of {layer}")),
+            Fate::Merged(layer, e, g) => {
+                (TensorAction::Grouped, format!("expert {e} of {layer}, group {g}"))
+            }
+            Fate::Pruned(layer, e) => {
+                (TensorAction::Pruned, format!("expert {e} of {layer}, in no group"))
+            }
+            Fate::Shared(layer) => (TensorAction::Shared, format!("all experts of {layer}")),
+            Fate::Dropped(why) => (TensorAction::Dropped, why.clone()),
         };
-        *found.account.entry(fate.to_owned()).or_insert(0) += 1;
-        let (tensor, fate) = (tensor.clone(), fate.to_owned());
-        found.tensors.push(TensorFate { tensor, fate, detail });
+        *found.account.entry(action).or_insert(0) += 1;
+        found.tensors.push(TensorRecord { tensor: tensor.clone(), action, detail });
     }
 }

@@ -245,12 +245,12 @@ fn native_folders_and_their_manifests() {
     let read = || read_all(&target);
     attack(&target.join("config.json"), 900, usize::MAX, &read);
     attack(&target.join("model.safetensors"), 600, 6000, &read);
-    let doubts = || {
+    let findings = || {
         let found = verify(&target, Some(source.path()))?;
         let ok = found.is_clean();
-        if ok { Ok(()) } else { Err(mcsmoe::ErrorKind::Target { reason: "doubt".into() }.into()) }
+        if ok { Ok(()) } else { Err(mcsmoe::ErrorKind::Target { reason: "finding".into() }.into()) }
     };
-    attack(&target.join("mcsmoe.json"), 100, usize::MAX, &doubts);
+    attack(&target.join("mcsmoe.json"), 100, usize::MAX, &findings);
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::support::fixture;
 use mcsmoe::checkpoint::{Checkpoint, MANIFEST};
-use mcsmoe::pipeline::{ExportChoice, Keep, Output, Recipe, Silent, Verdict, Verification, verify};
+use mcsmoe::pipeline::{
+    ExportChoice, Keep, Output, Recipe, Silent, TensorAction, Verdict, Verification, verify,
+};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -98,16 +100,16 @@ fn edit(target: &Path, wanted: &str, change: impl Fn(&mut [u8])) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Fails unless each of `names`, and nothing else, holds a doubt; `says` is in one of them.
-fn doubted(found: &Verification, names: &[&str], says: &str) {
-    let doubted: Vec<&str> = found
+/// Fails unless each of `names`, and nothing else, has a finding; `says` is in one of them.
+fn failed(found: &Verification, names: &[&str], says: &str) {
+    let failed: Vec<&str> = found
         .checks
         .iter()
-        .filter(|check| check.verdict == Verdict::Doubt)
-        .map(|check| &*check.name)
+        .filter(|check| check.verdict == Verdict::Failed)
+        .map(|check| check.name.as_str())
         .collect();
-    assert_eq!(doubted, names, "{:#?}", found.checks);
-    assert!(found.doubts().any(|(_, doubt)| doubt.contains(says)), "{:#?}", found.checks);
+    assert_eq!(failed, names, "{:#?}", found.checks);
+    assert!(found.findings().any(|(_, finding)| finding.contains(says)), "{:#?}", found.checks);
     assert!(!found.is_clean());
 }
 
@@ -131,10 +133,11 @@ fn every_export_passes_and_every_tensor_is_accounted_for() {
         let names: Vec<&str> = source.tensors().map(|(name, ..)| name).collect();
         let told: Vec<&str> = found.tensors.iter().map(|t| &*t.tensor).collect();
         assert_eq!(told, names, "each tensor of the source once");
-        assert_eq!(found.account["router"], 4);
-        let expert = |fate: &str| found.account.get(fate).copied().unwrap_or(0);
-        assert_eq!(expert("alone") + expert("merged") + expert("pruned"), 4 * 8 * 3);
-        assert_eq!(preset == "reap", expert("pruned") == 4 * 4 * 3);
+        assert_eq!(found.account[&TensorAction::Router], 4);
+        use TensorAction::{Alone, Grouped, Pruned};
+        let expert = |action| found.account.get(&action).copied().unwrap_or(0);
+        assert_eq!(expert(Alone) + expert(Grouped) + expert(Pruned), 4 * 8 * 3);
+        assert_eq!(preset == "reap", expert(Pruned) == 4 * 4 * 3);
         let alone = verify(&target, None).unwrap();
         assert!(alone.is_clean() && alone.tensors.is_empty());
     }
@@ -147,16 +150,16 @@ fn a_flipped_bit_is_found() {
         move |target: &Path| edit(target, wanted, |bytes| bytes[bytes.len() / 2] ^= 1)
     };
     for wanted in ["embed_tokens", "experts.2.w1", "layers.3.block_sparse_moe.gate"] {
-        doubted_first(&case.damaged(false, &flip(wanted)), "files");
+        failed_first(&case.damaged(false, &flip(wanted)), "files");
     }
     // Even where the manifest was made to fit: copies and experts that stayed alone are compared.
-    doubted(&case.damaged(true, &flip("embed_tokens")), &["copies"], "embed_tokens");
-    doubted(&case.damaged(true, &flip("experts.2.w1")), &["copies"], "experts.2.w1");
+    failed(&case.damaged(true, &flip("embed_tokens")), &["copies"], "embed_tokens");
+    failed(&case.damaged(true, &flip("experts.2.w1")), &["copies"], "experts.2.w1");
 }
 
-fn doubted_first(found: &Verification, name: &str) {
-    let first = found.checks.iter().find(|check| check.verdict == Verdict::Doubt);
-    assert_eq!(first.map(|check| &*check.name), Some(name), "{:#?}", found.checks);
+fn failed_first(found: &Verification, name: &str) {
+    let first = found.checks.iter().find(|check| check.verdict == Verdict::Failed);
+    assert_eq!(first.map(|check| check.name.as_str()), Some(name), "{:#?}", found.checks);
 }
 
 /// Takes a tensor out of its file and the index.
@@ -192,12 +195,12 @@ fn drop_tensor(target: &Path, wanted: &str) {
 fn a_dropped_tensor_is_found() {
     let case = Case::new();
     let drop_norm = |target: &Path| drop_tensor(target, "layers.1.input_layernorm");
-    doubted_first(&case.damaged(false, &drop_norm), "files");
+    failed_first(&case.damaged(false, &drop_norm), "files");
     let found = case.damaged(true, &drop_norm);
-    doubted(&found, &["tensors", "forward"], "layers.1.input_layernorm.weight: missing");
+    failed(&found, &["tensors", "forward"], "layers.1.input_layernorm.weight: missing");
     // An expert's projection: the folder cannot even be opened.
     let drop_down = |target: &Path| drop_tensor(target, "experts.3.w2");
-    doubted(&case.damaged(true, &drop_down), &["open"], "expert 3 has no down projection");
+    failed(&case.damaged(true, &drop_down), &["open"], "expert 3 has no down projection");
 }
 
 #[test]
@@ -212,10 +215,10 @@ fn a_changed_config_is_found() {
         }
     };
     let theta = replace("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 2e-05");
-    doubted_first(&case.damaged(false, &theta), "files");
-    doubted(&case.damaged(true, &theta), &["config"], "as planned");
+    failed_first(&case.damaged(false, &theta), "files");
+    failed(&case.damaged(true, &theta), &["config"], "as planned");
     let experts = replace("\"num_local_experts\": 4", "\"num_local_experts\": 8");
-    doubted(&case.damaged(true, &experts), &["open"], "number of experts");
+    failed(&case.damaged(true, &experts), &["open"], "number of experts");
 }
 
 #[test]
@@ -226,29 +229,29 @@ fn a_truncated_file_and_numbers_that_are_none_are_found() {
         let bytes = fs::read(&path).unwrap();
         fs::write(path, &bytes[..bytes.len() - 2]).unwrap();
     };
-    doubted(&case.damaged(false, &truncate), &["files", "open"], "bytes were written");
-    doubted(&case.damaged(true, &truncate), &["open"], "offsets");
+    failed(&case.damaged(false, &truncate), &["files", "open"], "bytes were written");
+    failed(&case.damaged(true, &truncate), &["open"], "offsets");
     // NaN in bf16, in a merged router, which no copy tells of.
     let nan = |target: &Path| {
         edit(target, "layers.1.block_sparse_moe.gate", |bytes| {
             bytes[6..8].copy_from_slice(&[0xc0, 0x7f]);
         });
     };
-    doubted_first(&case.damaged(false, &nan), "files");
-    doubted(&case.damaged(true, &nan), &["values", "forward"], "block_sparse_moe.gate");
+    failed_first(&case.damaged(false, &nan), "files");
+    failed(&case.damaged(true, &nan), &["values", "forward"], "block_sparse_moe.gate");
 }
 
 #[test]
-fn strangers_missing_files_and_no_manifest_are_found() {
+fn unlisted_missing_files_and_no_manifest_are_found() {
     let case = Case::new();
     let stray = |target: &Path| fs::write(target.join("modeling_x.py"), "import os").unwrap();
-    doubted(&case.damaged(true, &stray), &["files"], "modeling_x.py");
+    failed(&case.damaged(true, &stray), &["files"], "modeling_x.py");
     let card = |target: &Path| fs::write(target.join("README.md"), "a card").unwrap();
     assert!(case.damaged(true, &card).is_clean(), "reports are for people");
     let gone = |target: &Path| fs::remove_file(target.join("tokenizer.json")).unwrap();
-    doubted(&case.damaged(true, &gone), &["files"], "tokenizer.json");
+    failed(&case.damaged(true, &gone), &["files"], "tokenizer.json");
     let bare = |target: &Path| fs::remove_file(target.join(MANIFEST)).unwrap();
-    doubted(&case.damaged(false, &bare), &["files"], "read manifest");
+    failed(&case.damaged(false, &bare), &["files"], "read manifest");
     // The plan of another run.
     let plan = |target: &Path| {
         let path = target.join(MANIFEST);

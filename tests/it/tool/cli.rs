@@ -200,6 +200,26 @@ fn a_run_leaves_a_card_and_a_page() {
 }
 
 #[test]
+fn what_a_run_evaluated_is_in_later_reports_and_fast_merges_nothing() {
+    let p = Places::new();
+    let (target, page, text) = (p.at("target"), p.at("page.html"), p.at("held-out.txt"));
+    let legal = fs::read_to_string(fixture("text/legal.txt")).unwrap();
+    fs::write(&text, legal.chars().take(6000).collect::<String>()).unwrap();
+    json(&[&"run", &p.model, &p.stats, &target, &"--keep", &"4", &"--evaluate", &text]);
+    json(&[&"report", &target, &"--html", &page]);
+    assert!(fs::read_to_string(&page).unwrap().contains("perplexity</span>"));
+    json(&[&"verify", &target, &"--source", &p.model]);
+    let card = fs::read_to_string(target.join("README.md")).unwrap();
+    let (_, told, _) = run(&[&"report", &target]);
+    assert!([&card, &told].iter().all(|text| text.contains("16 refitted, 16 dropped")), "{told}");
+    assert!(card.contains("- expert-pruning\n") && !card.contains("expert-merging"), "{card}");
+    assert!(told.lines().all(|line| line.chars().count() < 100), "{told}");
+    // A file of a model is its folder.
+    let found = json(&[&"inspect", &p.model.join("config.json")]);
+    assert_eq!(found["family"], "mixtral");
+}
+
+#[test]
 fn exit_codes_are_those_of_the_table() {
     let p = Places::new();
     let target = p.at("target");
@@ -224,7 +244,7 @@ fn exit_codes_are_those_of_the_table() {
     code(7, &[&"plan", model, &"--keep", &"4", &"--max-memory", &"1M"], "memory");
     assert_eq!(run(&[&"merge", model, stats, &target, &"--keep", &"4", &"-q"]).0, 0);
     fs::write(target.join("config.json"), "{}").unwrap();
-    code(6, &[&"verify", &target, &"--source", model], "verification left 2 doubts");
+    code(6, &[&"verify", &target, &"--source", model], "verification failed: 2 findings");
 
     let (found, out, _) = run(&[&"--json", &"inspect", &p.at("none")]);
     let error: Value = serde_json::from_str(&out).unwrap();
@@ -372,7 +392,10 @@ fn statistics_are_converted_and_progress_is_plain_without_a_terminal() {
     assert_eq!(code, 0, "{err}");
     let lines: Vec<&str> = err.lines().collect();
     assert_eq!(lines.len(), 8, "a line for every layer and phase: {err}");
-    assert!(lines[7].starts_with("merge layers.3 (4 of 4), 4.7 MB of 6.3 MB, "), "{err}");
+    assert!(
+        lines[7].starts_with("merge layers.3 (4 of 4), ") && lines[7].contains(" left, peak"),
+        "{err}"
+    );
     assert!(!err.contains('\u{1b}'), "no escape codes");
 
     let pages = p.at("man");

@@ -263,7 +263,8 @@ fn text_of_others_stays() {
     let both = with_original(&card, original);
     let (yaml, text) = front(&both);
     assert_eq!((&yaml["license"], &yaml["base_model"]), (&"apache-2.0".into(), &"older".into()));
-    assert_eq!(yaml["tags"].as_sequence().unwrap().len(), 4);
+    let tags = yaml["tags"].as_sequence().unwrap();
+    assert_eq!(tags.len(), 5, "moe, ours, merged and compressed: {tags:?}");
     assert!(yaml.get("model-index").is_none(), "scores of another model");
     assert!(text.ends_with("# The original\nIts text.\n"));
     let named = Details { base_model: Some("o/m".into()), ..Details::default() };

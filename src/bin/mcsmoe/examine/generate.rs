@@ -2,16 +2,19 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::pipeline::generate;
 use serde_json::json;
 
 use crate::exit::Outcome;
+use crate::locate::model_folder;
 use crate::show::Show;
 
 /// The most likely continuation of a prompt.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder of a checkpoint, of any export.
+    /// The folder of a checkpoint of any export, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     model: PathBuf,
     /// The text to go on from.
     prompt: String,

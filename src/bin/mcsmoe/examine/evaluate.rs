@@ -1,24 +1,30 @@
-//! `evaluate`: what a checkpoint is worth on text, alone or beside the original.
+//! `evaluate`: how well a checkpoint predicts text, alone or compared with the original.
 
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::pipeline::{
     Comparison, EvaluateOptions, Evaluation, LoopOptions, compare, evaluate, loops,
 };
 use serde_json::{Value, json};
 
+use crate::args::Global;
 use crate::exit::{Failure, Outcome};
+use crate::locate::model_folder;
+use crate::progress::during;
 use crate::show::Show;
 
 /// Perplexity on text; with --against the divergence from another checkpoint too.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder of a checkpoint, of any export.
+    /// The folder of a checkpoint of any export, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     model: PathBuf,
     /// A .txt or .jsonl file, token ids in a .safetensors file, or a folder of these.
     text: PathBuf,
     /// The original: adds KL divergence, top-1 agreement and every layer's output error.
     #[arg(long, value_name = "MODEL")]
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     against: Option<PathBuf>,
     /// Adds the rate of repeated n-grams in greedy continuations.
     #[arg(long, conflicts_with = "against")]
@@ -31,11 +37,12 @@ pub(crate) struct Args {
     window: Option<usize>,
 }
 
-pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
+pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let (max_windows, window) = (args.windows, args.window);
     let options = EvaluateOptions { window, max_windows, ..EvaluateOptions::default() };
     if let Some(original) = &args.against {
-        let found = compare(original, &args.model, &args.text, &options)?;
+        let compare = || compare(original, &args.model, &args.text, &options);
+        let found = during(global, "evaluate both models", compare)?;
         return show.result(&found, |out| {
             writeln!(out, "original: {}", sentence(&found.original))?;
             writeln!(out, "model:    {}", sentence(&found.other))?;
@@ -46,9 +53,12 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
             Ok(())
         });
     }
-    let found = evaluate(&args.model, &args.text, &options)?;
+    let found = during(global, "evaluate", || evaluate(&args.model, &args.text, &options))?;
     let repeated = match args.loops {
-        true => Some(loops(&args.model, &args.text, &LoopOptions::default())?),
+        true => {
+            let loops = || loops(&args.model, &args.text, &LoopOptions::default());
+            Some(during(global, "generate continuations", loops)?)
+        }
         false => None,
     };
     let mut value = serde_json::to_value(&found).map_err(|e| Failure::Output(e.into()))?;

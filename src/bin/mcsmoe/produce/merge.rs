@@ -3,9 +3,9 @@
 use mcsmoe::Recipe;
 
 use crate::args::Global;
+use crate::common::{self, Task};
 use crate::exit::Outcome;
 use crate::show::Show;
-use crate::work::{self, Task};
 
 /// Merge the experts of a checkpoint; matrices stay dense.
 #[derive(Debug, clap::Args)]
@@ -17,5 +17,5 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let mut recipe = args.task.method.read(Recipe::DEFAULT_PRESET, None)?;
     recipe.compress = None;
-    work::carry_out(&args.task, &recipe, global, show)
+    common::carry_out(&args.task, &recipe, global, show)
 }

@@ -4,10 +4,10 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use mcsmoe::pipeline::Report;
-use mcsmoe::report::{Details, Quality};
+use mcsmoe::report::{Details, Quality, layer_outcomes, outcomes};
 
+use crate::artifacts;
 use crate::exit::Outcome;
-use crate::paper;
 use crate::show::{Show, bytes, change, count};
 
 /// Groups, output errors and savings of a merged checkpoint; as a page with pictures or a model
@@ -23,7 +23,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     card: Option<PathBuf>,
     /// Perplexity or divergence for both: what `evaluate --json` or `run --evaluate TEXT --json`
-    /// printed.
+    /// printed. It is kept in the folder; unless given, the one that was kept last is used.
     #[arg(long, value_name = "FILE")]
     evaluation: Option<PathBuf>,
     /// The original's name on a model hub, for the card.
@@ -33,14 +33,21 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
     let report = Report::read(&args.target)?;
-    let quality = args.evaluation.as_deref().map(Quality::read).transpose()?;
+    let quality = match &args.evaluation {
+        Some(file) => {
+            let quality = Quality::read(file)?;
+            quality.keep(&args.target)?;
+            Some(quality)
+        }
+        None => Quality::kept(&args.target)?,
+    };
     if let Some(file) = &args.html {
-        paper::page(&args.target, &report, quality.clone(), file)?;
+        artifacts::page(&args.target, &report, quality.clone(), file)?;
     }
     if let Some(file) = &args.card {
         let base_model = args.base_model.clone();
         let details = Details { base_model, quality, ..Details::read(&args.target)? };
-        paper::renew(&report, &details, file)?;
+        artifacts::renew(&report, &details, file)?;
     }
     show.result(&report, |out| {
         text(&report, out)?;
@@ -51,22 +58,22 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
     })
 }
 
+/// The most characters of a layer's list of experts; `--json` has all.
+const STAY_WIDTH: usize = 48;
+
 /// The report for people.
 pub(crate) fn text(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "{}; {} tokens", report.stages.join(", "), count(report.tokens))?;
     calibration(report, out)?;
-    writeln!(out, "{:<18} {:>9}  {:>11}  groups", "layer", "experts", "output err.")?;
+    writeln!(out, "experts of the original: {}", outcomes(report))?;
+    writeln!(out, "{:<18} {:>9}  {:>11}  experts that stay", "layer", "experts", "output err.")?;
     for layer in &report.layers {
         let error = layer
             .output_error
             .map_or("-".into(), |e| format!("{:.1}%", 100.0 * e.narrowed.unwrap_or(e.mapped)));
-        let groups: Vec<String> = layer.groups.iter().map(|g| format!("{:?}", g.members)).collect();
         let experts = format!("{} → {}", layer.experts.before, layer.experts.after);
-        write!(out, "{:<18} {experts:>9}  {error:>11}  {}", layer.layer, groups.join(" "))?;
-        match layer.dropped.is_empty() {
-            true => writeln!(out)?,
-            false => writeln!(out, "; dropped {:?}", layer.dropped)?,
-        }
+        let stay = layer_outcomes(report, layer, STAY_WIDTH);
+        writeln!(out, "{:<18} {experts:>9}  {error:>11}  {stay}", layer.layer)?;
     }
     change(out, "MoE FLOPs per token", report.flops_per_token, count)?;
     if let Some(found) = &report.compression {

@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::checkpoint::Checkpoint;
 use serde::Serialize;
 
 use crate::exit::Outcome;
+use crate::locate::model_folder;
 use crate::show::{Show, bytes, count};
 
 /// Family, layers, experts, data types, and bytes by part; reads headers only.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder of a checkpoint.
+    /// The folder of a checkpoint, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     model: PathBuf,
     /// List every tensor too.
     #[arg(long)]
@@ -95,7 +98,7 @@ pub(crate) fn run(args: &Args, show: &Show) -> Outcome {
             )?;
         }
         for t in found.tensors.iter().flatten() {
-            writeln!(out, "{} {} {:?} {}", t.name, t.dtype, t.shape, t.bytes)?;
+            writeln!(out, "{} {} {:?} {}", t.name, t.dtype, t.shape, bytes(t.bytes))?;
         }
         Ok(())
     })

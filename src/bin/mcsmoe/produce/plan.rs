@@ -3,25 +3,24 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::Recipe;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{Answer, Output, RunPlan};
 
 use crate::args::{Global, Method, TextArgs, bytes as parse_bytes};
+use crate::common::planned;
 use crate::exit::{Failure, Outcome};
+use crate::locate::model_folder;
 use crate::show::{Show, bytes, change, count};
-use crate::work::planned;
 
 /// Predict bytes, parameters, memory and cost, and which runtimes will load the result. Reads
 /// headers only.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder of a checkpoint.
+    /// The folder of a checkpoint, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     model: PathBuf,
-    #[command(flatten)]
-    method: Method,
-    #[command(flatten)]
-    text: TextArgs,
     /// Plan a run that is given a statistics file instead of text.
     #[arg(long)]
     statistics: bool,
@@ -31,6 +30,10 @@ pub(crate) struct Args {
     /// Largest size of a file of weights.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     shard_size: Option<u64>,
+    #[command(flatten)]
+    method: Method,
+    #[command(flatten)]
+    text: TextArgs,
 }
 
 pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {

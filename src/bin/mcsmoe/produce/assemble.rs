@@ -7,11 +7,11 @@ use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::Checkpoint;
 
 use crate::args::{Global, Method, Running};
+use crate::artifacts;
+use crate::common::{self, Finished, Places};
 use crate::exit::{Failure, Outcome};
-use crate::paper;
 use crate::progress::Progress;
 use crate::show::Show;
-use crate::work::{self, Finished, Places};
 
 /// Join what `run --layers` or `run --part` has written, with the options of those runs.
 #[derive(Debug, clap::Args)]
@@ -37,12 +37,12 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     }
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let output = args.running.output(&recipe);
-    let progress = Progress::new(global, &source);
+    let progress = Progress::new(global);
     let run = pipeline.run().calibration(calibration).output(output).observer(&progress);
     let report = run.assemble(&source, &args.parts, target);
     progress.done();
     let report = report?;
-    paper::card(&args.places, &report, None)?;
+    artifacts::card(&args.places, &report, None)?;
     let done = Finished::now(target, start, report);
-    show.result(&done, |out| work::tell(&done, out))
+    show.result(&done, |out| common::print_summary(&done, out))
 }

@@ -11,20 +11,18 @@ use mcsmoe::report::Quality;
 use serde::Serialize;
 
 use crate::args::{Global, range};
-use crate::evaluate::{divergence, sentence};
+use crate::artifacts;
+use crate::common::{self, Finished, Places, Task};
+use crate::examine::evaluate::{divergence, sentence};
+use crate::examine::verify;
 use crate::exit::{Failure, Outcome};
-use crate::paper;
-use crate::progress::Progress;
+use crate::progress::{Progress, during};
 use crate::show::Show;
-use crate::verify;
-use crate::work::{self, Finished, Places, Task};
 
 /// Carry out a recipe: calibrate, merge, recover, compress, write, verify, and evaluate if
 /// asked.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    #[command(flatten)]
-    task: Task,
     /// Compare the target with the source on this text, which calibration should not have seen.
     #[arg(long, value_name = "TEXT")]
     evaluate: Option<PathBuf>,
@@ -43,6 +41,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "I/N", value_parser = share)]
     #[arg(conflicts_with_all = ["evaluate", "html"])]
     part: Option<(usize, usize)>,
+    #[command(flatten)]
+    task: Task,
 }
 
 #[derive(Serialize)]
@@ -59,15 +59,18 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let recipe = args.task.method.read(Recipe::DEFAULT_PRESET, None)?;
     let places = &args.task.places;
     if args.task.running.dry_run {
-        return work::dry_run(&args.task, &recipe, global, show);
+        return common::dry_run(&args.task, &recipe, global, show);
     }
     if args.layers.is_some() || args.part.is_some() {
         return part(args, &recipe, global, show);
     }
-    let finished = work::execute(&args.task, &recipe, global)?;
+    let finished = common::execute(&args.task, &recipe, global)?;
     let mut verification = match args.no_verify {
         true => None,
-        false => Some(check(&places.target, Some(&places.model))?),
+        false => {
+            let check = || check(&places.target, Some(&places.model));
+            Some(during(global, "verify what was written", check)?)
+        }
     };
     if let Some(found) = &mut verification {
         found.tensors.clear();
@@ -75,18 +78,22 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let options = EvaluateOptions::default();
     let comparison = match &args.evaluate {
         None => None,
-        Some(text) => Some(compare(&places.model, &places.target, text, &options)?),
+        Some(text) => {
+            let compare = || compare(&places.model, &places.target, text, &options);
+            Some(during(global, "evaluate both models", compare)?)
+        }
     };
     let quality = comparison.clone().map(|found| Quality::Comparison(Box::new(found)));
-    if quality.is_some() {
-        paper::card(places, &finished.report, quality.clone())?;
+    if let Some(quality) = &quality {
+        quality.keep(&places.target)?;
+        artifacts::card(places, &finished.report, Some(quality.clone()))?;
     }
     if let Some(file) = &args.html {
-        paper::page(&places.target, &finished.report, quality, file)?;
+        artifacts::page(&places.target, &finished.report, quality, file)?;
     }
     let done = Done { finished, verification, comparison };
     show.result(&done, |out| {
-        work::tell(&done.finished, out)?;
+        common::print_summary(&done.finished, out)?;
         if let Some(found) = &done.verification {
             verify::text(found, out)?;
         }
@@ -117,7 +124,7 @@ fn part(args: &Args, recipe: &Recipe, global: &Global, show: &Show) -> Outcome {
     }
     let pipeline = recipe.builder()?.compute(global.compute()?).build()?;
     let output = args.task.running.output(recipe);
-    let progress = Progress::new(global, &source);
+    let progress = Progress::new(global);
     let run = pipeline.run().calibration(calibration).output(output).observer(&progress);
     let report = run.write_part(&source, layers, target);
     progress.done();

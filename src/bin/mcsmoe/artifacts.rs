@@ -7,8 +7,8 @@ use mcsmoe::pipeline::Report;
 use mcsmoe::report::{Details, Quality, html, model_card, with_original, with_text};
 use mcsmoe::{Error, Locate};
 
+use crate::common::Places;
 use crate::exit::Outcome;
-use crate::work::Places;
 
 const CARD: &str = "README.md";
 

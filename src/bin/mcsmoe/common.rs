@@ -3,22 +3,25 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::{Checkpoint, Partial};
 use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, Tokens, plan};
 use serde::Serialize;
 
 use crate::args::{Global, Method, Running, TextArgs};
+use crate::artifacts;
+use crate::examine::report;
 use crate::exit::{Failure, Outcome};
-use crate::paper;
+use crate::locate::model_folder;
 use crate::progress::{Progress, peak_memory, warn};
-use crate::report;
 use crate::show::{Show, bytes, time};
 
 /// From where to where.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Places {
-    /// The folder of a checkpoint.
+    /// The folder of a checkpoint, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     pub(crate) model: PathBuf,
     /// Text (.txt, .jsonl, .json, also .gz and .zst), token ids, a folder, or a statistics file.
     pub(crate) calibration: PathBuf,
@@ -81,7 +84,7 @@ pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<
     let given = calibration(&source, &places.calibration, text, global)?;
     let is_text = !matches!(given, Calibration::Statistics(_));
     let output = bounded(&source, recipe, task, is_text)?;
-    let progress = Progress::new(global, &source);
+    let progress = Progress::new(global);
     let report = pipeline
         .run()
         .calibration(given.clone())
@@ -90,7 +93,7 @@ pub(crate) fn execute(task: &Task, recipe: &Recipe, global: &Global) -> Outcome<
         .write(&source, &places.target);
     progress.done();
     let report = report?;
-    paper::card(places, &report, None)?;
+    artifacts::card(places, &report, None)?;
     Ok(Finished::now(&places.target, start, report))
 }
 
@@ -137,7 +140,7 @@ pub(crate) fn dry_run(task: &Task, recipe: &Recipe, global: &Global, show: &Show
         drop(Partial::create(source.dir(), &places.target)?);
     }
     let found = planned(&source, recipe, (text, &output), is_text)?;
-    show.result(&found, |out| crate::plan::text(&found, out))
+    show.result(&found, |out| crate::produce::plan::text(&found, out))
 }
 
 /// Plans, or writes the target and tells what was done.
@@ -146,11 +149,11 @@ pub(crate) fn carry_out(task: &Task, recipe: &Recipe, global: &Global, show: &Sh
         return dry_run(task, recipe, global, show);
     }
     let done = execute(task, recipe, global)?;
-    show.result(&done, |out| tell(&done, out))
+    show.result(&done, |out| print_summary(&done, out))
 }
 
 /// The end of a run for people.
-pub(crate) fn tell(done: &Finished, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+pub(crate) fn print_summary(done: &Finished, out: &mut dyn std::io::Write) -> std::io::Result<()> {
     report::text(&done.report, out)?;
     write!(out, "{}: {}", done.target.display(), time(done.seconds))?;
     match done.peak_memory {

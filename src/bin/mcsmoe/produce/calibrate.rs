@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PathBufValueParser, PossibleValuesParser, TypedValueParser};
 use mcsmoe::Recipe;
 use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
@@ -14,13 +14,15 @@ use serde_json::json;
 
 use crate::args::{Global, TextArgs, bytes};
 use crate::exit::{Failure, Outcome};
+use crate::locate::model_folder;
 use crate::progress::{Progress, peak_memory, warn};
 use crate::show::{Show, count, time};
 
 /// Run text through the model, one layer in memory at a time, and write what its routers did.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The folder of a checkpoint.
+    /// The folder of a checkpoint, or its hub name if it is in the local cache.
+    #[arg(value_parser = PathBufValueParser::new().map(model_folder))]
     model: PathBuf,
     /// Text (.txt, .jsonl, .json, also .gz and .zst), token ids (.safetensors), or a folder.
     text: PathBuf,
@@ -76,7 +78,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
         cx: Context::on(global.compute()?, args.text_args.text_seed),
         ..CalibrateOptions::default()
     };
-    let progress = Progress::new(global, &source);
+    let progress = Progress::new(global);
     let start = Instant::now();
     calibrate(&source, &tokens, needs)
         .options(options)

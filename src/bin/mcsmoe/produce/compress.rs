@@ -6,16 +6,14 @@ use mcsmoe::pipeline::{CompressChoice, ExportChoice, Keep};
 use mcsmoe::stage::{Portion, Size};
 
 use crate::args::Global;
+use crate::common::{self, Task};
 use crate::exit::{Failure, Outcome};
 use crate::show::Show;
-use crate::work::{self, Task};
 
 /// Compress the experts' matrices, as a native folder of factors unless another export is asked
 /// for; without --keep no expert is merged.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    #[command(flatten)]
-    task: Task,
     /// How a matrix is compressed; the recipe's way, or the paper's, unless given.
     #[arg(long, value_enum)]
     by: Option<By>,
@@ -25,13 +23,15 @@ pub(crate) struct Args {
     /// Share of the rows that stay dense.
     #[arg(long, value_name = "PERCENT", default_value = "10")]
     rows: f64,
-    /// The dense lines are columns.
+    /// Columns stay dense in the place of rows.
     #[arg(long)]
     columns: bool,
     /// Low rank of another rank for every matrix, so that the experts of a native folder have this
     /// size, in percent of the source's.
     #[arg(long, value_name = "PERCENT", conflicts_with_all = ["by", "rank", "rows", "columns"])]
     size: Option<f64>,
+    #[command(flatten)]
+    task: Task,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     if asked || recipe.compress.is_none() {
         recipe.compress = Some(choice(args)?);
     }
-    work::carry_out(&args.task, &recipe, global, show)
+    common::carry_out(&args.task, &recipe, global, show)
 }
 
 fn choice(args: &Args) -> Outcome<CompressChoice> {
