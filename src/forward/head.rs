@@ -102,7 +102,8 @@ impl Head {
             let logits = self.logits(hidden, cx.compute())?;
             let row = |i: usize| {
                 let row = logits.slice(s![i, ..]);
-                let values = row.to_slice().unwrap_or_default();
+                let bug = || Error::bug("logits of a token are not in memory order");
+                let values = row.to_slice().ok_or_else(bug)?;
                 Ok(log_sum_exp(values) - f64::from(row[targets[i] as usize]))
             };
             all.extend(par::map(targets.len(), row)?);

@@ -54,6 +54,7 @@ mod laws {
 mod models {
     mod calibrate;
     mod evaluate;
+    mod families;
     mod forward;
     mod forward_switch;
     mod sample;

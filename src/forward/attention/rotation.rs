@@ -45,7 +45,9 @@ impl Rotation {
         if rows != self.table.nrows() || start + 2 * self.half > width {
             return Err(Error::shape("rotary embedding", self.table.dim(), (rows, width)));
         }
-        let Some(values) = x.as_slice_mut() else { return Ok(()) };
+        let Some(values) = x.as_slice_mut() else {
+            return Err(Error::bug("queries or keys are not in memory order"));
+        };
         par::for_each_chunk(values, ROWS * cols, |chunk, block| {
             for (i, row) in block.chunks_exact_mut(cols).enumerate() {
                 let angles = self.table.row(chunk * ROWS + i);

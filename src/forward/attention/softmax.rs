@@ -140,7 +140,9 @@ fn one_head(
             let position = past + first + i;
             let visible = mask.visible(position, keys);
             let visible = visible.start - seen.start..visible.end - seen.start;
-            let Some(row) = row.as_slice_mut() else { continue };
+            let Some(row) = row.as_slice_mut() else {
+                return Err(Error::bug("scores of a query are not in memory order"));
+            };
             if let Some((bias, head)) = bias {
                 bias.add(head, position, seen.start, row);
             }

@@ -83,7 +83,7 @@ pub(crate) fn sum_of<E: Kernel>(
         let (wave, later) = rest.split_at(fits.count());
         let run = |i: usize| wave[i].run(x, &pool, &single).in_expert(wave[i].index);
         let parts = par::map(wave.len(), run)?;
-        scatter(wave, &parts, &mut out);
+        scatter(wave, &parts, &mut out)?;
         for (job, (_, part)) in wave.iter().zip(parts) {
             if let Some(seen) = seen.get_mut(job.index) {
                 seen.append(part);
@@ -142,10 +142,12 @@ fn scatter<E: Sync>(
     jobs: &[Job<'_, E>],
     parts: &[(Scratch<'_>, OutputSums)],
     out: &mut Array2<f32>,
-) {
+) -> Result<()> {
     const ROWS: usize = 128;
     let d = out.ncols();
-    let Some(values) = out.as_slice_mut() else { return };
+    let Some(values) = out.as_slice_mut() else {
+        return Err(Error::bug("outputs of a layer are not in memory order"));
+    };
     par::for_each_chunk(values, ROWS * d, |chunk, rows| {
         let (first, end) = (chunk * ROWS, chunk * ROWS + rows.len() / d.max(1));
         for (job, (part, _)) in jobs.iter().zip(parts) {
@@ -157,6 +159,7 @@ fn scatter<E: Sync>(
             }
         }
     });
+    Ok(())
 }
 
 #[cfg(test)]

@@ -172,7 +172,7 @@ impl DeltaNet {
         let compute = cx.compute();
         let channels = qkv.ncols();
         let Some(values) = qkv.as_slice_mut() else {
-            return Err(Error::shape("convolution", "rows in memory order", channels));
+            return Err(Error::bug("outputs of a convolution are not in memory order"));
         };
         activate(self.activation, values);
         let scale = 1.0 / (d_key as f32).sqrt();
@@ -217,9 +217,10 @@ impl DeltaNet {
         }
         self.norm.in_place(&mut mixed)?;
         let mut z = self.z.view().forward(x, compute)?;
-        if let Some(z) = z.as_slice_mut() {
-            activate(Activation::Silu, z);
-        }
+        let Some(gates) = z.as_slice_mut() else {
+            return Err(Error::bug("gates of a delta net are not in memory order"));
+        };
+        activate(Activation::Silu, gates);
         mixed *= &z;
         self.out.view().forward(mixed.view(), compute)
     }
