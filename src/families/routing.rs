@@ -182,7 +182,8 @@ mod tests {
         assert_eq!(of("granitemoe", "", false).score, Score::SoftmaxOfTopK);
         assert_eq!(of("minimax_m2", "", true).score, Score::Sigmoid);
         let dots = of("dots1", "", true);
-        assert_eq!((dots.scale, dots.groups, dots.renormalise), (1.0, None, true));
+        assert_eq!((dots.scale, dots.groups, dots.renormalise), (1.0, None, false));
+        assert!(of("qwen4_exp", "", false).renormalise);
     }
 
     #[test]

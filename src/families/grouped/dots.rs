@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::families::layout::{FUSED, QWEN};
+use crate::families::routing::{NORM_TOPK_PROB, Renormalise};
 use crate::families::{
     DecoderSpec, Family, Forward, GroupedSpec, Keys, QkNorm, RopeDefaults, Routing, Runtimes,
     SharedSpec,
@@ -10,7 +11,10 @@ use crate::families::{
 pub(super) const FAMILIES: &[Family] = &[Family {
     model_types: &["dots1"],
     layouts: &[&QWEN, &FUSED],
-    routing: Routing::deepseek_v3(1.0, (1, 1)),
+    routing: Routing {
+        renormalise: Renormalise::Key(NORM_TOPK_PROB, false),
+        ..Routing::deepseek_v3(1.0, (1, 1))
+    },
     forward: Forward::Decoder(decoder),
     runtimes: Runtimes::BOTH,
 }];

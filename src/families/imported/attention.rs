@@ -1,10 +1,26 @@
 //! Families whose attention, norms or routers differ from what the forward pass knows.
 
 use crate::families::layout::{DBRX, FUSED, GRANITE, LLAMA4, MIXTRAL, QWEN};
-use crate::families::routing::{Renormalise, Routing, Scale};
+use crate::families::routing::{NORM_TOPK_PROB, Renormalise, Routing, Scale};
 use crate::families::{Family, Forward, Runtimes};
 
 pub(super) const FAMILIES: &[Family] = &[
+    // Hyper-connections, n-gram embeddings and sparse attention.
+    Family {
+        model_types: &["qwen4_exp", "qwen4_exp_text"],
+        layouts: &[&FUSED, &QWEN],
+        routing: Routing::softmax(Renormalise::Key(NORM_TOPK_PROB, true)),
+        forward: Forward::Imported,
+        runtimes: Runtimes::UNKNOWN,
+    },
+    // Sinks, and layers whose heads differ in number and width.
+    Family {
+        model_types: &["mimo_v2_flash"],
+        layouts: &[&QWEN, &FUSED],
+        routing: Routing::deepseek_v3(1.0, (1, 1)),
+        forward: Forward::Imported,
+        runtimes: Runtimes::UNKNOWN,
+    },
     // The weight is on the expert's input, which no rule says; the choice is the same.
     Family {
         model_types: &["llama4", "llama4_text"],

@@ -1,10 +1,18 @@
 //! Families with state spaces or convolutions, which the forward pass does not know.
 
-use crate::families::layout::{GRANITE, JAMBA, LFM2};
+use crate::families::layout::{FUSED, GRANITE, JAMBA, LFM2, QWEN};
 use crate::families::routing::{Renormalise, Routing};
 use crate::families::{Family, Forward, Runtimes};
 
 pub(super) const FAMILIES: &[Family] = &[
+    // Ling and Ring.
+    Family {
+        model_types: &["bailing_hybrid"],
+        layouts: &[&QWEN, &FUSED],
+        routing: Routing::deepseek_v3(2.5, (8, 4)),
+        forward: Forward::Imported,
+        runtimes: Runtimes::UNKNOWN,
+    },
     Family {
         model_types: &["jamba"],
         layouts: &[&JAMBA],
