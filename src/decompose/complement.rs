@@ -1,28 +1,28 @@
-//! Dense lines, and low rank for the others: the best split of a budget between the two.
+//! Dense rows, and low rank for the others: the best split of a budget between the two.
 
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
-use super::score::{LineScore, others, squares, top};
+use super::score::{RowScore, others, squares, top};
 use super::{LowRankSparse, Whitening, check};
 use crate::error::{Error, Result};
 use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
-/// Keeps `k` lines of `W` dense and fits the low rank to the others:
-/// `min over |K| = k, rank r of ‖(W − L R) S‖²` on the lines outside `K`, with `S Sᵀ` the inputs'
+/// Keeps `k` rows of `W` dense and fits the low rank to the others:
+/// `min over |K| = k, rank r of ‖(W − L R) S‖²` on the rows outside `K`, with `S Sᵀ` the inputs'
 /// damped second moment, or the identity without moments.
 ///
-/// In the paper the kept lines are those of `W − L R` with `L R` fitted to all of `W`, so that the
-/// low rank spends itself on lines that are exact anyway. Here `K` and the fit take turns: `K` is
-/// the `k` lines that the subspace represents worst, the fit is the truncated SVD of the rest.
+/// In the paper the kept rows are those of `W − L R` with `L R` fitted to all of `W`, so that the
+/// low rank spends itself on rows that are exact anyway. Here `K` and the fit take turns: `K` is
+/// the `k` rows that the subspace represents worst, the fit is the truncated SVD of the rest.
 /// Each half lowers the loss, so it stops when `K` is stable, or after `rounds`. The loss is at
-/// most that of [`LowRankSparse`], by either score, with the same rank and number of lines: the
-/// lines which that would keep are tried as a start (up to the tolerance of the SVD method).
+/// most that of [`LowRankSparse`], by either score, with the same rank and number of rows: the
+/// rows which that would keep are tried as a start (up to the tolerance of the SVD method).
 ///
 /// `L` has zeros in the kept rows (`R` in the kept columns); they are counted as parameters though
-/// a format may leave them out. The rank is at most that of the remaining lines. Cost: one
+/// a format may leave them out. The rank is at most that of the remaining rows. Cost: one
 /// truncated SVD a round, twice with moments; columns also take a Cholesky factorisation a round.
 /// Source: this crate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 pub struct Complement {
     /// Rows or columns.
     pub structure: Structure,
-    /// How often the kept lines may change.
+    /// How often the kept rows may change.
     pub rounds: usize,
     /// `ε`: the damping of the moments, as a share of their mean diagonal entry.
     pub damping: f64,
@@ -45,12 +45,12 @@ impl Default for Complement {
     }
 }
 
-/// A fit outside the kept lines, and its loss.
+/// A fit outside the kept rows, and its loss.
 struct Fit {
     kept: Vec<u32>,
-    /// `(lines left, r)`, or `(m, r)` by columns.
+    /// `(rows left, r)`, or `(m, r)` by columns.
     left: Array2<f32>,
-    /// `(r, n)`, or `(r, lines left)` by columns; not whitened.
+    /// `(r, n)`, or `(r, rows left)` by columns; not whitened.
     right: Array2<f32>,
     loss: f64,
 }
@@ -69,7 +69,7 @@ struct Problem<'a> {
 impl Problem<'_> {
     fn fit(&self, kept: Vec<u32>) -> Result<Fit> {
         let (cx, by) = (self.cx, self.how.structure);
-        let rest = others(&kept, by.lines(self.weight.dim()));
+        let rest = others(&kept, by.count(self.weight.dim()));
         let part = self.weight.select(by.axis(), &rest);
         let own;
         let whitening = match (by, self.moments) {
@@ -96,7 +96,7 @@ impl Problem<'_> {
         Ok(Fit { kept, left, right, loss: (total - captured).max(0.0) })
     }
 
-    /// The `k` lines of all of `W` that the fitted subspace represents worst.
+    /// The `k` rows of all of `W` that the fitted subspace represents worst.
     fn worst(&self, fit: &Fit) -> Result<Vec<u32>> {
         let residual = match self.how.structure {
             Structure::Rows => self.off_rows(fit)?,
@@ -140,8 +140,8 @@ impl Problem<'_> {
         Ok(best)
     }
 
-    /// The lines that [`LowRankSparse`] would keep.
-    fn reference(&self, score: LineScore) -> Result<Vec<u32>> {
+    /// The rows that [`LowRankSparse`] would keep.
+    fn reference(&self, score: RowScore) -> Result<Vec<u32>> {
         let Complement { structure, svd, .. } = *self.how;
         let reference = LowRankSparse { structure, score, svd };
         let kept = reference.decompose(self.weight, self.moments, &self.budget, self.cx)?;
@@ -150,7 +150,7 @@ impl Problem<'_> {
 }
 
 impl Complement {
-    /// The fit around lines that were chosen elsewhere, ascending.
+    /// The fit around rows that were chosen elsewhere, ascending.
     ///
     /// # Errors
     /// As [`Decomposer::decompose`]; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for
@@ -163,11 +163,11 @@ impl Complement {
         rank: usize,
         cx: &Context,
     ) -> Result<Factored> {
-        let count = self.structure.lines(weight.dim());
+        let count = self.structure.count(weight.dim());
         let ascending = kept.windows(2).all(|w| w[0] < w[1]);
         if !ascending || kept.last().is_some_and(|&last| last as usize >= count) {
             let expected = format!("ascending numbers below {count}");
-            return Err(Error::range("kept lines", expected, format!("{kept:?}")));
+            return Err(Error::range("kept rows or columns", expected, format!("{kept:?}")));
         }
         let budget = RankBudget { rank, rows: kept.len() };
         let fit = self.problem(weight, moments, &budget, cx)?.fit(kept)?;
@@ -217,11 +217,11 @@ impl Decomposer for Complement {
         cx: &Context,
     ) -> Result<Factored> {
         let problem = self.problem(weight, moments, budget, cx)?;
-        let mut best = problem.descend(problem.reference(LineScore::Energy)?)?;
-        // In the plain metric the lines of largest energy are the best for the reference's fit, so
+        let mut best = problem.descend(problem.reference(RowScore::Energy)?)?;
+        // In the plain metric the rows of largest energy are the best for the reference's fit, so
         // that its choice by magnitude cannot do better than the start above.
         if moments.is_some() && budget.rows > 0 {
-            let other = problem.descend(problem.reference(LineScore::Magnitude)?)?;
+            let other = problem.descend(problem.reference(RowScore::Magnitude)?)?;
             if other.loss < best.loss {
                 best = other;
             }
@@ -230,20 +230,20 @@ impl Decomposer for Complement {
     }
 }
 
-/// Puts the fit back among the kept lines of `W`.
+/// Puts the fit back among the kept rows of `W`.
 fn assemble(weight: ArrayView2<'_, f32>, by: Structure, fit: Fit) -> Result<Factored> {
     let (m, n) = weight.dim();
-    let rest = others(&fit.kept, by.lines((m, n)));
-    let lines = by.pick(weight, &fit.kept);
+    let rest = others(&fit.kept, by.count((m, n)));
+    let exact = by.pick(weight, &fit.kept);
     let rank = fit.left.ncols();
     let (left, right) = match by {
         Structure::Rows => (spread(&fit.left, by, &rest, (m, rank)), fit.right),
         Structure::Columns => (fit.left, spread(&fit.right, by, &rest, (rank, n))),
     };
-    Factored::new(left, right, by, fit.kept, lines)
+    Factored::new(left, right, by, fit.kept, exact)
 }
 
-/// Zeros of a shape, with the lines of `part` at `places`.
+/// Zeros of a shape, with the rows of `part` at `places`.
 fn spread(
     part: &Array2<f32>,
     by: Structure,
@@ -251,8 +251,8 @@ fn spread(
     shape: (usize, usize),
 ) -> Array2<f32> {
     let mut out = Array2::zeros(shape);
-    for (&i, line) in places.iter().zip(part.axis_iter(by.axis())) {
-        out.index_axis_mut(by.axis(), i).assign(&line);
+    for (&i, row) in places.iter().zip(part.axis_iter(by.axis())) {
+        out.index_axis_mut(by.axis(), i).assign(&row);
     }
     out
 }

@@ -4,29 +4,29 @@ use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::check;
-use super::score::{LineScore, check_scores, top};
+use super::score::{RowScore, check_scores, top};
 use crate::error::{Error, Result};
 use crate::linalg::SvdMethod;
 use crate::model::{Factored, Finite, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
-/// `W ≈ L R + S`: the low-rank part is the truncated SVD of all of `W`, `S` the `rows` lines of
-/// `W − L R` with the largest score, so that those lines are exact. Parameters: `r (m + n) + k n`.
+/// `W ≈ L R + S`: the low-rank part is the truncated SVD of all of `W`, `S` the `rows` rows of
+/// `W − L R` with the largest score, so that those rows are exact. Parameters: `r (m + n) + k n`.
 ///
 /// Source: the paper and LoSparse (arXiv 2306.11222), at the initialisation
 /// `L = U_r Σ_r^½`, `R = Σ_r^½ V_rᵀ`. Their importance comes from gradients over fine-tuning:
 /// [`LowRankSparse::with_importance`] takes it, [`platon`](super::platon) computes it. Without
-/// gradients the score is their magnitude criterion, mean `|S|` of the line.
+/// gradients the score is their magnitude criterion, mean `|S|` of the row.
 ///
-/// Deviation: every matrix keeps its own number of lines. Theirs compete over all matrices for one
-/// threshold; [`platon::surviving_lines`](super::platon::surviving_lines) does that.
+/// Deviation: every matrix keeps its own number of rows. Theirs compete over all matrices for one
+/// threshold; [`platon::surviving_rows`](super::platon::surviving_rows) does that.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LowRankSparse {
     /// Rows (the paper) or columns.
     pub structure: Structure,
-    /// Which lines are kept.
-    pub score: LineScore,
+    /// Which rows are kept.
+    pub score: RowScore,
     /// How the singular vectors are found.
     pub svd: SvdMethod,
 }
@@ -52,7 +52,7 @@ impl LowRankSparse {
         Ok((left, right, residual))
     }
 
-    /// The decomposition that keeps the lines with the largest `importance`, one value a line.
+    /// The decomposition that keeps the rows with the largest `importance`, one value a row.
     ///
     /// # Errors
     /// As [`Decomposer::decompose`]; [`ErrorKind::Shape`](crate::ErrorKind::Shape) or
@@ -65,12 +65,12 @@ impl LowRankSparse {
         cx: &Context,
     ) -> Result<Factored> {
         check(weight, None, budget, self.structure)?;
-        check_scores(importance, self.structure.lines(weight.dim()))?;
+        check_scores(importance, self.structure.count(weight.dim()))?;
         let (left, right, residual) = self.split(weight, budget.rank, cx)?;
         self.keep(left, right, &residual, top(importance, budget.rows))
     }
 
-    /// The decomposition that keeps the lines of largest mean `|S ⊙ ∇S|`: what the loss would
+    /// The decomposition that keeps the rows of largest mean `|S ⊙ ∇S|`: what the loss would
     /// lose without them, to first order. `gradient` is `∇W = ∇S` of the loss, `(m, n)`. Over
     /// several steps of training [`Sensitivity`](super::platon::Sensitivity) smooths these scores.
     ///
@@ -91,7 +91,7 @@ impl LowRankSparse {
         gradient.check_finite("gradient of a matrix")?;
         let (left, right, residual) = self.split(weight, budget.rank, cx)?;
         let product = &residual * &gradient;
-        let scores = LineScore::Magnitude.of(product.view(), self.structure, None, cx)?;
+        let scores = RowScore::Magnitude.of(product.view(), self.structure, None, cx)?;
         self.keep(left, right, &residual, top(&scores, budget.rows))
     }
 
@@ -102,8 +102,8 @@ impl LowRankSparse {
         residual: &Array2<f32>,
         kept: Vec<u32>,
     ) -> Result<Factored> {
-        let lines = self.structure.pick(residual.view(), &kept);
-        Factored::new(left, right, self.structure, kept, lines)
+        let exact = self.structure.pick(residual.view(), &kept);
+        Factored::new(left, right, self.structure, kept, exact)
     }
 }
 
@@ -128,6 +128,6 @@ impl Decomposer for LowRankSparse {
     }
 
     fn uses_moments(&self) -> bool {
-        self.score == LineScore::Energy
+        self.score == RowScore::Energy
     }
 }

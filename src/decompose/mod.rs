@@ -7,8 +7,10 @@
 //! | [`Whitened`] | `W`, error weighed by the inputs | nothing | required |
 //! | [`LowRank`] | `W`, error weighed by the inputs if known | nothing | optional |
 //! | [`LowRankSparse`] | all of `W` (the paper) | rows or columns of `W − L R` | score only |
-//! | [`Complement`] | the lines that are not kept | rows or columns of `W` | optional |
+//! | [`Complement`] | the rows that are not kept | rows or columns of `W` | optional |
 //! | [`SparseOnly`] | – | rows or columns of `W` | score only |
+//!
+//! What is said of kept rows holds for kept columns where the structure is by columns.
 //!
 //! [`ranks`] chooses ranks: by ratio, by kept energy, or for all matrices of a model within one
 //! budget. [`platon`] is the paper's importance, smoothed over training steps, with its schedule.
@@ -36,7 +38,7 @@ pub use compress::{
 pub use low_rank::LowRank;
 pub use low_rank_sparse::LowRankSparse;
 pub use neurons::{around_neurons, kept_neurons, neuron_scores, reduced};
-pub use score::LineScore;
+pub use score::RowScore;
 pub use shared::{BaseAndDeltas, SharedBasis};
 pub use sparse_only::SparseOnly;
 pub use truncated_svd::TruncatedSvd;
@@ -87,11 +89,11 @@ fn check(
     if let Some(moments) = moments {
         moments.check_width(weight.ncols())?;
     }
-    budget.check(weight.dim(), structure.lines(weight.dim()))
+    budget.check(weight.dim(), structure.count(weight.dim()))
 }
 
 /// Methods without a sparse part refuse a budget for one.
-fn no_lines(method: &str, budget: &RankBudget) -> Result<()> {
+fn no_kept_rows(method: &str, budget: &RankBudget) -> Result<()> {
     match budget.rows {
         0 => Ok(()),
         rows => Err(Error::range(format!("kept rows of {method}, which keeps none"), 0, rows)),

@@ -111,23 +111,23 @@ impl CubicSchedule {
 
 /// Row scores of one matrix, and how many numbers a row holds.
 #[derive(Debug, Clone, Copy)]
-pub struct ScoredLines<'a> {
-    /// One score a line.
+pub struct ScoredRows<'a> {
+    /// One score a row.
     pub scores: &'a [f64],
-    /// Numbers in a line: it counts for so many in the share.
+    /// Numbers in a row: it counts for so many in the share.
     pub width: usize,
 }
 
-/// Which lines of each matrix survive one threshold `τ` over the numbers of all matrices, of which
-/// the share `q` is kept: `τ` is the `⌊N (1 − q)⌋`-th smallest of `N` scores, each line counted
-/// once for every number in it, and lines with a score of `τ` or more survive. Ties survive, so
+/// Which rows of each matrix survive one threshold `τ` over the numbers of all matrices, of which
+/// the share `q` is kept: `τ` is the `⌊N (1 − q)⌋`-th smallest of `N` scores, each row counted
+/// once for every number in it, and rows with a score of `τ` or more survive. Ties survive, so
 /// slightly more than the share may be left. Also returns `τ`; `None` when nothing is removed.
 ///
 /// # Errors
 /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside `(0, 1]`,
 /// [`ErrorKind::NotFinite`](crate::ErrorKind::NotFinite) for a score that is not finite.
-pub fn surviving_lines(
-    matrices: &[ScoredLines<'_>],
+pub fn surviving_rows(
+    matrices: &[ScoredRows<'_>],
     share: f64,
 ) -> Result<(Vec<Vec<u32>>, Option<f64>)> {
     if !(share > 0.0 && share <= 1.0) {
@@ -148,10 +148,10 @@ pub fn surviving_lines(
     });
     let threshold = threshold.map(|(score, _)| *score);
     let survives = |score: f64| threshold.is_none_or(|t| score >= t);
-    let lines = |m: &ScoredLines<'_>| {
+    let of_matrix = |m: &ScoredRows<'_>| {
         (0u32..).zip(m.scores).filter(|(_, s)| survives(**s)).map(|(i, _)| i).collect()
     };
-    Ok((matrices.iter().map(lines).collect(), threshold))
+    Ok((matrices.iter().map(of_matrix).collect(), threshold))
 }
 
 #[cfg(test)]
@@ -186,15 +186,15 @@ mod tests {
     }
 
     #[test]
-    fn lines_compete_over_matrices_by_their_width() {
-        let a = ScoredLines { scores: &[1.0, 4.0], width: 3 };
-        let b = ScoredLines { scores: &[2.0, 3.0, 3.0], width: 1 };
+    fn rows_compete_over_matrices_by_their_width() {
+        let a = ScoredRows { scores: &[1.0, 4.0], width: 3 };
+        let b = ScoredRows { scores: &[2.0, 3.0, 3.0], width: 1 };
         // Nine numbers: 1 1 1 2 3 3 4 4 4.
-        let of = |share| surviving_lines(&[a, b], share).unwrap();
+        let of = |share| surviving_rows(&[a, b], share).unwrap();
         assert_eq!(of(1.0), (vec![vec![0, 1], vec![0, 1, 2]], None));
         assert_eq!(of(0.5), (vec![vec![1], vec![0, 1, 2]], Some(2.0)));
         assert_eq!(of(0.4), (vec![vec![1], vec![1, 2]], Some(3.0)));
-        assert!(surviving_lines(&[a], 0.0).is_err());
-        assert!(surviving_lines(&[ScoredLines { scores: &[f64::NAN], width: 1 }], 0.5).is_err());
+        assert!(surviving_rows(&[a], 0.0).is_err());
+        assert!(surviving_rows(&[ScoredRows { scores: &[f64::NAN], width: 1 }], 0.5).is_err());
     }
 }

@@ -11,17 +11,17 @@ use crate::stage::{Context, Moments};
 /// The score of a row `s_a` (or column) of the residual `S`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum LineScore {
-    /// Mean of `|S|` along the line: the paper's, of its magnitude criterion.
+pub enum RowScore {
+    /// Mean of `|S|` along the row: the paper's, of its magnitude criterion.
     #[default]
     Magnitude,
-    /// What the output loses without the line: `s_a C s_aᵀ` for rows, `‖s_a‖² C_aa` for columns,
+    /// What the output loses without the row: `s_a C s_aᵀ` for rows, `‖s_a‖² C_aa` for columns,
     /// with `C` the inputs' second moment; the sum of squares without moments.
     Energy,
 }
 
-impl LineScore {
-    /// The score of every line of `S: (m, n)`.
+impl RowScore {
+    /// The score of every row of `S: (m, n)`.
     ///
     /// # Errors
     /// Those of the whitening.
@@ -33,34 +33,34 @@ impl LineScore {
         cx: &Context,
     ) -> Result<Vec<f64>> {
         match (self, moments) {
-            (Self::Magnitude, _) => Ok(lines(residual, structure, |x| x.abs(), true)),
-            (Self::Energy, None) => Ok(lines(residual, structure, |x| x * x, false)),
+            (Self::Magnitude, _) => Ok(sums(residual, structure, |x| x.abs(), true)),
+            (Self::Energy, None) => Ok(sums(residual, structure, |x| x * x, false)),
             (Self::Energy, Some(moments)) if structure == Structure::Columns => {
-                let plain = lines(residual, structure, |x| x * x, false);
+                let plain = sums(residual, structure, |x| x * x, false);
                 Ok(plain.iter().zip(moments.rms()).map(|(s, rms)| s * rms * rms).collect())
             }
             (Self::Energy, Some(moments)) => {
                 let white = Whitening::new(moments, 0.0, cx)?.apply(residual, cx)?;
-                Ok(lines(white.view(), structure, |x| x * x, false))
+                Ok(sums(white.view(), structure, |x| x * x, false))
             }
         }
     }
 }
 
-fn lines(a: ArrayView2<'_, f32>, by: Structure, f: fn(f64) -> f64, mean: bool) -> Vec<f64> {
-    let sum = |line: ndarray::ArrayView1<'_, f32>| {
-        let total: f64 = line.iter().map(|&x| f(f64::from(x))).sum();
-        if mean { total / line.len().max(1) as f64 } else { total }
+fn sums(a: ArrayView2<'_, f32>, by: Structure, f: fn(f64) -> f64, mean: bool) -> Vec<f64> {
+    let sum = |row: ndarray::ArrayView1<'_, f32>| {
+        let total: f64 = row.iter().map(|&x| f(f64::from(x))).sum();
+        if mean { total / row.len().max(1) as f64 } else { total }
     };
     a.axis_iter(by.axis()).map(sum).collect()
 }
 
-/// Squared norms of the lines of a matrix.
+/// Squared norms of the rows of a matrix.
 pub(super) fn squares(a: ArrayView2<'_, f32>, by: Structure) -> Vec<f64> {
-    lines(a, by, |x| x * x, false)
+    sums(a, by, |x| x * x, false)
 }
 
-/// The `k` lines with the largest scores, ascending; ties go to the smaller index.
+/// The `k` rows with the largest scores, ascending; ties go to the smaller index.
 pub(super) fn top(scores: &[f64], k: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     let score = |i: u32| scores[i as usize];
@@ -70,7 +70,7 @@ pub(super) fn top(scores: &[f64], k: usize) -> Vec<u32> {
     order
 }
 
-/// The lines that are not among `kept`, ascending.
+/// The rows that are not among `kept`, ascending.
 pub(super) fn others(kept: &[u32], count: usize) -> Vec<usize> {
     (0..count).filter(|&i| kept.binary_search(&(i as u32)).is_err()).collect()
 }
@@ -92,17 +92,17 @@ mod tests {
     fn scores_by_hand() {
         let s = array![[1.0, -3.0], [2.0, 0.0]];
         let moments = Moments::new(array![[4.0, 1.0], [1.0, 9.0]], 1).unwrap();
-        let of = |score: LineScore, by, moments| {
+        let of = |score: RowScore, by, moments| {
             score.of(s.view(), by, moments, &Context::cpu(0)).unwrap()
         };
         let (rows, columns) = (Structure::Rows, Structure::Columns);
-        assert_eq!(of(LineScore::Magnitude, rows, None), [2.0, 1.0]);
-        assert_eq!(of(LineScore::Magnitude, columns, Some(&moments)), [1.5, 1.5]);
-        assert_eq!(of(LineScore::Energy, rows, None), [10.0, 4.0]);
+        assert_eq!(of(RowScore::Magnitude, rows, None), [2.0, 1.0]);
+        assert_eq!(of(RowScore::Magnitude, columns, Some(&moments)), [1.5, 1.5]);
+        assert_eq!(of(RowScore::Energy, rows, None), [10.0, 4.0]);
         // (1, −3) C (1, −3)ᵀ = 4 − 6 + 81.
-        let weighed = of(LineScore::Energy, rows, Some(&moments));
+        let weighed = of(RowScore::Energy, rows, Some(&moments));
         approx::assert_abs_diff_eq!(weighed[..], [79.0, 16.0], epsilon = 1e-4);
-        let weighed = of(LineScore::Energy, columns, Some(&moments));
+        let weighed = of(RowScore::Energy, columns, Some(&moments));
         approx::assert_abs_diff_eq!(weighed[..], [20.0, 81.0], epsilon = 1e-9);
     }
 

@@ -4,22 +4,22 @@ use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
 use super::check;
-use super::score::{LineScore, top};
+use super::score::{RowScore, top};
 use crate::error::{Error, Result};
 use crate::model::{Factored, Structure};
 use crate::stage::{Context, Decomposer, Moments, RankBudget, Stage};
 
-/// Structured pruning: `W` with only its `rows` best lines. Parameters: `k n` for rows.
+/// Structured pruning: `W` with only its `rows` best rows. Parameters: `k n` for rows.
 ///
-/// Source: the paper's `S` without its low-rank part. By [`LineScore::Energy`] no other
+/// Source: the paper's `S` without its low-rank part. By [`RowScore::Energy`] no other
 /// choice of rows has a smaller output error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SparseOnly {
     /// Rows or columns.
     pub structure: Structure,
-    /// Which lines are the best.
-    pub score: LineScore,
+    /// Which rows are the best.
+    pub score: RowScore,
 }
 
 impl Stage for SparseOnly {
@@ -42,11 +42,11 @@ impl Decomposer for SparseOnly {
         }
         let scores = self.score.of(weight, self.structure, moments, cx)?;
         let kept = top(&scores, budget.rows);
-        let lines = self.structure.pick(weight, &kept);
-        Factored::sparse(weight.dim(), self.structure, kept, lines)
+        let exact = self.structure.pick(weight, &kept);
+        Factored::sparse(weight.dim(), self.structure, kept, exact)
     }
 
     fn uses_moments(&self) -> bool {
-        self.score == LineScore::Energy
+        self.score == RowScore::Energy
     }
 }

@@ -3,7 +3,7 @@
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-use super::{check, no_lines};
+use super::{check, no_kept_rows};
 use crate::error::Result;
 use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
@@ -34,7 +34,7 @@ impl Decomposer for TruncatedSvd {
         cx: &Context,
     ) -> Result<Factored> {
         check(weight, moments, budget, Structure::Rows)?;
-        no_lines("svd", budget)?;
+        no_kept_rows("svd", budget)?;
         let svd = cx.truncated_svd(weight, budget.rank, self.svd)?;
         let (left, right) = svd.into_balanced();
         Factored::low_rank(left, right)

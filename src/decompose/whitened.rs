@@ -3,7 +3,7 @@
 use ndarray::ArrayView2;
 use serde::{Deserialize, Serialize};
 
-use super::{Whitening, check, no_lines};
+use super::{Whitening, check, no_kept_rows};
 use crate::error::{ErrorKind, Result};
 use crate::linalg::SvdMethod;
 use crate::model::{Factored, Structure};
@@ -54,7 +54,7 @@ impl Decomposer for Whitened {
         cx: &Context,
     ) -> Result<Factored> {
         check(weight, moments, budget, Structure::Rows)?;
-        no_lines("whitened-svd", budget)?;
+        no_kept_rows("whitened-svd", budget)?;
         let moments = moments.ok_or_else(|| ErrorKind::Missing {
             stage: "whitened-svd".into(),
             needs: "second moments of the inputs".into(),

@@ -57,7 +57,7 @@ impl Factor {
     pub(crate) const ALL: [Self; 6] =
         [Self::Left, Self::Right, Self::Rows, Self::RowIndex, Self::Columns, Self::ColumnIndex];
 
-    /// The kept lines of a structure, and their numbers.
+    /// The kept rows of a structure, and their numbers.
     pub(crate) const fn of(structure: Structure) -> [Self; 2] {
         match structure {
             Structure::Rows => [Self::Rows, Self::RowIndex],
@@ -78,7 +78,7 @@ impl Factor {
     }
 }
 
-/// Whether a tensor holds the numbers of kept lines, which are no parameters.
+/// Whether a tensor holds the numbers of kept rows, which are no parameters.
 pub(crate) fn is_index(name: &str) -> bool {
     name.ends_with(".weight.row_index") || name.ends_with(".weight.column_index")
 }
@@ -89,7 +89,7 @@ pub(crate) struct Factors {
     pub(crate) left: Piece,
     pub(crate) right: Piece,
     pub(crate) structure: Structure,
-    /// The kept lines: `(k, n)` or `(m, k)`.
+    /// The kept rows: `(k, n)` or `(m, k)`.
     pub(crate) lines: Piece,
     /// A row of `k`.
     pub(crate) index: Piece,
@@ -134,7 +134,7 @@ impl Factors {
                     .in_tensor(&store.entry(piece.tensor).name),
             };
         fits(right, (left.cols, right.cols))?;
-        fits(lines, line_shape(structure, (left.rows, right.cols), index.cols))?;
+        fits(lines, kept_shape(structure, (left.rows, right.cols), index.cols))?;
         let entry = store.entry(index.tensor);
         if entry.dtype.name() != "I32" {
             let (found, supported) = (entry.dtype.name().into(), "I32".into());
@@ -145,7 +145,7 @@ impl Factors {
         Ok(Self { left, right, structure, lines, index })
     }
 
-    /// `L`, `R` and the kept lines.
+    /// `L`, `R` and the kept rows.
     pub(crate) fn read(&self, store: &Store) -> Result<Factored> {
         let matrix = |piece: Piece| {
             weights::matrix((piece.rows, piece.cols), weights::values(store, piece)?)
@@ -187,12 +187,12 @@ impl Factors {
         let mut right = Array2::zeros((self.right.rows, self.right.cols));
         right.slice_mut(s![..rank, ..]).assign(&factored.right());
         let flat = |a: Array2<f32>| a.into_iter().collect();
-        Ok([flat(left), flat(right), flat(factored.lines().to_owned())])
+        Ok([flat(left), flat(right), flat(factored.kept().to_owned())])
     }
 }
 
-/// `(k, n)` or `(m, k)`: the shape of `k` kept lines of an `(m, n)` matrix.
-pub(crate) const fn line_shape(by: Structure, (m, n): (usize, usize), k: usize) -> (usize, usize) {
+/// `(k, n)` or `(m, k)`: the shape of `k` kept rows of an `(m, n)` matrix.
+pub(crate) const fn kept_shape(by: Structure, (m, n): (usize, usize), k: usize) -> (usize, usize) {
     match by {
         Structure::Rows => (k, n),
         Structure::Columns => (m, k),

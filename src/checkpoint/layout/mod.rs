@@ -8,5 +8,5 @@ mod scan_fused;
 mod scan_layer;
 
 pub use factors::Factoring;
-pub(crate) use factors::{Factor, Factors, is_index, line_shape};
+pub(crate) use factors::{Factor, Factors, is_index, kept_shape};
 pub(crate) use scan_layer::{LayerTensors, Order, Piece, Projection};

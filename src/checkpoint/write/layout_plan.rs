@@ -11,7 +11,7 @@ use super::dequantise::Plain;
 use super::writer::{Export, WritePlan};
 use crate::checkpoint::dtype::Dtype;
 use crate::checkpoint::layout::{
-    Factor, Factoring, Factors, LayerTensors, Order, Piece, Projection, line_shape,
+    Factor, Factoring, Factors, LayerTensors, Order, Piece, Projection, kept_shape,
 };
 use crate::checkpoint::read::{Checkpoint, Store};
 use crate::error::Result;
@@ -233,7 +233,7 @@ impl Draft {
         let left = push(Factor::Left, vec![m, rank], dtype);
         let right = push(Factor::Right, vec![rank, n], dtype);
         let [lines, index] = Factor::of(structure);
-        let shape = line_shape(structure, (m, n), rows);
+        let shape = kept_shape(structure, (m, n), rows);
         let lines = push(lines, vec![shape.0, shape.1], dtype);
         let index = push(index, vec![rows], Dtype::I32);
         let factors = Some(Factors { left, right, structure, lines, index });

@@ -48,7 +48,7 @@ impl Plan {
         self.outs.iter().map(|o| o.bytes as u64).sum()
     }
 
-    /// Parameters of all tensors; the numbers of kept lines are none.
+    /// Parameters of all tensors; the numbers of kept rows are none.
     pub(super) fn parameters(&self) -> u64 {
         let weights = self.outs.iter().filter(|o| !is_index(&o.name));
         weights.map(|o| o.shape.iter().product::<usize>() as u64).sum()

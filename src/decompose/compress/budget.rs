@@ -23,12 +23,12 @@ impl MatrixBudget {
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) for a share outside (0, 1], a rank
     /// above `min(m, n)`, or neither.
     pub fn of(&self, dim: (usize, usize)) -> Result<RankBudget> {
-        let lines = self.structure.lines(dim);
+        let count = self.structure.count(dim);
         let mut budget = RankBudget::rank(self.rank);
         if let Some(share) = self.rows {
-            budget = budget.with_share(lines, share)?;
+            budget = budget.with_share(count, share)?;
         }
-        budget.check(dim, lines)?;
+        budget.check(dim, count)?;
         Ok(budget)
     }
 }

@@ -73,7 +73,7 @@ fn add_lines(
     let mut part = pool.take(x.nrows(), at.len());
     match f.structure() {
         Structure::Rows => {
-            compute.gemm(1.0, x, f.lines().t(), 0.0, part.view_mut())?;
+            compute.gemm(1.0, x, f.kept().t(), 0.0, part.view_mut())?;
             for (mut row, part) in out.rows_mut().into_iter().zip(part.view().rows()) {
                 at.iter().zip(part).for_each(|(&i, y)| row[i as usize] += y);
             }
@@ -82,7 +82,7 @@ fn add_lines(
             for (mut part, row) in part.view_mut().rows_mut().into_iter().zip(x.rows()) {
                 part.iter_mut().zip(at).for_each(|(x, &i)| *x = row[i as usize]);
             }
-            compute.gemm(1.0, part.view(), f.lines().t(), 1.0, out)?;
+            compute.gemm(1.0, part.view(), f.kept().t(), 1.0, out)?;
         }
     }
     Ok(())

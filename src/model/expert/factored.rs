@@ -34,7 +34,7 @@ impl Structure {
     }
 
     /// The number of rows or columns of an `(m, n)` matrix.
-    pub const fn lines(self, (m, n): (usize, usize)) -> usize {
+    pub const fn count(self, (m, n): (usize, usize)) -> usize {
         match self {
             Self::Rows => m,
             Self::Columns => n,
@@ -54,11 +54,11 @@ pub struct Factored {
     right: Array2<f32>,
     structure: Structure,
     indices: Vec<u32>,
-    lines: Array2<f32>,
+    kept: Array2<f32>,
 }
 
 impl Factored {
-    /// Checks the parts. `lines` are the kept rows `(k, n)` or the kept columns `(m, k)`, in the
+    /// Checks the parts. `kept` are the kept rows `(k, n)` or the kept columns `(m, k)`, in the
     /// order of `indices`.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ impl Factored {
         right: Array2<f32>,
         structure: Structure,
         indices: Vec<u32>,
-        lines: Array2<f32>,
+        kept: Array2<f32>,
     ) -> Result<Self> {
         let (m, r, n, k) = (left.nrows(), left.ncols(), right.ncols(), indices.len());
         if right.nrows() != r {
@@ -81,10 +81,10 @@ impl Factored {
             Structure::Rows => (k, n),
             Structure::Columns => (m, k),
         };
-        if lines.dim() != expected {
-            return Err(Error::shape("kept rows or columns", expected, lines.dim()));
+        if kept.dim() != expected {
+            return Err(Error::shape("kept rows or columns", expected, kept.dim()));
         }
-        let count = structure.lines((m, n));
+        let count = structure.count((m, n));
         let ascending = indices.windows(2).all(|w| w[0] < w[1]);
         if !ascending || indices.last().is_some_and(|&i| i as usize >= count) {
             let expected = format!("ascending numbers below {count}");
@@ -99,8 +99,8 @@ impl Factored {
         }
         left.check_finite("left factor")?;
         right.check_finite("right factor")?;
-        lines.check_finite("kept rows or columns")?;
-        Ok(Self { left, right, structure, indices, lines })
+        kept.check_finite("kept rows or columns")?;
+        Ok(Self { left, right, structure, indices, kept })
     }
 
     /// Low rank only.
@@ -120,9 +120,9 @@ impl Factored {
         (m, n): (usize, usize),
         structure: Structure,
         indices: Vec<u32>,
-        lines: Array2<f32>,
+        kept: Array2<f32>,
     ) -> Result<Self> {
-        Self::new(Array2::zeros((m, 0)), Array2::zeros((0, n)), structure, indices, lines)
+        Self::new(Array2::zeros((m, 0)), Array2::zeros((0, n)), structure, indices, kept)
     }
 
     /// `(m, n)`.
@@ -156,8 +156,8 @@ impl Factored {
     }
 
     /// The kept rows `(k, n)` or columns `(m, k)` of `S`.
-    pub fn lines(&self) -> ArrayView2<'_, f32> {
-        self.lines.view()
+    pub fn kept(&self) -> ArrayView2<'_, f32> {
+        self.kept.view()
     }
 
     /// `L R + S: (m, n)`.
@@ -170,9 +170,9 @@ impl Factored {
             compute.gemm(1.0, self.left.view(), self.right.view(), 0.0, out.view_mut())?;
         }
         let axis = self.structure.axis();
-        for (&i, line) in self.indices.iter().zip(self.lines.axis_iter(axis)) {
+        for (&i, row) in self.indices.iter().zip(self.kept.axis_iter(axis)) {
             let mut target = out.index_axis_mut(axis, i as usize);
-            target += &line;
+            target += &row;
         }
         Ok(out)
     }
@@ -199,7 +199,7 @@ impl Factored {
         match self.structure {
             Structure::Rows => {
                 let mut extra = Array2::zeros((x.nrows(), self.indices.len()));
-                compute.gemm(1.0, x, self.lines.t(), 0.0, extra.view_mut())?;
+                compute.gemm(1.0, x, self.kept.t(), 0.0, extra.view_mut())?;
                 for (mut row, extra) in out.rows_mut().into_iter().zip(extra.rows()) {
                     self.indices.iter().zip(extra).for_each(|(&i, e)| row[i as usize] += e);
                 }
@@ -207,7 +207,7 @@ impl Factored {
             Structure::Columns => {
                 let at: Vec<usize> = self.indices.iter().map(|&i| i as usize).collect();
                 let kept = x.select(Axis(1), &at);
-                compute.gemm(1.0, kept.view(), self.lines.t(), 1.0, out.view_mut())?;
+                compute.gemm(1.0, kept.view(), self.kept.t(), 1.0, out.view_mut())?;
             }
         }
         Ok(out)
@@ -216,7 +216,7 @@ impl Factored {
     /// Numbers stored: `r (m + n) + k n` for rows, `r (m + n) + k m` for columns. The `k` indices
     /// are not counted; [`Factored::bytes`] has them.
     pub fn parameters(&self) -> usize {
-        self.left.len() + self.right.len() + self.lines.len()
+        self.left.len() + self.right.len() + self.kept.len()
     }
 
     /// Floating-point operations for one token, a multiplication and an addition for each
@@ -264,12 +264,11 @@ mod tests {
     #[test]
     fn columns_low_rank_alone_and_rows_alone() {
         let (left, right) = (array![[1.0], [2.0]], array![[1.0, 0.0, 3.0]]);
-        let lines = array![[4.0], [5.0]];
+        let kept = array![[4.0], [5.0]];
         let columns = Structure::Columns;
-        let f =
-            Factored::new(left.clone(), right.clone(), columns, vec![1], lines.clone()).unwrap();
+        let f = Factored::new(left.clone(), right.clone(), columns, vec![1], kept.clone()).unwrap();
         let low = Factored::low_rank(left, right).unwrap();
-        let sparse = Factored::sparse((2, 3), columns, vec![1], lines).unwrap();
+        let sparse = Factored::sparse((2, 3), columns, vec![1], kept).unwrap();
         let x = array![[1.0, -1.0, 2.0]];
         for (f, dense) in [
             (f, array![[1.0, 4.0, 3.0], [2.0, 5.0, 6.0]]),
@@ -284,8 +283,8 @@ mod tests {
     #[test]
     fn parts_that_do_not_fit_are_refused() {
         let ok = rows();
-        let new = |right: Array2<f32>, indices: &[u32], lines: Array2<f32>| {
-            Factored::new(ok.left.clone(), right, Structure::Rows, indices.to_vec(), lines)
+        let new = |right: Array2<f32>, indices: &[u32], kept: Array2<f32>| {
+            Factored::new(ok.left.clone(), right, Structure::Rows, indices.to_vec(), kept)
         };
         let right = || array![[1.0, -1.0]];
         let two = || Array2::ones((2, 2));

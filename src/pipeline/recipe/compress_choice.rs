@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::decompose::{
-    BySensitivity, Complement, LineScore, LowRank, LowRankSparse, MatrixBudget, NeuronPruning,
-    PerMatrix, SharedBasis, SharedDeltas, SparseOnly, TruncatedSvd, Whitened,
+    BySensitivity, Complement, LowRank, LowRankSparse, MatrixBudget, NeuronPruning, PerMatrix,
+    RowScore, SharedBasis, SharedDeltas, SparseOnly, TruncatedSvd, Whitened,
 };
 use crate::error::{Error, Result};
 use crate::model::Structure;
@@ -28,7 +28,7 @@ choices! {
         rows: f64,
         /// Which rows stay.
         #[serde(default)]
-        score: LineScore,
+        score: RowScore,
         /// Rows or columns.
         #[serde(default)]
         structure: Structure,
@@ -92,7 +92,7 @@ choices! {
         rows: f64,
         /// Which rows stay.
         #[serde(default)]
-        score: LineScore,
+        score: RowScore,
         /// Rows or columns.
         #[serde(default)]
         structure: Structure,

@@ -2,7 +2,7 @@
 
 use crate::support::golden::Golden;
 use mcsmoe::decompose::analysis::stable_rank;
-use mcsmoe::decompose::platon::{CubicSchedule, ScoredLines, Sensitivity, surviving_lines};
+use mcsmoe::decompose::platon::{CubicSchedule, ScoredRows, Sensitivity, surviving_rows};
 use mcsmoe::decompose::{LowRankSparse, TruncatedSvd};
 use mcsmoe::linalg::Cpu;
 use mcsmoe::stage::{Context, Decomposer, RankBudget};
@@ -64,11 +64,11 @@ fn twenty_steps_of_the_published_pruner() {
         let lines: Vec<_> = scores
             .iter()
             .zip(&parts)
-            .map(|(scores, (_, s))| ScoredLines { scores, width: s.ncols() })
+            .map(|(scores, (_, s))| ScoredRows { scores, width: s.ncols() })
             .collect();
         let share = schedule.share(t).unwrap();
         approx::assert_abs_diff_eq!(share, trace[[t as usize, 0]], epsilon = 1e-12);
-        let (kept, threshold) = surviving_lines(&lines, share).unwrap();
+        let (kept, threshold) = surviving_rows(&lines, share).unwrap();
         approx::assert_abs_diff_eq!(
             threshold.unwrap_or(-1.0),
             trace[[t as usize, 1]],

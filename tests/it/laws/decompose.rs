@@ -2,10 +2,10 @@
 
 #[allow(dead_code)]
 use crate::support::backends::contexts;
-use mcsmoe::decompose::platon::{ScoredLines, surviving_lines};
+use mcsmoe::decompose::platon::{ScoredRows, surviving_rows};
 use mcsmoe::decompose::ranks::{Allocation, Spectrum, allocate, by_energy, by_ratio};
 use mcsmoe::decompose::{
-    Complement, Job, LineScore, LowRankSparse, SparseOnly, TruncatedSvd, Whitened, Whitening,
+    Complement, Job, LowRankSparse, RowScore, SparseOnly, TruncatedSvd, Whitened, Whitening,
     decompose_all,
 };
 use mcsmoe::linalg::{Cpu, SvdMethod, singular_values};
@@ -51,7 +51,7 @@ prop_compose! {
         for (i, mut column) in x.columns_mut().into_iter().enumerate() {
             column *= 1.0 + (i % 5) as f32 * 2.0;
         }
-        let rows = (share * structure.lines((m, n)) as f64) as usize;
+        let rows = (share * structure.count((m, n)) as f64) as usize;
         let rows = if rank == 0 { rows.max(1) } else { rows };
         let moments = Moments::of(x.view(), &Cpu::new()).unwrap();
         Case { w, x, moments, budget: RankBudget { rank, rows }, structure }
@@ -123,7 +123,7 @@ proptest! {
     fn all_lines_kept_or_full_rank_give_the_matrix_back(case in cases()) {
         for cx in contexts(1) {
             let (m, n) = case.w.dim();
-            let all = RankBudget { rank: case.budget.rank, rows: case.structure.lines((m, n)) };
+            let all = RankBudget { rank: case.budget.rank, rows: case.structure.count((m, n)) };
             let full = RankBudget::rank(m.min(n));
             let structure = case.structure;
             let reference = LowRankSparse { structure, ..LowRankSparse::default() };
@@ -151,7 +151,7 @@ proptest! {
         for cx in contexts(1) {
             let (structure, svd) = (case.structure, SvdMethod::Full);
             let complement = Complement { structure, svd, damping: 1e-9, ..Complement::default() };
-            for score in [LineScore::Magnitude, LineScore::Energy] {
+            for score in [RowScore::Magnitude, RowScore::Energy] {
                 let reference = LowRankSparse { structure, score, svd };
                 for moments in [None, Some(&case.moments)] {
                     let run = |stage: &dyn Decomposer| {
@@ -333,9 +333,9 @@ fn switch_base_32_has_the_published_sizes() {
     let lines: Vec<_> = scores
         .iter()
         .zip(&shapes)
-        .map(|(scores, &(_, width))| ScoredLines { scores, width })
+        .map(|(scores, &(_, width))| ScoredRows { scores, width })
         .collect();
-    let (kept, _) = surviving_lines(&lines, 0.1).unwrap();
+    let (kept, _) = surviving_rows(&lines, 0.1).unwrap();
     let matrix = |(&shape, kept): (&(usize, usize), &Vec<u32>)| {
         let ratio = 32.0 * (shape.0 + shape.1) as f64 / (shape.0 * shape.1) as f64;
         let budget = RankBudget { rank: by_ratio(shape, ratio).unwrap(), rows: kept.len() };

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use mcsmoe::calibrate::write_stats;
 use mcsmoe::checkpoint::Checkpoint;
-use mcsmoe::decompose::LineScore;
+use mcsmoe::decompose::RowScore;
 use mcsmoe::linalg::singular_values;
 use mcsmoe::model::{Expert, LayerId, Role, RoutingStats, Structure};
 use mcsmoe::pipeline::{
@@ -19,7 +19,7 @@ use ndarray::Array2;
 use crate::support::files::contents;
 use crate::support::{evaluation_texts, fixture};
 
-const MAGNITUDE: LineScore = LineScore::Magnitude;
+const MAGNITUDE: RowScore = RowScore::Magnitude;
 
 fn recipe(compress: Option<CompressChoice>, keep: Keep, export: ExportChoice) -> Recipe {
     Recipe { compress, ..Recipe::preset("m-smoe", keep).unwrap().export(export) }

@@ -131,7 +131,7 @@ fn columns_stay_in_native_folders() {
                 panic!("dense")
             };
             assert_eq!(down.structure(), structure);
-            assert_eq!(down.lines().dim(), (128, if name == "sparse" { 128 } else { 26 }));
+            assert_eq!(down.kept().dim(), (128, if name == "sparse" { 128 } else { 26 }));
             let product = expert.to_expert(&mcsmoe::linalg::Cpu::new()).unwrap();
             approx::assert_abs_diff_eq!(
                 weight(&product, Role::Down),
