@@ -7,7 +7,7 @@ use std::path::Path;
 use mcsmoe::pipeline::{Keep, Recipe, merge_then_compress};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let model = Path::new("tests/fixtures/mixtral-8e");
+    let model = "tests/fixtures/mixtral-8e";
     let stats = Path::new("tests/fixtures/mixtral-8e.stats.safetensors");
     let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?;
     let target = tempfile::tempdir()?;

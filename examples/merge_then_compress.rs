@@ -2,12 +2,10 @@
 
 #![allow(clippy::print_stdout)] // It is a command.
 
-use std::path::Path;
-
 use mcsmoe::pipeline::{Calibration, ExportChoice, Keep, Recipe, merge_then_compress};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let model = Path::new("tests/fixtures/mixtral-8e");
+    let model = "tests/fixtures/mixtral-8e";
     let text = Calibration::text("tests/fixtures/text/calib", 512, 16_384, 7);
     let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?.export(ExportChoice::Stock);
     let target = tempfile::tempdir()?;

@@ -39,8 +39,8 @@ pub(crate) struct Attention {
 
 #[derive(Debug)]
 enum Project {
-    Grouped(Grouped),
-    Latent(Latent),
+    Grouped(Box<Grouped>),
+    Latent(Box<Latent>),
 }
 
 impl Attention {
@@ -55,7 +55,7 @@ impl Attention {
         let (d_key, d_value) = (s.head_dim, s.head_dim);
         let (grouped, gate) = Grouped::load(loader, s, d, norm)?;
         Ok(Self {
-            project: Project::Grouped(grouped),
+            project: Project::Grouped(grouped.into()),
             gate,
             sinks: s.sinks.then(|| loader.vector("sinks", s.heads)).transpose()?,
             rope: s.rope.clone(),
@@ -71,7 +71,7 @@ impl Attention {
         let scale = s.rope.score_factor / (d_key as f32).sqrt();
         let (heads, d_value) = (s.heads, s.d_value);
         Ok(Self {
-            project: Project::Latent(Latent::load(loader, s, d)?),
+            project: Project::Latent(Latent::load(loader, s, d)?.into()),
             gate: None,
             sinks: None,
             rope: Some(s.rope.clone()),

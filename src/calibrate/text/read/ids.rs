@@ -254,7 +254,7 @@ mod tests {
             assert!(error.contains(what), "{error}");
         };
         let negative = ("ids", Dtype::I64, vec![2], wide(&[1, -7]));
-        says(&[negative.clone()], "index 1: expected 0 or more, found -7");
+        says(std::slice::from_ref(&negative), "index 1: expected 0 or more, found -7");
         says(&[("ids", Dtype::F32, vec![2], vec![0; 8])], "F32");
         says(&[("ids", Dtype::I64, vec![1, 1, 1], wide(&[1]))], "[windows, length]");
         says(&[], "found: none");
