@@ -13,7 +13,8 @@
 //! epoch is measured and the others are counted. A run takes minutes to hours, which is why this is
 //! no criterion benchmark: that wants ten.
 
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // A command.
+
 use std::time::Instant;
 
 use mcsmoe::model::{Expert, Grouping, LayerId, MergedLayer, MoeLayer, Router, RoutingRule};

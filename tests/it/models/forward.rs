@@ -99,8 +99,7 @@ fn logits_and_continuation_equal(name: &str, tolerance: f32) {
     let model = Causal::open(source, Context::cpu(0)).unwrap();
     let path = folder_of(name).join("golden.safetensors");
     let (d, of) = against_golden(&model, &path);
-    println!("{name}: {d:e} of {of}");
-    assert!(d <= tolerance, "{name}: {d}");
+    assert!(d <= tolerance, "{name}: {d:e} of {of}");
     let golden = weights::tensors(&path);
     let prompt = ids(golden["prompt"].as_slice().unwrap());
     let expected = ids(golden["continuation"].as_slice().unwrap());

@@ -20,7 +20,7 @@ fn recipe(keep: usize, size: Size, of: Portion) -> Recipe {
 
 fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
     let stats = fixture("mixtral-8e.stats.safetensors");
-    merge_then_compress(&fixture("mixtral-8e"), stats, target, recipe)
+    merge_then_compress(fixture("mixtral-8e"), stats, target, recipe)
 }
 
 fn expert_bytes(folder: &Path) -> u64 {

@@ -27,7 +27,7 @@ fn recipe(compress: Option<CompressChoice>, keep: Keep, export: ExportChoice) ->
 
 fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
     let stats = fixture("mixtral-8e.stats.safetensors");
-    merge_then_compress(&fixture("mixtral-8e"), stats, target, recipe)
+    merge_then_compress(fixture("mixtral-8e"), stats, target, recipe)
 }
 
 fn svd(rank: usize) -> Option<CompressChoice> {
@@ -292,7 +292,7 @@ fn along_the_text_compression_follows_recovery() {
         let fast = Recipe::preset("fast", Keep::Experts(4)).unwrap();
         let recipe = Recipe { compress, ..fast.export(ExportChoice::Native) };
         let target = dir.path().join(name);
-        let report = merge_then_compress(&fixture("mixtral-8e"), text(), &target, &recipe);
+        let report = merge_then_compress(fixture("mixtral-8e"), text(), &target, &recipe);
         let report = report.unwrap();
         assert_eq!(report.compression.is_some(), compress.is_some());
         assert!(Checkpoint::open(&target).is_ok());
@@ -372,7 +372,7 @@ fn bad_budgets_are_refused_before_anything_is_read() {
     write_stats(&stats, &layers, &BTreeMap::new()).unwrap();
     let with = |choice| {
         let recipe = recipe(Some(choice), Keep::Experts(4), ExportChoice::Native);
-        merge_then_compress(&fixture("mixtral-8e"), &stats, &target, &recipe)
+        merge_then_compress(fixture("mixtral-8e"), &stats, &target, &recipe)
     };
     let error = with(CompressChoice::WhitenedSvd { rank: 8 }).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Missing { .. }), "{error}");

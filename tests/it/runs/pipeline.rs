@@ -19,7 +19,7 @@ use crate::support::fixture;
 fn merge(preset: &str, keep: Keep, export: ExportChoice, target: &Path) -> Result<Report> {
     let recipe = Recipe::preset(preset, keep)?.export(export);
     let stats = fixture("mixtral-8e.stats.safetensors");
-    merge_then_compress(&fixture("mixtral-8e"), &stats, target, &recipe)
+    merge_then_compress(fixture("mixtral-8e"), &stats, target, &recipe)
 }
 
 /// Every tensor of a folder by name, as bytes.
@@ -152,7 +152,7 @@ fn with_stats(layers: &BTreeMap<LayerId, RoutingStats>, dir: &Path) -> Result<Re
     let file = dir.join("other.safetensors");
     write_stats(&file, layers, &BTreeMap::new()).unwrap();
     let recipe = Recipe::preset("m-smoe", Keep::Experts(4))?.export(ExportChoice::Stock);
-    merge_then_compress(&fixture("mixtral-8e"), &file, &dir.join("target"), &recipe)
+    merge_then_compress(fixture("mixtral-8e"), &file, dir.join("target"), &recipe)
 }
 
 #[test]

@@ -21,7 +21,7 @@ fn text(tokens: usize) -> Calibration {
 
 fn merge(preset: &str, export: ExportChoice, given: Calibration, target: &Path) -> Result<Report> {
     let recipe = Recipe::preset(preset, Keep::Experts(4))?.export(export);
-    merge_then_compress(&fixture("mixtral-8e"), given, target, &recipe)
+    merge_then_compress(fixture("mixtral-8e"), given, target, &recipe)
 }
 
 fn loss(model: &Path) -> f64 {
@@ -65,7 +65,7 @@ fn either_target_and_either_stream_halves_what_pruning_loses() {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap().export(ExportChoice::Stock);
         let recipe = Recipe { recover_on, ..recipe };
         let target = of(&format!("{recover_on:?}"));
-        merge_then_compress(&fixture("mixtral-8e"), text(4096), &target, &recipe).unwrap();
+        merge_then_compress(fixture("mixtral-8e"), text(4096), &target, &recipe).unwrap();
         let lost = loss(&target) - full;
         assert!(lost < 0.5 * pruned, "{recover_on:?}: {lost}, pruned {pruned}");
         found.push(lost);
@@ -90,7 +90,7 @@ fn no_recoverer_harms_on_few_tokens() {
         let recipe = Recipe::preset("fast", Keep::Experts(4)).unwrap();
         let recipe = Recipe { recover, ..recipe.export(ExportChoice::Native) };
         let target = dir.path().join(name);
-        merge_then_compress(&fixture("mixtral-8e"), text(256), &target, &recipe).unwrap();
+        merge_then_compress(fixture("mixtral-8e"), text(256), &target, &recipe).unwrap();
         loss(&target)
     };
     let bare = run("none", Vec::new());

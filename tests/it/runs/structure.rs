@@ -21,7 +21,7 @@ fn recipe(compress: Option<CompressChoice>, export: ExportChoice) -> Recipe {
 
 fn run(recipe: &Recipe, target: &Path) -> Result<Report> {
     let stats = fixture("mixtral-8e.stats.safetensors");
-    merge_then_compress(&fixture("mixtral-8e"), stats, target, recipe)
+    merge_then_compress(fixture("mixtral-8e"), stats, target, recipe)
 }
 
 fn loss(folder: &Path) -> f64 {
@@ -208,7 +208,7 @@ fn gradients_of_all_members_choose_the_rows_of_a_merged_expert() {
     let recipe =
         Recipe { align: AlignChoice::Identity, ..recipe(Some(compress), ExportChoice::Native) };
     let target = dir.path().join("native");
-    let report = merge_then_compress(&fixture("mixtral-8e"), stats, &target, &recipe).unwrap();
+    let report = merge_then_compress(fixture("mixtral-8e"), stats, &target, &recipe).unwrap();
     assert!(report.stages.contains(&"compress low-rank-sensitive".to_owned()));
     let groups = report.layers.iter().flat_map(|l| &l.groups);
     for (group, expert) in groups.zip(factored(&target)) {

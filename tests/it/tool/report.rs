@@ -16,8 +16,7 @@ fn run() -> &'static (Report, Details) {
         let recipe = Recipe::preset("mc-smoe", Keep::Fraction(0.5)).unwrap();
         let recipe = recipe.export(ExportChoice::Native);
         let stats = fixture("mixtral-8e.stats.safetensors");
-        let report =
-            merge_then_compress(&fixture("mixtral-8e"), &*stats, &target, &recipe).unwrap();
+        let report = merge_then_compress(fixture("mixtral-8e"), &*stats, &target, &recipe).unwrap();
         let details = Details::read(&target).unwrap();
         (report, Details { quality: Some(comparison()), ..details })
     })

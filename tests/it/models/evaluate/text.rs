@@ -55,7 +55,7 @@ fn native_and_expanded_folders_of_a_merge_are_one_model() {
             Recipe::preset("m-smoe", Keep::Experts(6)).unwrap()
         };
         let folder = target.path().join(name);
-        merge_then_compress(&bundled(), &stats, &folder, &recipe.export(export)).unwrap();
+        merge_then_compress(bundled(), &stats, &folder, &recipe.export(export)).unwrap();
         let found = compare(&bundled(), &folder, &text, &options(128, 4)).unwrap();
         let alone = evaluate(&folder, &text, &options(128, 4)).unwrap();
         let (a, b) = (alone.score.nll, found.other.score.nll);
@@ -93,7 +93,7 @@ fn text_and_its_windows_are_one_calibration() {
     let given = [windows.into(), Calibration::text(&text, 128, 1024, 7)];
     let reports = given.into_iter().enumerate().map(|(i, calibration)| {
         let folder = target.path().join(i.to_string());
-        merge_then_compress(&bundled(), calibration, &folder, &recipe).unwrap()
+        merge_then_compress(bundled(), calibration, &folder, &recipe).unwrap()
     });
     let mut reports: Vec<_> = reports.collect();
     // Only text has files to name.
