@@ -11,6 +11,7 @@ use crate::pipeline::activations::tokens::{TextTokens, Tokens};
 /// Where the statistics of a run come from: a file, or text that is run through the model.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
+#[allow(clippy::large_enum_variant)] // There is one in a run.
 pub enum Calibration {
     /// A statistics file.
     Statistics(PathBuf),
