@@ -240,6 +240,11 @@ impl Error {
         ErrorKind::OutOfRange { what: what.into(), expected, found }.into()
     }
 
+    /// A [`ErrorKind::Format`].
+    pub fn malformed(format: &'static str, reason: impl fmt::Display) -> Self {
+        ErrorKind::Format { format, reason: reason.to_string() }.into()
+    }
+
     /// A [`ErrorKind::Io`].
     pub fn io(operation: &'static str, source: std::io::Error) -> Self {
         ErrorKind::Io { operation, source }.into()

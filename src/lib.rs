@@ -74,6 +74,7 @@ pub mod align;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod decompose;
+mod digest;
 pub mod error;
 mod families;
 pub mod forward;
@@ -91,6 +92,7 @@ pub mod recover;
 pub mod report;
 pub mod similarity;
 pub mod stage;
+mod tensor_file;
 
 /// The matrices of this crate's API, in the version that it uses.
 #[doc(no_inline)]

@@ -193,8 +193,11 @@ fn names_a_file(error: &mcsmoe::Error) {
 fn header(ground: &Ground, input: &[u8]) {
     let Some((choice, rest)) = input.split_first() else { return };
     let dir = ground.family(*choice);
-    fs::write(dir.join("model.safetensors"), file(rest)).unwrap();
+    let path = dir.join("model.safetensors");
+    fs::write(&path, file(rest)).unwrap();
     read_all(&dir);
+    // Statistics are read by the same parser.
+    let _ = StatsFile::open(&path).inspect_err(names_a_file);
 }
 
 fn index(ground: &Ground, input: &[u8]) {

@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use safetensors::Dtype;
-
-use super::file::{header, tensor_names};
+use super::file::tensor_names;
 use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::tensor_file::Header;
 
 /// What a path holds that a calibration is read from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,30 +45,23 @@ impl InputKind {
         if !looks && !named {
             return Ok(Self::Text);
         }
-        let tensors = header::read(&file).map_err(|e| match e.kind() {
+        let header = Header::read(&file).map_err(|e| match e.kind() {
             ErrorKind::Format { reason, .. } => neither(reason.clone()),
             _ => e,
         })?;
-        let names = tensors.tensors.offset_keys();
+        let names: Vec<&str> = header.tensors.iter().map(|entry| &*entry.name).collect();
         if names.iter().any(|name| tensor_names::split(name).is_some()) {
             return Ok(Self::Statistics);
         }
-        let integer = |name: &String| {
-            let dtype = tensors.tensors.info(name).map(|info| info.dtype);
-            dtype.is_some_and(|dtype| INTEGERS.contains(&dtype))
-        };
-        if names.iter().any(integer) {
+        if header.tensors.iter().any(|entry| entry.dtype.is_integer()) {
             return Ok(Self::Text);
         }
-        let shown = names.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+        let shown = names.iter().take(3).copied().collect::<Vec<_>>().join(", ");
         let found = if names.is_empty() { "no tensor".to_owned() } else { shown };
         let expected = "tensors of statistics (layers.0.counts) or token ids of an integer type";
         Err(neither(format!("expected {expected}, found {found}")))
     }
 }
-
-const INTEGERS: [Dtype; 8] =
-    [Dtype::I64, Dtype::I32, Dtype::I16, Dtype::I8, Dtype::U64, Dtype::U32, Dtype::U16, Dtype::U8];
 
 fn neither(reason: String) -> Error {
     ErrorKind::Format { format: "statistics or token ids (safetensors)", reason }.into()
@@ -77,6 +69,7 @@ fn neither(reason: String) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
     use safetensors::tensor::TensorView;
 
     use super::*;

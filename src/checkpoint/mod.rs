@@ -16,16 +16,13 @@
 //! [`Written::dropped`] lists, and without `quantization_config`.
 
 mod config;
-mod dtype;
-mod header;
-mod json;
 mod layout;
 mod quant;
 mod read;
 mod write;
 
+pub(crate) use crate::tensor_file::read_json;
 pub use config::Config;
-pub(crate) use json::read_json;
 pub use layout::Factoring;
 pub use read::{Checkpoint, LayerInfo};
 pub use write::{

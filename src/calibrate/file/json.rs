@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::stats_file::StatsFile;
 use super::writer::{Aside, check_readable, write_stats};
-use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::error::{Error, Locate, Result};
 use crate::model::{LayerId, RoutingStats};
 use crate::stage::Needs;
 
@@ -45,22 +45,21 @@ struct Layer {
     expert_mean_output: Option<Vec<Vec<f32>>>,
 }
 
-fn malformed(reason: impl std::fmt::Display) -> Error {
-    ErrorKind::Format { format: "statistics as JSON", reason: reason.to_string() }.into()
-}
+const FORMAT: &str = "statistics as JSON";
 
 /// Turns statistics written as JSON into a statistics file. Of a layer only `tokens` and `counts`
 /// are required; the others are named as the tensors of the file (`logit_gram` as a list of rows).
 ///
 /// # Errors
-/// [`ErrorKind::Format`] for JSON of another form or rows of unequal length,
-/// [`ErrorKind::Statistics`] with the layer when its parts contradict each other,
-/// [`ErrorKind::Io`].
+/// [`Format`](crate::ErrorKind::Format) for JSON of another form or rows of unequal length,
+/// [`Statistics`](crate::ErrorKind::Statistics) with the layer when its parts contradict each
+/// other, [`Io`](crate::ErrorKind::Io).
 pub fn statistics_from_json(from: &Path, to: &Path) -> Result<()> {
     let text = fs::read_to_string(from).map_err(|e| Error::io("read", e)).in_file(from)?;
-    let document: Document = serde_json::from_str(&text).map_err(malformed).in_file(from)?;
+    let document: Document =
+        serde_json::from_str(&text).map_err(|e| Error::malformed(FORMAT, e)).in_file(from)?;
     if document.layers.is_empty() {
-        return Err(malformed("no layers")).in_file(from);
+        return Err(Error::malformed(FORMAT, "no layers")).in_file(from);
     }
     let mut layers = BTreeMap::new();
     for (id, layer) in document.layers {
@@ -74,7 +73,7 @@ pub fn statistics_from_json(from: &Path, to: &Path) -> Result<()> {
 /// aside and renamed.
 ///
 /// # Errors
-/// Those of reading; [`ErrorKind::Io`].
+/// Those of reading; [`Io`](crate::ErrorKind::Io).
 pub fn statistics_to_json(from: &Path, to: &Path) -> Result<()> {
     let file = StatsFile::open(from)?;
     let beyond = Needs::SAMPLES | Needs::GRADIENTS | Needs::FISHER;
@@ -84,7 +83,7 @@ pub fn statistics_to_json(from: &Path, to: &Path) -> Result<()> {
         layers.insert(*id, Layer::of(&stats));
     }
     let document = Document { model_type: file.model_type().map(str::to_owned), layers };
-    let text = serde_json::to_string_pretty(&document).map_err(malformed)?;
+    let text = serde_json::to_string_pretty(&document).map_err(|e| Error::malformed(FORMAT, e))?;
     let aside = Aside::of(to);
     let written = fs::write(&aside.whole, text).and_then(|()| fs::rename(&aside.whole, to));
     written.map_err(|e| Error::io("write", e)).in_file(to)
@@ -129,9 +128,13 @@ fn rows<T: Copy>(matrix: ArrayView2<'_, T>) -> Vec<Vec<T>> {
 fn matrix<T: Copy>(rows: &[Vec<T>]) -> Result<Array2<T>> {
     let width = rows.first().map_or(0, Vec::len);
     if let Some(other) = rows.iter().find(|row| row.len() != width) {
-        return Err(malformed(format!("rows of {width} and of {} numbers", other.len())));
+        return Err(Error::malformed(
+            FORMAT,
+            format!("rows of {width} and of {} numbers", other.len()),
+        ));
     }
-    Array2::from_shape_vec((rows.len(), width), rows.concat()).map_err(malformed)
+    Array2::from_shape_vec((rows.len(), width), rows.concat())
+        .map_err(|e| Error::malformed(FORMAT, e))
 }
 
 #[cfg(test)]

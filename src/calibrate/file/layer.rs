@@ -1,10 +1,10 @@
 //! One layer's statistics: read where the file has them, else computed from what it has.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use ndarray::{Array2, Axis as Dim};
 
-use super::header::Header;
 use super::stats_file::{Index, contradiction};
 use super::tensor::Tensor;
 use super::tensor_names::Axis;
@@ -13,6 +13,7 @@ use crate::linalg::{Compute, Cpu};
 use crate::model::{Activation, Expert, ExpertTensors, LayerId, Linear, Routing};
 use crate::model::{RoutingStats, Samples};
 use crate::stage::Needs;
+use crate::tensor_file::TensorEntry;
 
 /// Tokens whose logits or routing are in memory at a time.
 const ROWS: usize = 4096;
@@ -22,7 +23,7 @@ const ROWS: usize = 4096;
 pub(super) struct Layer<'a> {
     pub(super) id: LayerId,
     pub(super) index: &'a Index,
-    pub(super) header: &'a Header,
+    pub(super) tensors: &'a BTreeMap<String, TensorEntry>,
     pub(super) file: &'a File,
 }
 
@@ -70,9 +71,8 @@ impl Layer<'_> {
     }
 
     fn find(&self, part: &str) -> Option<Tensor<'_>> {
-        let info = self.header.tensors.info(&self.name(part))?;
-        let offset = self.header.data + info.data_offsets.0 as u64;
-        Some(Tensor { file: self.file, dtype: info.dtype, shape: &info.shape, offset })
+        let TensorEntry { dtype, shape, range, .. } = self.tensors.get(&self.name(part))?;
+        Some(Tensor { file: self.file, dtype: *dtype, shape, offset: range.start as u64 })
     }
 
     /// Reads a part with `read`; errors name its tensor.

@@ -1,10 +1,9 @@
 //! Statistics files: read and written one layer at a time, and their form as JSON.
 
-pub(super) mod header;
 mod json;
 mod layer;
 mod stats_file;
-pub(super) mod tensor;
+mod tensor;
 pub(super) mod tensor_names;
 mod writer;
 

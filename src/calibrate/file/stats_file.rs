@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::header;
-use super::header::{Header, malformed};
 use super::layer::Layer;
 use super::tensor_names;
 use super::tensor_names::{Axis, Sizes};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{LayerId, RoutingStats};
 use crate::stage::Needs;
+use crate::tensor_file::{Header, TensorEntry};
 
+/// The format, as errors name it.
+pub(super) const FORMAT: &str = "statistics file (safetensors)";
 /// More experts per layer than any model has; bounds the Gram matrix of a hostile file.
 pub(super) const MAX_EXPERTS: usize = 8192;
 
@@ -36,7 +37,8 @@ pub(super) const MAX_EXPERTS: usize = 8192;
 pub struct StatsFile {
     path: PathBuf,
     file: File,
-    header: Header,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, TensorEntry>,
     ids: Vec<LayerId>,
     index: BTreeMap<LayerId, Index>,
 }
@@ -75,19 +77,19 @@ impl StatsFile {
 
     fn read(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open statistics", e))?;
-        let header = header::read(&file)?;
+        let Header { tensors, metadata } = Header::read(&file)?;
         let mut index: BTreeMap<LayerId, Index> = BTreeMap::new();
-        for name in header.tensors.offset_keys() {
-            let Some((id, part)) = tensor_names::split(&name) else { continue };
-            let Some(info) = header.tensors.info(&name) else { continue };
+        for TensorEntry { name, dtype, shape, .. } in &tensors {
+            let Some((id, part)) = tensor_names::split(name) else { continue };
             let sizes = &mut index.entry(id).or_default().sizes;
-            sizes.learn(part, info.dtype, &info.shape).in_tensor(&name).in_layer(id)?;
+            sizes.learn(part, *dtype, shape).in_tensor(name).in_layer(id)?;
         }
         if index.is_empty() {
-            return Err(malformed("no tensor of any layer".into()));
+            return Err(Error::malformed(FORMAT, "no tensor of any layer"));
         }
         let ids = index.keys().copied().collect();
-        let mut this = Self { path: path.into(), file, header, ids, index };
+        let tensors = tensors.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
+        let mut this = Self { path: path.into(), file, metadata, tensors, ids, index };
         let notes = this.notes()?;
         let experts = this.declared_experts()?;
         let mut index = std::mem::take(&mut this.index);
@@ -120,7 +122,7 @@ impl StatsFile {
 
     /// An entry of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<&str> {
-        Some(self.header.tensors.metadata().as_ref()?.get(key)?)
+        self.metadata.get(key).map(String::as_str)
     }
 
     /// The largest number of tokens that any layer observed; the stacks of an encoder-decoder model
@@ -180,22 +182,23 @@ impl StatsFile {
             let remedy = "collect them anew, or choose stages that need less".into();
             return Err(ErrorKind::Missing { stage: "the recipe".into(), needs, remedy }.into());
         }
-        Layer { id, index, header: &self.header, file: &self.file }.read(needs)
+        Layer { id, index, tensors: &self.tensors, file: &self.file }.read(needs)
     }
 
     fn has(&self, layer: &LayerId, part: &str) -> bool {
-        self.header.tensors.info(&format!("{layer}.{part}")).is_some()
+        self.tensors.contains_key(&format!("{layer}.{part}"))
     }
 
     fn notes(&self) -> Result<Vec<Note>> {
         let Some(json) = self.metadata("layers") else { return Ok(Vec::new()) };
-        serde_json::from_str(json).map_err(|e| malformed(format!("metadata `layers`: {e}")))
+        serde_json::from_str(json)
+            .map_err(|e| Error::malformed(FORMAT, format!("metadata `layers`: {e}")))
     }
 
     fn declared_experts(&self) -> Result<Option<usize>> {
         let Some(text) = self.metadata("num_experts") else { return Ok(None) };
-        let number = text.parse().map_err(|_| malformed(format!("metadata `num_experts`: {text}")));
-        number.map(Some)
+        let reason = format!("metadata `num_experts`: {text}");
+        text.parse().map(Some).map_err(|_| Error::malformed(FORMAT, reason))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use safetensors::Dtype;
+use crate::tensor_file::Dtype;
 
 use super::tensor::wrong_type;
 use crate::error::{ErrorKind, Result};
@@ -111,13 +111,13 @@ impl Sizes {
 
 impl Part {
     fn check_type(&self, dtype: Dtype) -> Result<()> {
-        let float = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16);
+        let float = dtype.is_float();
         match self.kind {
             Kind::Float if float => Ok(()),
             Kind::Float => Err(wrong_type(dtype, "F32, BF16, F16")),
             Kind::Wide if float || dtype == Dtype::F64 => Ok(()),
             Kind::Wide => Err(wrong_type(dtype, "F64, F32, BF16, F16")),
-            Kind::Int if matches!(dtype, Dtype::I32 | Dtype::I64) => Ok(()),
+            Kind::Int if [Dtype::I32, Dtype::I64].contains(&dtype) => Ok(()),
             Kind::Int => Err(wrong_type(dtype, "I32, I64")),
         }
     }
@@ -158,9 +158,10 @@ mod tests {
         let find = |name: &str| PARTS.iter().find(|p| p.name == name).unwrap();
         let mut sizes = Sizes::default();
         sizes.learn(find("counts"), Dtype::I32, &[8]).unwrap();
-        let error = sizes.learn(find("router_logits"), Dtype::F32, &[5, 9]).unwrap_err();
+        let error =
+            sizes.learn(find("router_logits"), Dtype::named("F32").unwrap(), &[5, 9]).unwrap_err();
         assert!(error.to_string().ends_with("expected [T, N = 8], found [5, 9]"), "{error}");
-        let error = sizes.learn(find("counts"), Dtype::F32, &[8]).unwrap_err();
+        let error = sizes.learn(find("counts"), Dtype::named("F32").unwrap(), &[8]).unwrap_err();
         assert!(error.to_string().contains("F32; supported: I32, I64"), "{error}");
     }
 }

@@ -7,11 +7,12 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::stats_file::{MAX_EXPERTS, contradiction};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, LayerId, LinearView, Role, RoutingStats, Samples};
+use crate::tensor_file::{NewTensor, encode_header};
 
 /// Writes statistics in the interchange format, so that
 /// [`StatsFile`](crate::calibrate::StatsFile) reads the same values back: counts, per-token
@@ -152,7 +153,13 @@ impl StatsWriter {
     pub fn finish(mut self) -> Result<()> {
         // Wide types first: every tensor stays aligned to its own width.
         self.placed.sort_by_key(|part| std::cmp::Reverse(part.width));
-        let header = header(self.notes(), &self.placed);
+        let tensors = self.placed.iter().map(|part| NewTensor {
+            name: &part.name,
+            dtype: part.dtype,
+            shape: &part.shape,
+            bytes: part.bytes,
+        });
+        let header = encode_header(&self.notes(), tensors);
         let mut join = || -> io::Result<()> {
             self.values.flush()?;
             let mut values = self.values.get_ref();
@@ -348,24 +355,4 @@ fn expert_parts<'a>(id: LayerId, kind: &str, tensors: &'a [Expert]) -> Vec<Part<
         Part::new(id, &name, &[tensors.len(), rows, cols], Values::F32(Box::new(values)))
     };
     first.view().linears().map(part).collect()
-}
-
-/// The length and the JSON of the header, padded so that the data begins aligned.
-fn header(notes: BTreeMap<String, String>, parts: &[Placed]) -> Vec<u8> {
-    let mut entries = Map::new();
-    entries.insert("__metadata__".into(), json!(notes));
-    let mut start = 0;
-    for part in parts {
-        let end = start + part.bytes;
-        let entry = json!({
-            "dtype": part.dtype, "shape": part.shape, "data_offsets": [start, end],
-        });
-        entries.insert(part.name.clone(), entry);
-        start = end;
-    }
-    let mut json = Value::Object(entries).to_string().into_bytes();
-    json.resize(json.len().next_multiple_of(8), b' ');
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend(json);
-    header
 }

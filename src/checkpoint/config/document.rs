@@ -7,9 +7,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::value_spans::{like, member};
-use crate::checkpoint::json::{Members, malformed};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::families::{Keys, WITHIN};
+use crate::tensor_file::Members;
 
 /// The spellings of the number of routed experts.
 pub(crate) const EXPERTS: &[&str] =
@@ -51,9 +51,10 @@ impl Config {
     /// # Errors
     /// [`ErrorKind::Format`] when it is not a JSON object.
     pub fn parse(text: String) -> Result<Self> {
-        let value: Value = serde_json::from_str(&text).map_err(|e| malformed("config.json", e))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|e| Error::malformed("config.json", e))?;
         if !value.is_object() {
-            return Err(malformed("config.json", "not an object"));
+            return Err(Error::malformed("config.json", "not an object"));
         }
         Ok(Self { text, value })
     }
@@ -214,7 +215,7 @@ impl Config {
         found: &mut Vec<(usize, usize, String)>,
     ) -> Result<()> {
         let members: Members<&RawValue> =
-            serde_json::from_str(object).map_err(|e| malformed("config.json", e))?;
+            serde_json::from_str(object).map_err(|e| Error::malformed("config.json", e))?;
         for (key, raw) in members.0 {
             let value = raw.get();
             let start = value.as_ptr() as usize - self.text.as_ptr() as usize;

@@ -4,16 +4,16 @@ use std::ops::Range;
 
 use serde_json::value::RawValue;
 
-use crate::checkpoint::json::{Members, malformed};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::families::WITHIN;
+use crate::tensor_file::Members;
 
 /// The span of a member of the object that `text` is, or of the language model in it, with the
 /// comma that goes with it; none where the value is `null`.
 pub(crate) fn member(text: &str, key: &str) -> Result<Option<Range<usize>>> {
     fn find(text: &str, object: &str, key: &str) -> Result<Option<(usize, usize)>> {
         let members: Members<&RawValue> =
-            serde_json::from_str(object).map_err(|e| malformed("config.json", e))?;
+            serde_json::from_str(object).map_err(|e| Error::malformed("config.json", e))?;
         for (name, raw) in members.0 {
             let value = raw.get();
             let start = value.as_ptr() as usize - text.as_ptr() as usize;

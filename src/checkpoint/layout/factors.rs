@@ -7,7 +7,6 @@ use ndarray::{Array2, s};
 use serde::{Deserialize, Serialize};
 
 use super::scan_layer::Piece;
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::{Store, weights};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::linalg::Cpu;
@@ -105,7 +104,7 @@ impl Factors {
         let piece = |factor: Factor, axes: usize| {
             let missing = || {
                 let name = factor.suffix();
-                malformed("factored projection", format!("there is no `{name}`"))
+                Error::malformed("factored projection", format!("there is no `{name}`"))
             };
             let tensor = tensors[factor as usize].ok_or_else(missing)?;
             let (rows, cols) = match (axes, &store.entry(tensor).shape[..]) {
@@ -123,7 +122,7 @@ impl Factors {
         let structure = match (held(Structure::Rows), held(Structure::Columns)) {
             (_, [false, false]) => Structure::Rows,
             ([false, false], _) => Structure::Columns,
-            _ => return Err(malformed("factored projection", "kept rows and kept columns")),
+            _ => return Err(Error::malformed("factored projection", "kept rows and kept columns")),
         };
         let [lines, index] = Factor::of(structure);
         let (lines, index) = (piece(lines, 2)?, piece(index, 1)?);

@@ -6,7 +6,6 @@ use super::names;
 use super::names::{Layout, Part};
 use super::scan_layer;
 use super::scan_layer::LayerTensors;
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::families;
@@ -79,7 +78,7 @@ pub(crate) fn scan(
         }
     }
     if let Some((id, tensor)) = routers.iter().find(|(id, _)| !blocks.contains_key(id)) {
-        return Err(malformed(FORMAT, "a router without experts"))
+        return Err(Error::malformed(FORMAT, "a router without experts"))
             .in_tensor(&store.entry(*tensor).name)
             .in_layer(id);
     }
@@ -132,7 +131,7 @@ fn insert(
             "two sets of experts: {} ({}) and {prefix} ({})",
             block.prefix, block.layout.name, layout.name
         );
-        return Err(malformed(FORMAT, reason)).in_layer(id);
+        return Err(Error::malformed(FORMAT, reason)).in_layer(id);
     }
     block.parts.push(part);
     Ok(())

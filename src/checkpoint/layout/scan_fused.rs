@@ -3,7 +3,6 @@
 use super::names::Part;
 use super::scan::{Block, FORMAT};
 use super::scan_layer::{Order, Piece, Projection};
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::quant::{Scheme, mxfp4};
 use crate::checkpoint::read::Store;
 use crate::error::{Error, Locate, Result};
@@ -13,7 +12,7 @@ use crate::model::Role;
 pub(crate) fn fused(store: &Store, block: &Block, router: usize) -> Result<Vec<Vec<Projection>>> {
     let find = |wanted: Part| block.parts.iter().find(|(p, _)| *p == wanted).map(|(_, t)| *t);
     let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp), find(Part::FusedDown)) else {
-        return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
+        return Err(Error::malformed(FORMAT, "one of the two fused expert tensors is missing"));
     };
     let (first, second) = (store.entry(gate_up), store.entry(down));
     let d = store.entry(router).shape.get(1).copied().unwrap_or(0);
@@ -70,7 +69,7 @@ pub(crate) fn flat(
     let n = merged.unwrap_or(rows);
     let find = |role: Role| {
         let mut parts = block.parts.iter().filter(|(part, _)| *part == Part::Flat(role));
-        let missing = || malformed(FORMAT, format!("there is no {role} projection"));
+        let missing = || Error::malformed(FORMAT, format!("there is no {role} projection"));
         let &(_, tensor) = parts.next().ok_or_else(missing)?;
         let entry = store.entry(tensor);
         match entry.shape[..] {
@@ -104,12 +103,12 @@ pub(crate) fn interleaved(store: &Store, block: &Block) -> Result<Vec<Vec<Projec
         let mut found = block.parts.iter().filter(|(part, _)| *part == wanted).map(|(_, t)| *t);
         match (found.next(), found.next()) {
             (first, None) => Ok(first),
-            (_, Some(second)) => Err(malformed(FORMAT, "it repeats another tensor"))
+            (_, Some(second)) => Err(Error::malformed(FORMAT, "it repeats another tensor"))
                 .in_tensor(&store.entry(second).name),
         }
     };
     let (Some(gate_up), Some(down)) = (find(Part::FusedGateUp)?, find(Part::FusedDown)?) else {
-        return Err(malformed(FORMAT, "one of the two fused expert tensors is missing"));
+        return Err(Error::malformed(FORMAT, "one of the two fused expert tensors is missing"));
     };
     let (n, d, f) = dims(store, down)?;
     check_sizes(store, down, [n, d, f])?;

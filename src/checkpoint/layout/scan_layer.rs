@@ -6,11 +6,10 @@ use super::factors::{Factors, is_index};
 use super::names::{Experts, Part};
 use super::scan::{Block, FORMAT};
 use super::scan_fused::{flat, fused, interleaved};
-use crate::checkpoint::dtype::FLOATS;
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{LayerId, Role};
+use crate::tensor_file::FLOATS;
 
 /// A contiguous part of a tensor: a matrix `(rows, cols)`, or a vector with one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +130,7 @@ pub(crate) fn layer(
     };
     let router = named(block.layout.router).ok_or_else(|| {
         let names = block.layout.router.join(" or ");
-        malformed(FORMAT, format!("no router: expected {}{names}", block.prefix))
+        Error::malformed(FORMAT, format!("no router: expected {}{names}", block.prefix))
     })?;
     let experts = match block.layout.experts {
         Experts::Each { .. } => each(store, block)?,
@@ -177,7 +176,7 @@ fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
     let present: BTreeSet<usize> = found.keys().map(|(i, _)| *i).collect();
     if let Some(missing) = (0..count).take(present.len() + 1).find(|i| !present.contains(i)) {
         let reason = format!("expert {missing} is missing of 0..{count}");
-        return Err(malformed(FORMAT, reason)).in_expert(missing);
+        return Err(Error::malformed(FORMAT, reason)).in_expert(missing);
     }
     let expert = |i: usize| {
         let projection = |role| {
@@ -192,11 +191,11 @@ fn each(store: &Store, block: &Block) -> Result<Vec<Vec<Projection>>> {
             }
             let weight = weight.ok_or_else(|| {
                 let reason = format!("expert {i} has no {role} projection");
-                malformed(FORMAT, reason)
+                Error::malformed(FORMAT, reason)
             })?;
             if factors.iter().any(Option::is_some) {
                 let reason = format!("{role} projection of expert {i}, dense and in factors");
-                return Err(malformed(FORMAT, reason));
+                return Err(Error::malformed(FORMAT, reason));
             }
             let weight = whole(store, weight, 2)?;
             Ok(Projection { role, weight, bias, order, factors: None })
@@ -236,7 +235,7 @@ fn check(store: &Store, layer: &LayerTensors) -> Result<()> {
     };
     layer.routing().chain(layer.expert_tensors()).try_for_each(float)?;
     let Some(first) = layer.experts.first() else {
-        return Err(malformed(FORMAT, "no experts"));
+        return Err(Error::malformed(FORMAT, "no experts"));
     };
     let (f, d) = first.last().map_or((0, 0), |down| (down.weight.cols, down.weight.rows));
     for (i, expert) in layer.experts.iter().enumerate() {
@@ -249,7 +248,7 @@ fn check(store: &Store, layer: &LayerTensors) -> Result<()> {
         }
         let biased = |e: &[Projection]| e.iter().map(|p| p.bias.is_some()).collect::<Vec<_>>();
         if biased(expert) != biased(first) {
-            return Err(malformed(FORMAT, "some experts have biases that others lack"))
+            return Err(Error::malformed(FORMAT, "some experts have biases that others lack"))
                 .in_expert(i);
         }
     }

@@ -10,7 +10,6 @@ use serde_json::Value;
 use super::fp8::{Blocks, e8m0, scale_shape};
 use super::mxfp4;
 use crate::checkpoint::config::{Config, mismatch};
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::non_finite;
@@ -108,7 +107,8 @@ fn block(config: &Config) -> Result<(usize, usize)> {
 fn scheme(store: &Store, tensor: usize, block: (usize, usize)) -> Result<Option<Scheme>> {
     let entry = store.entry(tensor);
     let sibling = |name: String| {
-        let missing = || malformed("quantised tensor", format!("its scales `{name}` are missing"));
+        let missing =
+            || Error::malformed("quantised tensor", format!("its scales `{name}` are missing"));
         store.get(&name).ok_or_else(missing)
     };
     if entry.dtype.name() == "F8_E4M3" {

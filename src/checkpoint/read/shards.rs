@@ -6,8 +6,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::checkpoint::json::{Members, malformed};
 use crate::error::{Error, Locate, Result};
+use crate::tensor_file::Members;
 
 /// The index of a sharded checkpoint.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -49,7 +49,7 @@ pub(crate) fn files(dir: &Path) -> Result<Files> {
         1 => Ok(Files { paths: found, promised: None }),
         n => {
             let reason = format!("no {INDEX} or {SINGLE}, and {n} other safetensors files");
-            Err(malformed("checkpoint folder", reason)).in_file(dir)
+            Err(Error::malformed("checkpoint folder", reason)).in_file(dir)
         }
     }
 }
@@ -57,11 +57,11 @@ pub(crate) fn files(dir: &Path) -> Result<Files> {
 fn indexed(dir: &Path, index: &Path) -> Result<Files> {
     let text = fs::read_to_string(index).map_err(|e| Error::io("read", e))?;
     let Index { weight_map: Members(map) } =
-        serde_json::from_str(&text).map_err(|e| malformed(FORMAT, e))?;
+        serde_json::from_str(&text).map_err(|e| Error::malformed(FORMAT, e))?;
     for (tensor, file) in &map {
         if !is_plain(file) {
             let reason = format!("`{file}` is not the name of a file in the checkpoint's folder");
-            return Err(malformed(FORMAT, reason)).in_tensor(tensor);
+            return Err(Error::malformed(FORMAT, reason)).in_tensor(tensor);
         }
     }
     let names: BTreeSet<&String> = map.iter().map(|(_, file)| file).collect();
@@ -71,12 +71,12 @@ fn indexed(dir: &Path, index: &Path) -> Result<Files> {
     for (tensor, file) in &map {
         let at = position[file];
         if promised.insert(tensor.clone(), at).is_some_and(|before| before != at) {
-            return Err(malformed(FORMAT, "it is mapped to two files")).in_tensor(tensor);
+            return Err(Error::malformed(FORMAT, "it is mapped to two files")).in_tensor(tensor);
         }
     }
     if dir.join(SINGLE).exists() && !names.iter().any(|name| *name == SINGLE) {
         let reason = format!("the folder also holds {SINGLE}: which of the two is meant?");
-        return Err(malformed(FORMAT, reason));
+        return Err(Error::malformed(FORMAT, reason));
     }
     let paths = names.into_iter().map(|name| dir.join(name)).collect();
     Ok(Files { paths, promised: Some(promised) })

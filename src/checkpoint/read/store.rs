@@ -9,12 +9,10 @@ use super::memory_map::Map;
 use super::shards;
 use super::shards::Files;
 use crate::checkpoint::config::Config;
-use crate::checkpoint::header;
-use crate::checkpoint::header::Entry;
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::layout::is_index;
 use crate::checkpoint::quant::{Quantised, Scheme};
 use crate::error::{Error, Locate, Result};
+use crate::tensor_file::{Header, TensorEntry};
 
 #[derive(Debug)]
 struct Shard {
@@ -27,7 +25,7 @@ struct Shard {
 #[derive(Debug)]
 pub(crate) struct Tensor {
     file: usize,
-    pub(crate) entry: Entry,
+    pub(crate) entry: TensorEntry,
 }
 
 impl Tensor {
@@ -70,14 +68,14 @@ impl Store {
                 if found != Some(*file) {
                     let shard = store.shards[*file].path.display().to_string();
                     let reason = format!("the index promises it in {shard}, which lacks it");
-                    return Err(malformed("safetensors index", reason))
+                    return Err(Error::malformed("safetensors index", reason))
                         .in_tensor(name)
                         .in_file(&index);
                 }
             }
             let stray = store.tensors.iter().find(|t| !promised.contains_key(&t.entry.name));
             if let Some(stray) = stray {
-                return Err(malformed("safetensors index", "the index does not name it"))
+                return Err(Error::malformed("safetensors index", "the index does not name it"))
                     .in_tensor(&stray.entry.name)
                     .in_file(&store.shards[stray.file].path);
             }
@@ -90,7 +88,7 @@ impl Store {
         if let Some(before) = self.by_name.insert(name.clone(), self.tensors.len()) {
             let other = &self.shards[self.tensors[before].file].path;
             let reason = format!("{} holds it too", other.display());
-            return Err(malformed("checkpoint", reason)).in_tensor(&name);
+            return Err(Error::malformed("checkpoint", reason)).in_tensor(&name);
         }
         self.tensors.push(tensor);
         Ok(())
@@ -107,7 +105,7 @@ impl Store {
     }
 
     /// A tensor's header entry.
-    pub(crate) fn entry(&self, tensor: usize) -> &Entry {
+    pub(crate) fn entry(&self, tensor: usize) -> &TensorEntry {
         &self.tensors[tensor].entry
     }
 
@@ -196,20 +194,20 @@ impl Store {
     }
 }
 
-fn map(path: &Path) -> Result<(Shard, Vec<Entry>)> {
+fn map(path: &Path) -> Result<(Shard, Vec<TensorEntry>)> {
     let io = |e| Error::io("open", e);
     let metadata = std::fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
-        return Err(malformed("checkpoint", "not a regular file"));
+        return Err(Error::malformed("checkpoint", "not a regular file"));
     }
     if metadata.len() < 8 {
         let reason = format!("{} bytes are too few for a header length", metadata.len());
-        return Err(malformed("safetensors file", reason));
+        return Err(Error::malformed("safetensors file", reason));
     }
     let file = File::open(path).map_err(io)?;
     let stamp = Stamp::of(&file.metadata().map_err(io)?);
     // The map outlives the file's handle: a thousand shards need none.
     let map = Map::of(&file)?;
-    let entries = header::parse(map.bytes())?;
+    let entries = Header::parse(map.bytes())?.tensors;
     Ok((Shard { path: path.to_owned(), map, stamp }, entries))
 }

@@ -10,7 +10,6 @@ use super::checkpoint::Checkpoint;
 use super::store::Store;
 use super::weights;
 use crate::checkpoint::config::{Config, NATIVE, Native, TEXT};
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::layout::{LayerTensors, Piece, names};
 use crate::error::{Error, Locate, Result};
 use crate::model::{FactoredLayer, LayerId, MergedLayer, Stack, TensorSource};
@@ -61,7 +60,7 @@ fn prefix(name: &str) -> &str {
 
 impl Checkpoint {
     fn find(&self, name: &str) -> Result<usize> {
-        let missing = || malformed("checkpoint", "there is no such tensor");
+        let missing = || Error::malformed("checkpoint", "there is no such tensor");
         self.store.get(name).ok_or_else(missing).in_tensor(name).in_file(&self.dir)
     }
 

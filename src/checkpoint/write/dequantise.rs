@@ -1,11 +1,11 @@
 //! The target's tensors for a quantised source: every weight as bf16, without scales.
 
 use super::writer::Writer;
-use crate::checkpoint::dtype::Dtype;
 use crate::checkpoint::layout::{Order, Piece, Projection};
 use crate::checkpoint::quant::{Scheme, mxfp4};
 use crate::checkpoint::read::{Store, weights};
 use crate::error::{Locate, Result};
+use crate::tensor_file::Dtype;
 
 /// How a tensor of the source is called and stored in the target.
 pub(super) struct Plain<'a> {

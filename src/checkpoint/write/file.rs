@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::digest::hexadecimal;
 use crate::error::{Error, Locate, Result};
 
 /// Bytes copied or read back at a time.
@@ -166,11 +167,6 @@ pub(super) fn hash_part(path: &Path, at: u64, length: u64) -> Result<[u8; 16]> {
         left -= take as u64;
     }
     Ok(hash.digest128().to_le_bytes())
-}
-
-/// A hash in hexadecimal digits.
-pub(super) fn hexadecimal(hash: Sha256) -> String {
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Copies a file; its size and SHA-256.

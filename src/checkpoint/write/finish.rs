@@ -6,7 +6,6 @@ use super::file::{Flush, copy_whole};
 use super::target_config;
 use super::target_config::MODELING;
 use super::writer::{Export, MANIFEST, Writer, Written};
-use crate::checkpoint::json::malformed;
 use crate::checkpoint::read::shards::INDEX;
 use crate::error::{Error, Locate, Result};
 
@@ -112,7 +111,7 @@ impl Writer<'_> {
 
     /// The plan, as the manifest holds it.
     fn recorded(&self) -> Result<Value> {
-        serde_json::to_value(&self.request).map_err(|e| malformed("write plan", e))
+        serde_json::to_value(&self.request).map_err(|e| Error::malformed("write plan", e))
     }
 
     /// What is written once everything is, known from the plan; `files` grows until then.

@@ -7,8 +7,9 @@ use sha2::{Digest, Sha256};
 
 use super::check::{check_dropped, target_rule};
 use super::encode::{Encoded, Encoder, Part, Sum, places};
-use super::file::{Output, hash_part, hexadecimal};
+use super::file::{Output, hash_part};
 use super::writer::{Export, Writer};
+use crate::digest::hexadecimal;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::model::{Grouping, LayerId, MergedLayer, Router};
 use crate::par;

@@ -3,13 +3,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde_json::json;
-
 use super::check::{check, drops_mtp};
 use super::dequantise;
 use super::dequantise::Plain;
 use super::writer::{Export, WritePlan};
-use crate::checkpoint::dtype::Dtype;
 use crate::checkpoint::layout::{
     Factor, Factoring, Factors, LayerTensors, Order, Piece, Projection, kept_shape,
 };
@@ -17,6 +14,7 @@ use crate::checkpoint::read::{Checkpoint, Store};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId, Role, Structure};
 use crate::stage::RankBudget;
+use crate::tensor_file::{Dtype, NewTensor, encode_header};
 
 /// A tensor of the target.
 pub(super) struct Out {
@@ -303,20 +301,17 @@ fn renumber(layer: &mut LayerTensors, rank: &[usize]) {
 
 /// Gives the tensors of a file their places and makes its header.
 fn lay_out(name: String, outs: &mut [Out]) -> OutFile {
-    let mut members = serde_json::Map::new();
-    members.insert("__metadata__".into(), json!({ "format": "pt" }));
-    let mut end = 0u64;
-    for out in &mut *outs {
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let tensors = outs.iter().map(|out| NewTensor {
+        name: &out.name,
+        dtype: out.dtype.name(),
+        shape: &out.shape,
+        bytes: out.bytes as u64,
+    });
+    let header = encode_header(&metadata, tensors);
+    let mut end = header.len() as u64;
+    for out in outs {
         (out.at, end) = (end, end + out.bytes as u64);
-        let (dtype, shape, offsets) = (out.dtype.name(), &out.shape, [out.at, end]);
-        let member = json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets });
-        members.insert(out.name.clone(), member);
     }
-    let mut text = serde_json::Value::Object(members).to_string();
-    text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
-    let mut header = (text.len() as u64).to_le_bytes().to_vec();
-    header.extend_from_slice(text.as_bytes());
-    outs.iter_mut().for_each(|out| out.at += header.len() as u64);
-    let size = header.len() as u64 + end;
-    OutFile { name, header, size }
+    OutFile { name, header, size: end }
 }

@@ -6,10 +6,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::checkpoint::{MANIFEST, WritePlan, read_json};
+use crate::checkpoint::{MANIFEST, WritePlan};
 use crate::error::{Error, Locate, Result};
 use crate::par;
 use crate::pipeline::run::resume::fingerprint;
+use crate::tensor_file::read_json;
 
 /// The file in a target in which its evaluation is kept.
 pub const EVALUATION: &str = "mcsmoe.evaluation.json";

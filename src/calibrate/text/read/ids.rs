@@ -3,14 +3,10 @@
 use std::fs::File;
 use std::path::Path;
 
-use safetensors::Dtype;
-use safetensors::tensor::TensorInfo;
-
 use super::malformed;
-use crate::calibrate::file::header::{self, Header};
-use crate::calibrate::file::tensor::read_at;
 use crate::calibrate::text::pieces::{Body, Pieces};
 use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::tensor_file::{Dtype, Header, TensorEntry, read_at};
 
 const FORMAT: &str = "file of token ids (safetensors)";
 /// Tensors that data collators write beside the ids, of which only the mask counts.
@@ -29,10 +25,10 @@ const BLOCK: usize = 1 << 14;
 /// mask with padding inside a window; with the tensor.
 pub(super) fn read(path: &Path, pieces: &mut Pieces) -> Result<()> {
     let file = File::open(path).map_err(|e| Error::io("read", e))?;
-    let header = header::read(&file).map_err(|e| malformed(FORMAT, reason(&e)))?;
+    let header = Header::read(&file).map_err(|e| malformed(FORMAT, reason(&e)))?;
     let name = ids_of(&header)?;
     let ids = Tensor::of(&file, &header, &name)?;
-    let mask = match header.tensors.info(MASK) {
+    let mask = match header.get(MASK) {
         None => None,
         Some(_) => Some(Tensor::of(&file, &header, MASK)?),
     };
@@ -56,10 +52,10 @@ fn reason(error: &Error) -> String {
 
 /// The name of the only tensor that may hold ids.
 fn ids_of(header: &Header) -> Result<String> {
-    let mut names = header.tensors.offset_keys();
-    names.retain(|name| name != MASK && !BESIDE.contains(&&**name));
+    let mut names: Vec<&str> = header.tensors.iter().map(|entry| &*entry.name).collect();
+    names.retain(|name| *name != MASK && !BESIDE.contains(name));
     match &names[..] {
-        [name] => Ok(name.clone()),
+        [name] => Ok((*name).to_owned()),
         _ => {
             let found = if names.is_empty() { "none".into() } else { names.join(", ") };
             let reason = format!(
@@ -147,10 +143,8 @@ struct Tensor<'a> {
 impl<'a> Tensor<'a> {
     fn of(file: &'a File, header: &'a Header, name: &'a str) -> Result<Self> {
         let missing = || malformed(FORMAT, format!("no tensor {name}"));
-        let TensorInfo { dtype, shape, data_offsets } =
-            header.tensors.info(name).ok_or_else(missing)?;
-        let start = header.data + data_offsets.0 as u64;
-        Ok(Self { file, name, dtype: *dtype, shape, start })
+        let TensorEntry { dtype, shape, range, .. } = header.get(name).ok_or_else(missing)?;
+        Ok(Self { file, name, dtype: *dtype, shape, start: range.start as u64 })
     }
 
     fn values(&self, range: std::ops::Range<usize>) -> Result<Vec<i64>> {
@@ -158,20 +152,14 @@ impl<'a> Tensor<'a> {
     }
 
     fn decode(&self, range: std::ops::Range<usize>) -> Result<Vec<i64>> {
-        let width = match self.dtype {
-            Dtype::BOOL | Dtype::U8 | Dtype::I8 => 1,
-            Dtype::U16 | Dtype::I16 => 2,
-            Dtype::U32 | Dtype::I32 => 4,
-            Dtype::I64 | Dtype::U64 => 8,
-            other => {
-                let found = format!("{other:?}");
-                let (what, supported) = ("type of token ids", "integers, most often I64".into());
-                return Err(ErrorKind::Unsupported { what, found, supported }.into());
-            }
-        };
+        if !self.dtype.is_integer() {
+            let (found, supported) = (self.dtype.name().into(), "integers, most often I64".into());
+            return Err(ErrorKind::Unsupported { what: "type of token ids", found, supported }.into());
+        }
+        let width = self.dtype.alignment();
         let mut bytes = vec![0; range.len() * width];
         read_at(self.file, &mut bytes, self.start + (range.start * width) as u64)?;
-        let signed = matches!(self.dtype, Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64);
+        let signed = self.dtype.name().starts_with('I');
         Ok(bytes.chunks_exact(width).map(|bytes| integer(bytes, signed)).collect())
     }
 
@@ -197,9 +185,10 @@ fn integer(bytes: &[u8], signed: bool) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use safetensors::Dtype;
     use safetensors::tensor::TensorView;
 
-    use super::*;
+    use super::{Body, Error, Pieces, Result, read};
     use crate::calibrate::text::pieces::{Counts, Limit};
 
     type Named<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);

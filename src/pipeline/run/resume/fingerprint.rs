@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
+use crate::digest::hexadecimal;
 use crate::error::{Error, Locate, Result};
 use crate::pipeline::activations::calibration::CalibrationData;
 use crate::pipeline::activations::tokens::Tokens;
@@ -56,10 +57,6 @@ impl Fingerprint {
         let differs = parts.iter().filter(|(_, a, b)| a != b).map(|(name, ..)| *name);
         differs.collect::<Vec<_>>().join(", ")
     }
-}
-
-fn hexadecimal(hash: Sha256) -> String {
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn of_source(source: &Checkpoint) -> Result<String> {

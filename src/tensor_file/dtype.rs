@@ -41,6 +41,8 @@ pub(crate) const FLOATS: &str = "F32, F16, BF16";
 impl Dtype {
     /// What quantised weights are written as.
     pub(crate) const BF16: Self = Self { name: "BF16", bits: 16 };
+    pub(crate) const F64: Self = Self { name: "F64", bits: 64 };
+    pub(crate) const I64: Self = Self { name: "I64", bits: 64 };
     /// What row numbers are written as.
     pub(crate) const I32: Self = Self { name: "I32", bits: 32 };
 
@@ -76,6 +78,11 @@ impl Dtype {
         matches!(self.name, "F32" | "F16" | "BF16")
     }
 
+    /// Whether it holds whole numbers, or true and false.
+    pub(crate) fn is_integer(self) -> bool {
+        self.name == "BOOL" || self.name.starts_with(['I', 'U'])
+    }
+
     /// The values of `bytes`, little-endian, at any alignment.
     ///
     /// # Errors
@@ -93,6 +100,36 @@ impl Dtype {
             }
             "F16" => Ok(decode_f16(bytes)),
             _ => Err(self.unsupported()),
+        }
+    }
+
+    /// The values of `bytes` in double precision, exact for F64 and what [`Dtype::decode`] reads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for any other type.
+    pub(crate) fn decode_f64(self, bytes: &[u8]) -> Result<Vec<f64>> {
+        if self != Self::F64 {
+            return Ok(self.decode(bytes)?.into_iter().map(f64::from).collect());
+        }
+        Ok(bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect())
+    }
+
+    /// The whole numbers of `bytes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] unless the type is I32 or I64.
+    pub(crate) fn decode_integers(self, bytes: &[u8]) -> Result<Vec<i64>> {
+        match self {
+            Self::I32 => {
+                let widen = |&b: &[u8; 4]| i64::from(i32::from_le_bytes(b));
+                Ok(bytes.as_chunks().0.iter().map(widen).collect())
+            }
+            Self::I64 => Ok(bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b)).collect()),
+            _ => {
+                let (found, supported) = (self.name.into(), "I32, I64".into());
+                Err(ErrorKind::Unsupported { what: "type of whole numbers", found, supported }
+                    .into())
+            }
         }
     }
 

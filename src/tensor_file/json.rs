@@ -6,7 +6,7 @@ use std::{fmt, fs};
 
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
 
-use crate::error::{Error, ErrorKind, Locate, Result};
+use crate::error::{Error, Locate, Result};
 
 /// The members of a JSON object in file order, repeated keys kept.
 pub(crate) struct Members<T>(pub(crate) Vec<(String, T)>);
@@ -47,11 +47,6 @@ pub(crate) fn read_json<T: DeserializeOwned>(
 ) -> Result<T> {
     let text = fs::read_to_string(path).map_err(|e| Error::io(operation, e));
     let parsed =
-        text.and_then(|text| serde_json::from_str(&text).map_err(|e| malformed(format, e)));
+        text.and_then(|text| serde_json::from_str(&text).map_err(|e| Error::malformed(format, e)));
     parsed.in_file(path)
-}
-
-/// An error about a file's format.
-pub(crate) fn malformed(format: &'static str, reason: impl fmt::Display) -> Error {
-    ErrorKind::Format { format, reason: reason.to_string() }.into()
 }
