@@ -9,6 +9,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::dtype::Dtype;
+use super::explain::not_tensors;
 use super::json::Members;
 use super::read_at::read_at;
 use crate::error::{Error, ErrorKind, Locate, Result};
@@ -16,6 +17,8 @@ use crate::error::{Error, ErrorKind, Locate, Result};
 const FORMAT: &str = "safetensors file";
 /// The limit of the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
+/// Bytes that tell what a file is when it has no header.
+const BEGINNING: usize = 64;
 /// The key of what a file says of itself.
 const METADATA: &str = "__metadata__";
 
@@ -56,10 +59,12 @@ impl Header {
     /// # Errors
     /// [`ErrorKind::Format`] and [`ErrorKind::Unsupported`], with the tensor.
     pub(crate) fn parse(file: &[u8]) -> Result<Self> {
+        let beginning = &file[..file.len().min(BEGINNING)];
         let Some((length, rest)) = file.split_first_chunk::<8>() else {
-            return Err(too_short(file.len() as u64));
+            return Err(no_header(beginning, too_short(file.len() as u64)));
         };
-        let length = header_length(*length, rest.len())?;
+        let length =
+            header_length(*length, rest.len()).map_err(|error| no_header(beginning, error))?;
         Self::of(&rest[..length], 8 + length..file.len())
     }
 
@@ -69,12 +74,15 @@ impl Header {
     /// Those of [`Header::parse`]; [`ErrorKind::Io`].
     pub(crate) fn read(file: &File) -> Result<Self> {
         let size = file.metadata().map_err(|e| Error::io("file size", e))?.len();
-        let Some(rest) = size.checked_sub(8) else { return Err(too_short(size)) };
-        let rest = usize::try_from(rest)
+        let mut beginning = vec![0; BEGINNING.min(usize::try_from(size).unwrap_or(BEGINNING))];
+        read_at(file, &mut beginning, 0)?;
+        let Some(length) = beginning.first_chunk::<8>() else {
+            return Err(no_header(&beginning, too_short(size)));
+        };
+        let rest = usize::try_from(size - 8)
             .map_err(|_| Error::malformed(FORMAT, format!("{size} bytes cannot be addressed")))?;
-        let mut length = [0; 8];
-        read_at(file, &mut length, 0)?;
-        let mut header = vec![0; header_length(length, rest)?];
+        let length = header_length(*length, rest).map_err(|error| no_header(&beginning, error))?;
+        let mut header = vec![0; length];
         read_at(file, &mut header, 8)?;
         Self::of(&header, 8 + header.len()..8 + rest)
     }
@@ -109,6 +117,14 @@ impl Header {
     }
 }
 
+/// What the file is instead, where its beginning tells; else the `error` of its header's length.
+fn no_header(beginning: &[u8], error: Error) -> Error {
+    match not_tensors(beginning) {
+        Some(found) => Error::malformed(FORMAT, format!("it is {found}")),
+        None => error,
+    }
+}
+
 fn too_short(size: u64) -> Error {
     Error::malformed(FORMAT, format!("{size} bytes are too few for a header length"))
 }
@@ -137,7 +153,10 @@ fn entry(name: &str, declared: &Declared, data: &Range<usize>) -> Result<TensorE
     };
     let (start, end) = declared.data_offsets;
     if start > end || end > data.len() as u64 {
-        let reason = format!("offsets {start}..{end} lie outside 0..{}", data.len());
+        let reason = format!(
+            "offsets {start}..{end} lie outside 0..{}: the file was cut or damaged; download it again",
+            data.len()
+        );
         return Err(Error::malformed(FORMAT, reason));
     }
     if end - start != bytes as u64 {

@@ -6,7 +6,8 @@ use std::{fmt, fs};
 
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
 
-use crate::error::{Error, Locate, Result};
+use super::explain::{not_json, open_error};
+use crate::error::{Locate, Result};
 
 /// The members of a JSON object in file order, repeated keys kept.
 pub(crate) struct Members<T>(pub(crate) Vec<(String, T)>);
@@ -45,8 +46,9 @@ pub(crate) fn read_json<T: DeserializeOwned>(
     operation: &'static str,
     format: &'static str,
 ) -> Result<T> {
-    let text = fs::read_to_string(path).map_err(|e| Error::io(operation, e));
-    let parsed =
-        text.and_then(|text| serde_json::from_str(&text).map_err(|e| Error::malformed(format, e)));
-    parsed.in_file(path)
+    let text = fs::read_to_string(path).map_err(|e| open_error(operation, path, e));
+    let parse = |text: String| {
+        serde_json::from_str(&text).map_err(|e| not_json(format, text.as_bytes(), &e))
+    };
+    text.and_then(parse).in_file(path)
 }

@@ -6,11 +6,13 @@
 //! ([`Header`]). It is read strictly: every byte of the data belongs to exactly one tensor.
 
 mod dtype;
+mod explain;
 mod header;
 mod json;
 mod read_at;
 
 pub(crate) use dtype::{Dtype, FLOATS};
+pub(crate) use explain::{dangling, not_json, open_error};
 pub(crate) use header::{Header, NewTensor, TensorEntry, encode_header};
 pub(crate) use json::{Members, read_json};
 pub(crate) use read_at::read_at;

@@ -6,10 +6,10 @@ use std::path::Path;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::value_spans::{like, member};
+use super::value_spans::{like, member, strict};
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::families::{Keys, WITHIN};
-use crate::tensor_file::Members;
+use crate::tensor_file::{Members, not_json, open_error};
 
 /// The spellings of the number of routed experts.
 pub(crate) const EXPERTS: &[&str] =
@@ -26,14 +26,17 @@ pub(crate) const TOP_K: &[&str] = &[
 /// The spellings of the number of multi-token-prediction layers.
 pub(crate) const MTP: &[&str] =
     &["num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"];
-/// Where a wrapper keeps the keys of its language model.
-pub(crate) const TEXT: &str = "text_config";
+/// Where wrappers keep the config of their language model, or of a part that holds it in turn.
+const WRAPPED: [&str; 5] =
+    ["text_config", "thinker_config", "llm_config", "language_config", "llm"];
 
 /// A model's `config.json`.
 #[derive(Debug, Clone)]
 pub struct Config {
     text: String,
     value: Value,
+    /// See [`Config::language`].
+    language: Value,
 }
 
 impl Config {
@@ -42,7 +45,7 @@ impl Config {
     /// # Errors
     /// [`ErrorKind::Io`], or [`ErrorKind::Format`] when it is not a JSON object.
     pub(in crate::checkpoint) fn open(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", e));
+        let text = std::fs::read_to_string(path).map_err(|e| open_error("read", path, e));
         text.and_then(Self::parse).in_file(path)
     }
 
@@ -51,12 +54,12 @@ impl Config {
     /// # Errors
     /// [`ErrorKind::Format`] when it is not a JSON object.
     pub fn parse(text: String) -> Result<Self> {
-        let value: Value =
-            serde_json::from_str(&text).map_err(|e| Error::malformed("config.json", e))?;
+        let value: Value = serde_json::from_str(&strict(&text))
+            .map_err(|e| not_json("config.json", text.as_bytes(), &e))?;
         if !value.is_object() {
             return Err(Error::malformed("config.json", "not an object"));
         }
-        Ok(Self { text, value })
+        Ok(Self { language: unwrapped(&value), text, value })
     }
 
     /// The text, exactly as on disk.
@@ -66,19 +69,34 @@ impl Config {
 
     /// The keys of the model, for the tables of the families.
     pub(in crate::checkpoint) fn keys(&self) -> Keys<'_> {
-        Keys::of_model(&self.value, &WITHIN)
+        Keys::of_model(&self.language, &WITHIN)
     }
 
-    pub(in crate::checkpoint) fn value(&self) -> &Value {
-        &self.value
+    /// The config of the language model: the wrapper's keys, hidden by those of the inner object.
+    pub(in crate::checkpoint) fn language(&self) -> &Value {
+        &self.language
     }
 
-    /// The value of a key of the model, or of the language model inside a wrapper. `null` counts
-    /// as absent.
+    /// The value of a key of the language model: that of the innermost object that has it. `null`
+    /// counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         let present = |v: &&Value| !v.is_null();
-        let inner = WITHIN.iter().filter_map(|object| self.value.get(object)?.get(key));
-        self.value.get(key).into_iter().chain(inner).find(present)
+        let inner = WITHIN.iter().filter_map(|object| self.language.get(object)?.get(key));
+        self.language.get(key).into_iter().chain(inner).find(present)
+    }
+
+    /// A string at the top of the file; where it is absent, that of the language model.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when it is something else.
+    pub(crate) fn outer_string(&self, key: &str) -> Result<Option<&str>> {
+        let text = |v| Value::as_str(v).ok_or_else(|| mismatch(key, "a string", v));
+        self.outer(key).map(text).transpose()
+    }
+
+    /// The value of a key at the top of the file; where it is absent, that of the language model.
+    pub(crate) fn outer(&self, key: &str) -> Option<&Value> {
+        self.value.get(key).filter(|v| !v.is_null()).or_else(|| self.get(key))
     }
 
     /// Whether the key stands at the top, not only in the wrapped language model.
@@ -181,7 +199,8 @@ impl Config {
         top: &[Edit],
     ) -> Result<String> {
         let mut spans = Vec::new();
-        self.spans(&self.text, &[everywhere, top].concat(), everywhere, &mut spans)?;
+        let text = strict(&self.text);
+        spans_of(&text, &text, &[everywhere, top].concat(), everywhere, &mut spans)?;
         spans.sort_by_key(|(start, ..)| *start);
         let mut text = String::with_capacity(self.text.len() + 256);
         let mut done = 0;
@@ -205,29 +224,47 @@ impl Config {
         }
         Self::parse(text)
     }
+}
 
-    /// The start, end and replacement of every value of `object`, a slice of the text, to replace.
-    fn spans(
-        &self,
-        object: &str,
-        edits: &[Edit],
-        nested: &[Edit],
-        found: &mut Vec<(usize, usize, String)>,
-    ) -> Result<()> {
-        let members: Members<&RawValue> =
-            serde_json::from_str(object).map_err(|e| Error::malformed("config.json", e))?;
-        for (key, raw) in members.0 {
-            let value = raw.get();
-            let start = value.as_ptr() as usize - self.text.as_ptr() as usize;
-            let edit = edits.iter().find(|(name, _)| *name == key);
-            if let Some((_, new)) = edit.filter(|_| value != "null") {
-                found.push((start, start + value.len(), like(value, new)));
-            } else if WITHIN.contains(&&*key) && value.starts_with('{') {
-                self.spans(value, nested, &[], found)?;
-            }
-        }
-        Ok(())
+/// The keys of a wrapper, hidden by those of the language model in it; a wrapper may lie in another.
+fn unwrapped(config: &Value) -> Value {
+    let mut keys = config.as_object().cloned().unwrap_or_default();
+    while let Some(inner) = WRAPPED.iter().find_map(|key| match keys.get(*key) {
+        Some(Value::Object(_)) => keys.remove(*key),
+        _ => None,
+    }) {
+        let inner = inner.as_object().cloned().unwrap_or_default();
+        keys.extend(inner.into_iter().filter(|(_, value)| !value.is_null()));
     }
+    Value::Object(keys)
+}
+
+/// Whether an object under this key holds keys of the language model.
+pub(super) fn is_nested(key: &str) -> bool {
+    WRAPPED.contains(&key) || WITHIN.contains(&key)
+}
+
+/// The start, end and replacement of every value of `object`, a slice of `text`, to replace.
+fn spans_of(
+    text: &str,
+    object: &str,
+    edits: &[Edit],
+    nested: &[Edit],
+    found: &mut Vec<(usize, usize, String)>,
+) -> Result<()> {
+    let members: Members<&RawValue> =
+        serde_json::from_str(object).map_err(|e| Error::malformed("config.json", e))?;
+    for (key, raw) in members.0 {
+        let value = raw.get();
+        let start = value.as_ptr() as usize - text.as_ptr() as usize;
+        let edit = edits.iter().find(|(name, _)| *name == key);
+        if let Some((_, new)) = edit.filter(|_| value != "null") {
+            found.push((start, start + value.len(), like(value, new)));
+        } else if is_nested(&key) && value.starts_with('{') {
+            spans_of(text, value, nested, nested, found)?;
+        }
+    }
+    Ok(())
 }
 
 /// A key and the JSON text of its new value.
@@ -279,6 +316,20 @@ mod tests {
             assert_eq!(without(text), expected);
         }
         assert_eq!(without(TEXT), TEXT);
+    }
+
+    #[test]
+    fn a_wrapper_hides_nothing_of_the_language_model() {
+        let text = r#"{"model_type": "outer", "tie_word_embeddings": true, "vocab_size": null,
+            "thinker_config": {"audio_config": {"num_experts": 3},
+            "text_config": {"model_type": "inner", "vocab_size": 64, "num_experts": 8}}}"#;
+        let omni = config(text);
+        assert_eq!(omni.string("model_type").unwrap(), Some("inner"));
+        assert_eq!(omni.outer_string("model_type").unwrap(), Some("outer"));
+        assert_eq!(omni.integer("vocab_size").unwrap(), Some(64));
+        assert_eq!(omni.flag("tie_word_embeddings").unwrap(), Some(true));
+        let edited = omni.edited(&[("num_experts", "4".into())], &[]).unwrap();
+        assert_eq!(edited, text.replace(": 8", ": 4"));
     }
 
     #[test]

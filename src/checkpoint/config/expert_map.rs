@@ -35,7 +35,7 @@ pub(crate) struct Native {
 impl Native {
     /// The map for a model with `config`.
     pub(crate) fn new(config: &Config, expert_map: BTreeMap<LayerId, Grouping>) -> Self {
-        let base = |key| config.get(key).cloned().unwrap_or(Value::Null);
+        let base = |key| config.outer(key).cloned().unwrap_or(Value::Null);
         Self {
             format: FORMAT,
             base_model_type: base("model_type"),
@@ -47,7 +47,7 @@ impl Native {
 
     /// The map of a native folder, `None` for an ordinary one.
     pub(crate) fn read(config: &Config) -> Result<Option<Self>> {
-        if config.string("model_type")? != Some(NATIVE) {
+        if config.outer_string("model_type")? != Some(NATIVE) {
             return Ok(None);
         }
         let Some(value) = config.get(NATIVE) else {

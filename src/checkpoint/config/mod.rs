@@ -6,5 +6,5 @@ mod expert_map;
 mod value_spans;
 
 pub use document::Config;
-pub(crate) use document::{EXPERTS, Edit, MTP, TEXT, TOP_K, mismatch};
+pub(crate) use document::{EXPERTS, Edit, MTP, TOP_K, mismatch};
 pub(crate) use expert_map::{NATIVE, Native};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::folder::check_folder;
 use super::store::Store;
 use super::tensor_source::TextModel;
 use super::weights;
@@ -75,14 +76,18 @@ impl Checkpoint {
     /// read; each with file, tensor, layer and expert where there is one.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        check_folder(dir)?;
         let path = dir.join("config.json");
         let config = Config::open(&path)?;
         let native = Native::read(&config).in_file(&path)?;
         let family = match &native {
             Some(native) => native.base_model_type.as_str(),
-            None => config.string("model_type").in_file(&path)?,
+            None => config.outer_string("model_type").in_file(&path)?,
         };
         let family = family.unwrap_or_default().to_owned();
+        // A wrapper's language model routes as its own type says.
+        let inner = config.string("model_type").in_file(&path)?;
+        let routes_as = inner.filter(|name| families::find(name).is_some()).unwrap_or(&family);
         let mut store = Store::open(dir)?;
         store.find_quantised(&config, &path)?;
         let hidden_layers = config.integer("num_hidden_layers").in_file(&path)?;
@@ -96,7 +101,8 @@ impl Checkpoint {
             let merged = maps.and_then(|maps| maps.get(&layer.id));
             check_counts(&store, layer, count, merged).in_layer(layer.id).in_file(&path)?;
             let corrected = layer.correction.is_some();
-            let rule = families::routing_rule(&family, config.keys(), corrected, || config.top_k());
+            let rule =
+                families::routing_rule(routes_as, config.keys(), corrected, || config.top_k());
             let rule = rule.in_file(&path)?;
             Ok(describe(&store, layer, rule, merged))
         };
@@ -125,6 +131,11 @@ impl Checkpoint {
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The files that hold its tensors, in the order of their names.
+    pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
+        self.store.paths()
     }
 
     /// The model type; for a native folder that of the original. Empty when the config has none.

@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod file_stamp;
+mod folder;
 mod memory_map;
 pub(crate) mod shards;
 mod store;

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, Locate, Result};
-use crate::tensor_file::Members;
+use crate::tensor_file::{Members, dangling, not_json, open_error};
 
 /// The index of a sharded checkpoint.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -31,11 +31,13 @@ struct Index {
 /// Finds the files of the checkpoint in `dir`.
 pub(crate) fn files(dir: &Path) -> Result<Files> {
     let index = dir.join(INDEX);
-    if index.exists() {
+    // Also a link to nothing, which is told with its target.
+    let listed = |path: &Path| path.symlink_metadata().is_ok();
+    if listed(&index) {
         return indexed(dir, &index).in_file(&index);
     }
     let single = dir.join(SINGLE);
-    if single.exists() {
+    if listed(&single) {
         return Ok(Files { paths: vec![single], promised: None });
     }
     let mut found = Vec::new();
@@ -48,16 +50,50 @@ pub(crate) fn files(dir: &Path) -> Result<Files> {
     match found.len() {
         1 => Ok(Files { paths: found, promised: None }),
         n => {
-            let reason = format!("no {INDEX} or {SINGLE}, and {n} other safetensors files");
+            let reason = format!(
+                "no {INDEX} or {SINGLE}, and {n} other safetensors files{}",
+                other_weights(dir)
+            );
             Err(Error::malformed("checkpoint folder", reason)).in_file(dir)
         }
     }
 }
 
+/// What to do with weights in another format.
+fn other_weights(dir: &Path) -> String {
+    const FORMATS: [(&str, &str); 5] = [
+        ("bin", "PyTorch pickles"),
+        ("pt", "PyTorch pickles"),
+        ("pth", "PyTorch pickles"),
+        ("gguf", "GGUF"),
+        ("h5", "HDF5"),
+    ];
+    let names =
+        fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let mut names: Vec<PathBuf> = names.collect();
+    names.sort();
+    let found = names.iter().find_map(|path| {
+        let ending = path.extension()?;
+        let (_, format) = FORMATS.iter().find(|(known, _)| ending == *known)?;
+        Some((path.file_name()?.to_string_lossy().into_owned(), *format))
+    });
+    match found {
+        None => String::new(),
+        Some((name, "PyTorch pickles")) => format!(
+            "; {name} is a PyTorch pickle, which is not read: convert it in Python with \
+             `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`"
+        ),
+        Some((name, format)) => format!(
+            "; {name} holds weights as {format}, which is not read: use the safetensors of the \
+             original model"
+        ),
+    }
+}
+
 fn indexed(dir: &Path, index: &Path) -> Result<Files> {
-    let text = fs::read_to_string(index).map_err(|e| Error::io("read", e))?;
+    let text = fs::read_to_string(index).map_err(|e| open_error("read", index, e))?;
     let Index { weight_map: Members(map) } =
-        serde_json::from_str(&text).map_err(|e| Error::malformed(FORMAT, e))?;
+        serde_json::from_str(&text).map_err(|e| not_json(FORMAT, text.as_bytes(), &e))?;
     for (tensor, file) in &map {
         if !is_plain(file) {
             let reason = format!("`{file}` is not the name of a file in the checkpoint's folder");
@@ -78,8 +114,26 @@ fn indexed(dir: &Path, index: &Path) -> Result<Files> {
         let reason = format!("the folder also holds {SINGLE}: which of the two is meant?");
         return Err(Error::malformed(FORMAT, reason));
     }
-    let paths = names.into_iter().map(|name| dir.join(name)).collect();
+    let paths: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
+    check_present(&paths)?;
     Ok(Files { paths, promised: Some(promised) })
+}
+
+/// Lists all shards that are not there, and links to nothing with their targets.
+fn check_present(paths: &[PathBuf]) -> Result<()> {
+    let missing = paths.iter().filter(|path| !path.exists());
+    let missing: Vec<String> = missing
+        .map(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            dangling(path).map_or_else(|| name.to_string(), |reason| format!("{name} ({reason})"))
+        })
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let (n, of, names) = (missing.len(), paths.len(), missing.join(", "));
+    let reason = format!("{n} of its {of} files are missing; download them: {names}");
+    Err(Error::malformed(FORMAT, reason))
 }
 
 /// Whether `name` names a file of the folder itself: no separators, no `..`, no drive.

@@ -12,7 +12,7 @@ use crate::checkpoint::config::Config;
 use crate::checkpoint::layout::is_index;
 use crate::checkpoint::quant::{Quantised, Scheme};
 use crate::error::{Error, Locate, Result};
-use crate::tensor_file::{Header, TensorEntry};
+use crate::tensor_file::{Header, TensorEntry, open_error};
 
 #[derive(Debug)]
 struct Shard {
@@ -181,6 +181,11 @@ impl Store {
         &self.shards[*file].map.bytes()[entry.range.clone()]
     }
 
+    /// All files.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| &*shard.path)
+    }
+
     /// The file that holds a tensor.
     pub(crate) fn path(&self, tensor: usize) -> &Path {
         &self.shards[self.tensors[tensor].file].path
@@ -195,16 +200,16 @@ impl Store {
 }
 
 fn map(path: &Path) -> Result<(Shard, Vec<TensorEntry>)> {
-    let io = |e| Error::io("open", e);
+    let io = |e| open_error("open", path, e);
     let metadata = std::fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
         return Err(Error::malformed("checkpoint", "not a regular file"));
     }
-    if metadata.len() < 8 {
-        let reason = format!("{} bytes are too few for a header length", metadata.len());
-        return Err(Error::malformed("safetensors file", reason));
-    }
     let file = File::open(path).map_err(io)?;
+    if metadata.len() == 0 {
+        // An empty file cannot be mapped.
+        return Header::parse(&[]).and_then(|_| Err(Error::malformed("checkpoint", "it is empty")));
+    }
     let stamp = Stamp::of(&file.metadata().map_err(io)?);
     // The map outlives the file's handle: a thousand shards need none.
     let map = Map::of(&file)?;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::checkpoint::Checkpoint;
 use super::store::Store;
 use super::weights;
-use crate::checkpoint::config::{Config, NATIVE, Native, TEXT};
+use crate::checkpoint::config::{Config, NATIVE, Native};
 use crate::checkpoint::layout::{LayerTensors, Piece, names};
 use crate::error::{Error, Locate, Result};
 use crate::model::{FactoredLayer, LayerId, MergedLayer, Stack, TensorSource};
@@ -29,21 +29,21 @@ impl TextModel {
         layers: &[LayerTensors],
     ) -> Self {
         let prefix = layers.first().map_or("", |layer| prefix(&store.entry(layer.router).name));
-        Self { config: unwrapped(config.value(), native), prefix: prefix.to_owned() }
+        Self { config: language(config, native), prefix: prefix.to_owned() }
     }
 }
 
-/// The config of the language model: the wrapper's keys, hidden by those of the inner object. In a
-/// native folder model type and classes are again those of the original.
-fn unwrapped(config: &Value, native: Option<&Native>) -> Value {
-    let mut keys: Map<String, Value> = config.as_object().cloned().unwrap_or_default();
+/// The config of the language model. In a native folder model type and classes are again those of
+/// the original.
+fn language(config: &Config, native: Option<&Native>) -> Value {
+    let mut keys: Map<String, Value> = config.language().as_object().cloned().unwrap_or_default();
     if let Some(native) = native {
         keys.remove(NATIVE);
-        keys.insert("model_type".into(), native.base_model_type.clone());
+        // A wrapper's language model has a type of its own, which is still there.
+        if keys.get("model_type").is_some_and(|name| name == NATIVE) {
+            keys.insert("model_type".into(), native.base_model_type.clone());
+        }
         keys.insert("architectures".into(), native.base_architectures.clone());
-    }
-    if let Some(Value::Object(inner)) = keys.remove(TEXT) {
-        keys.extend(inner.into_iter().filter(|(_, value)| !value.is_null()));
     }
     Value::Object(keys)
 }
@@ -146,7 +146,6 @@ impl TensorSource for Checkpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn prefixes_end_before_the_layers() {
@@ -159,16 +158,5 @@ mod tests {
         ] {
             assert_eq!(prefix(name), expected);
         }
-    }
-
-    #[test]
-    fn a_wrapper_hides_nothing_of_the_text_model() {
-        let config = json!({"model_type": "qwen3_vl_moe", "tie_word_embeddings": true,
-            "vocab_size": null,
-            "text_config": {"model_type": "qwen3_moe", "vocab_size": 64, "eos_token_id": null}});
-        let text = unwrapped(&config, None);
-        assert_eq!(text["model_type"], "qwen3_moe");
-        assert_eq!((&text["vocab_size"], &text["tie_word_embeddings"]), (&json!(64), &json!(true)));
-        assert!(text.get("text_config").is_none());
     }
 }

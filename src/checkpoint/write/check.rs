@@ -1,16 +1,11 @@
 //! What a plan must satisfy before any work: that the runtimes meant to load the target can.
 
-use super::writer::{Export, WritePlan};
+use super::companion_files::companion_files;
+use super::request::{Export, WritePlan};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::families;
 use crate::model::{Grouping, LayerId, RoutingRule};
-
-/// Whether multi-token-prediction layers are left out.
-pub(super) fn drops_mtp(plan: &WritePlan) -> bool {
-    let merged = plan.groupings.values().any(|g| !g.is_identity());
-    plan.d_ff.is_some() || plan.export != Export::Expanded && merged
-}
 
 /// The rule of a layer's router in the target.
 pub(super) fn target_rule(rule: RoutingRule, plan: &WritePlan) -> RoutingRule {
@@ -34,6 +29,9 @@ pub(super) fn check(source: &Checkpoint, plan: &WritePlan) -> Result<Option<usiz
     }
     crate::checkpoint::quant::schemes::check_method(source.config())
         .in_file(&source.dir().join("config.json"))?;
+    if plan.only.is_none() {
+        companion_files(source.dir())?;
+    }
     if plan.export == Export::Expanded && (plan.top_k.is_some() || plan.flatten_groups) {
         let reason = "the expanded export leaves the router and its config as they are".into();
         return Err(ErrorKind::Recipe { reason }.into());

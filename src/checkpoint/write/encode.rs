@@ -8,7 +8,7 @@ use ndarray::Array1;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::layout_plan::Plan;
-use super::writer::Export;
+use super::request::Export;
 use crate::checkpoint::layout::{Factors, LayerTensors, Order, Piece, Projection};
 use crate::error::{Error, Locate, Result};
 use crate::model::{Expert, Factored, Grouping, LayerId, Router};

@@ -2,10 +2,12 @@
 
 use serde_json::{Value, json};
 
+use super::companion_files::companion_files;
 use super::file::{Flush, copy_whole};
+use super::request::{Export, MANIFEST, Written};
 use super::target_config;
 use super::target_config::MODELING;
-use super::writer::{Export, MANIFEST, Writer, Written};
+use super::writer::Writer;
 use crate::checkpoint::read::shards::INDEX;
 use crate::error::{Error, Locate, Result};
 
@@ -86,20 +88,16 @@ impl Writer<'_> {
         json!({ "metadata": { "total_size": total }, "weight_map": map })
     }
 
-    /// Copies what a tokenizer and a text generator need.
+    /// Copies every file that is not a weight.
     fn companions(&mut self) -> Result<()> {
         let dir = self.source.dir();
-        let list = |e| Error::io("list folder", e);
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(list).in_file(dir)? {
-            let entry = entry.map_err(list).in_file(dir)?;
-            // Follows links, which is how hub caches store files.
-            let is_file = entry.path().is_file();
-            names.extend(entry.file_name().into_string().ok().filter(|n| is_file && goes_along(n)));
-        }
-        names.sort_unstable();
-        for name in names {
-            let copied = copy_whole(&dir.join(&name), &self.target.path().join(&name))?;
+        for name in companion_files(dir)? {
+            let to = self.target.path().join(&name);
+            if let Some(folder) = to.parent() {
+                let made = std::fs::create_dir_all(folder);
+                made.map_err(|e| Error::io("create folder", e)).in_file(folder)?;
+            }
+            let copied = copy_whole(&dir.join(&name), &to)?;
             self.digests.insert(name, copied);
         }
         if self.request.export == Export::Native {
@@ -124,23 +122,4 @@ impl Writer<'_> {
             dropped: self.plan.dropped.clone(),
         }
     }
-}
-
-/// Whether a file of the source belongs beside the weights. The README describes another model.
-fn goes_along(name: &str) -> bool {
-    const STARTS: [&str; 9] = [
-        "tokenizer",
-        "special_tokens",
-        "added_tokens",
-        "chat_template",
-        "generation_config",
-        "vocab",
-        "merges",
-        "preprocessor_config",
-        "processor_config",
-    ];
-    let code = name.ends_with(".py")
-        && ["configuration_", "modeling_", "tokenization_"].iter().any(|s| name.starts_with(s));
-    let weights = name.ends_with(".safetensors") || name.ends_with(".bin");
-    !weights && (code || name.ends_with(".model") || STARTS.iter().any(|s| name.starts_with(s)))
 }

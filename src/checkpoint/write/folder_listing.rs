@@ -5,10 +5,11 @@ use std::collections::HashMap;
 
 use ndarray::ArrayView1;
 
+use super::companion_files::companion_files;
 use super::dequantise;
 use super::layout_plan::Plan;
+use super::request::{Export, WritePlan};
 use super::target_config;
-use super::writer::{Export, WritePlan};
 use crate::checkpoint::layout::LayerTensors;
 use crate::checkpoint::read::Checkpoint;
 use crate::error::{Error, Locate, Result};
@@ -29,6 +30,8 @@ pub struct Outline {
     /// unless recovery or compression changes it; none where experts share a tensor or are
     /// quantised.
     pub alone: Vec<(String, String)>,
+    /// The files that travel from the source as they are, by their paths below it.
+    pub companions: Vec<String>,
     /// Bytes of all tensors.
     pub bytes: u64,
     /// Parameters of all tensors.
@@ -99,6 +102,7 @@ impl Checkpoint {
             config,
             sources: self.fates(plan, &laid),
             alone: self.alone(plan),
+            companions: companion_files(self.dir())?,
             bytes: laid.bytes(),
             parameters: laid.parameters(),
             expert_bytes: laid.expert_bytes(self),

@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::check::{check, drops_mtp};
+use super::check::check;
 use super::dequantise;
 use super::dequantise::Plain;
-use super::writer::{Export, WritePlan};
+use super::request::{Export, WritePlan};
 use crate::checkpoint::layout::{
     Factor, Factoring, Factors, LayerTensors, Order, Piece, Projection, kept_shape,
 };
@@ -65,7 +65,7 @@ impl Plan {
                 owner.insert(tensor, (layer, grouping));
             }
         }
-        let drops_mtp = drops_mtp(plan);
+        let drops_mtp = plan.drops_mtp();
         for (tensor, found) in source.store.tensors().iter().enumerate() {
             let store = &source.store;
             if plan.only.is_some() && !owner.contains_key(&tensor) {

@@ -2,6 +2,7 @@
 //! the files, layer by layer.
 
 mod check;
+mod companion_files;
 mod dequantise;
 mod encode;
 mod file;
@@ -10,6 +11,7 @@ mod folder_listing;
 mod layer;
 mod layout_plan;
 mod partial_target;
+mod request;
 mod size;
 mod target;
 mod target_config;
@@ -18,6 +20,7 @@ mod writer;
 pub use encode::{Encoded, Encoder};
 pub use folder_listing::{Fate, Outline, OutlineTensor};
 pub use partial_target::Part;
+pub use request::{Export, MANIFEST, WritePlan, Written};
 pub use size::Sizes;
 pub use target::Partial;
-pub use writer::{Export, MANIFEST, WritePlan, Writer, Written};
+pub use writer::Writer;

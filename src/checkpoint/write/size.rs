@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::layout_plan::Plan;
-use super::writer::WritePlan;
+use super::request::WritePlan;
 use crate::checkpoint::layout::{LayerTensors, Projection, is_index};
 use crate::checkpoint::read::Checkpoint;
 use crate::error::Result;

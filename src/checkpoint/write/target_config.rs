@@ -1,7 +1,6 @@
 //! The target's `config.json`: the source's text with a few values replaced.
 
-use super::check::drops_mtp;
-use super::writer::{Export, WritePlan};
+use super::request::{Export, WritePlan};
 use crate::checkpoint::config::{Config, EXPERTS, Edit, MTP, NATIVE, Native, TOP_K, mismatch};
 use crate::checkpoint::quant::schemes;
 use crate::checkpoint::read::Checkpoint;
@@ -35,7 +34,7 @@ pub(super) fn config(
     let mut set = |keys: &[&'static str], value: usize| {
         everywhere.extend(keys.iter().map(|key| (*key, value.to_string())));
     };
-    if drops_mtp(plan) && !source.mtp.is_empty() {
+    if plan.drops_mtp() && !source.mtp.is_empty() {
         set(MTP, 0);
     }
     let grouped = source.layers().iter().any(|l| l.rule.groups.is_some());

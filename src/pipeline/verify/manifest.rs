@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Component, Path};
 
 use serde::Deserialize;
 
@@ -68,7 +68,8 @@ impl Manifest {
 }
 
 fn check(folder: &Path, name: &str, recorded: &Recorded) -> Option<String> {
-    if Path::new(name).file_name().is_none_or(|plain| plain != name) {
+    let plain = |part| matches!(part, Component::Normal(_));
+    if !Path::new(name).components().all(plain) {
         return Some(format!("{name}: not the name of a file in the folder"));
     }
     let path = folder.join(name);
@@ -91,16 +92,34 @@ fn check(folder: &Path, name: &str, recorded: &Recorded) -> Option<String> {
 
 /// Files that a runtime might read but that nobody wrote. Reports and cards are for people.
 fn unlisted_files(folder: &Path, listed: &BTreeSet<&str>) -> Result<Vec<String>> {
-    let list = |e| Error::io("list folder", e);
     let mut names = Vec::new();
+    add_unlisted(folder, "", listed, &mut names)?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Adds the unlisted files of a folder whose path below the target is `prefix`.
+fn add_unlisted(
+    folder: &Path,
+    prefix: &str,
+    listed: &BTreeSet<&str>,
+    names: &mut Vec<String>,
+) -> Result<()> {
+    let list = |e| Error::io("list folder", e);
     for entry in fs::read_dir(folder).map_err(list).in_file(folder)? {
-        let name = entry.map_err(list).in_file(folder)?.file_name();
-        let name = name.to_string_lossy().into_owned();
+        let path = entry.map_err(list).in_file(folder)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{prefix}{name}");
         let for_people = [".md", ".html", ".txt", ".svg"].iter().any(|end| name.ends_with(end));
-        if ![MANIFEST, EVALUATION].contains(&&*name) && !for_people && !listed.contains(&*name) {
+        let within = format!("{name}/");
+        if listed.iter().any(|other| other.starts_with(&within)) {
+            add_unlisted(&path, &within, listed, names)?;
+        } else if ![MANIFEST, EVALUATION].contains(&&*name)
+            && !for_people
+            && !listed.contains(&*name)
+        {
             names.push(name);
         }
     }
-    names.sort_unstable();
-    Ok(names)
+    Ok(())
 }

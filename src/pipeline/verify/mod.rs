@@ -258,7 +258,9 @@ fn against(
     let findings = checks::tensors(target, &outline);
     found.add(CheckName::Tensors, format!("{} expected", outline.tensors.len()), findings);
     let same = target.config().text() == outline.config;
-    let findings = if same { Vec::new() } else { vec!["not the source's, as planned".into()] };
+    let mut findings = if same { Vec::new() } else { vec!["not the source's, as planned".into()] };
+    let missing = outline.companions.iter().filter(|name| !target.dir().join(name).is_file());
+    findings.extend(missing.map(|name| format!("{name}: the source has it, the target has not")));
     found.add(CheckName::Config, format!("{} bytes", outline.config.len()), findings);
     let untouched = !manifest.changes_experts();
     let (compared, findings) = checks::copies(source, target, &outline, untouched);

@@ -19,7 +19,8 @@ use crate::pipeline::run::output::Output;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Fingerprint {
     version: String,
-    /// The config, names, types and shapes of all tensors, and size and time of every file.
+    /// The config, names, types and shapes of all tensors, and size and time of every file
+    /// of weights; what else lies in the folder may change.
     source: String,
     /// The statistics file or the token ids.
     calibration: String,
@@ -64,24 +65,12 @@ fn of_source(source: &Checkpoint) -> Result<String> {
     for (name, dtype, shape) in source.tensors() {
         hash.update(format!("{name} {dtype} {shape:?}\n"));
     }
-    let dir = source.dir();
-    let list = |e| Error::io("list folder", e);
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir).map_err(list).in_file(dir)? {
-        let path = entry.map_err(list).in_file(dir)?.path();
+    for path in source.weight_files() {
         // Follows links, which is how hub caches store files.
-        let data = fs::metadata(&path).map_err(list).in_file(&path)?;
-        if data.is_file() {
-            files.push(format!(
-                "{:?} {} {:?}\n",
-                path.file_name(),
-                data.len(),
-                data.modified().ok()
-            ));
-        }
+        let data = fs::metadata(path).map_err(|e| Error::io("read", e)).in_file(path)?;
+        let (name, size, time) = (path.file_name(), data.len(), data.modified().ok());
+        hash.update(format!("{name:?} {size} {time:?}\n"));
     }
-    files.sort_unstable();
-    files.iter().for_each(|file| hash.update(file));
     Ok(hexadecimal(hash))
 }
 
