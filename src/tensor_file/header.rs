@@ -154,7 +154,7 @@ fn entry(name: &str, declared: &Declared, data: &Range<usize>) -> Result<TensorE
     let (start, end) = declared.data_offsets;
     if start > end || end > data.len() as u64 {
         let reason = format!(
-            "offsets {start}..{end} lie outside 0..{}: the file was cut or damaged; download it again",
+            "offsets {start}..{end} lie outside 0..{}: the file was cut; download it again",
             data.len()
         );
         return Err(Error::malformed(FORMAT, reason));

@@ -226,7 +226,8 @@ impl Config {
     }
 }
 
-/// The keys of a wrapper, hidden by those of the language model in it; a wrapper may lie in another.
+/// The keys of a wrapper, hidden by those of the language model in it; a wrapper may lie in
+/// another.
 fn unwrapped(config: &Value) -> Value {
     let mut keys = config.as_object().cloned().unwrap_or_default();
     while let Some(inner) = WRAPPED.iter().find_map(|key| match keys.get(*key) {

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::layout::Factoring;
 use crate::model::{Grouping, LayerId};
 
-/// The file that says what a folder was made of: what was handed to [`Writer::finish`](super::Writer::finish), the
+/// The file that says what a folder was made of: what was handed to
+/// [`Writer::finish`](super::Writer::finish), the
 /// [`WritePlan`] as `plan`, and the size and SHA-256 of every other file as `files`.
 pub const MANIFEST: &str = "mcsmoe.json";
 
@@ -44,7 +45,8 @@ pub struct WritePlan {
     pub d_ff: Option<usize>,
     /// The size above which a new file is begun.
     pub shard_bytes: u64,
-    /// Writes these layers and nothing else, to be joined with the rest by [`Writer::take`](super::Writer::take); no
+    /// Writes these layers and nothing else, to be joined with the rest by
+    /// [`Writer::take`](super::Writer::take); no
     /// runtime can load such a folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only: Option<BTreeSet<LayerId>>,
