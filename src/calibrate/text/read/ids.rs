@@ -154,7 +154,9 @@ impl<'a> Tensor<'a> {
     fn decode(&self, range: std::ops::Range<usize>) -> Result<Vec<i64>> {
         if !self.dtype.is_integer() {
             let (found, supported) = (self.dtype.name().into(), "integers, most often I64".into());
-            return Err(ErrorKind::Unsupported { what: "type of token ids", found, supported }.into());
+            return Err(
+                ErrorKind::Unsupported { what: "type of token ids", found, supported }.into()
+            );
         }
         let width = self.dtype.alignment();
         let mut bytes = vec![0; range.len() * width];
@@ -188,7 +190,7 @@ mod tests {
     use safetensors::Dtype;
     use safetensors::tensor::TensorView;
 
-    use super::{Body, Error, Pieces, Result, read};
+    use super::{Body, MASK, Pieces, Result, read};
     use crate::calibrate::text::pieces::{Counts, Limit};
 
     type Named<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
