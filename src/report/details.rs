@@ -61,7 +61,8 @@ impl Quality {
         text.and_then(|text| Self::from_json(&text)).in_file(file)
     }
 
-    /// Keeps it in a folder that a run has written, in the place of an earlier one: reports that are
+    /// Keeps it in a folder that a run has written, in the place of an earlier one: reports that
+    /// are
     /// made later have it.
     ///
     /// # Errors

@@ -183,7 +183,8 @@ impl Verification {
 ///    shape that the config asks for;
 /// 3. with the source, `tensors`: names, data types, shapes and files of all tensors are those that
 ///    follow from the source and the recorded plan, none is missing and none too many;
-/// 4. with the source, `config`: the text is the source's, edited as the plan asks;
+/// 4. with the source, `config`: the text is the source's, edited as the plan asks, and every file
+///    of the source that is not a weight is there;
 /// 5. with the source, `copies`: what is only copied has the source's bytes, experts that joined no
 ///    other too, unless recovery or compression may have changed them;
 /// 6. `values`: every floating-point number is finite;
