@@ -43,11 +43,11 @@ fn absent(dir: &Path) -> Error {
     let reason = match (identifier, crate::tensor_file::dangling(dir)) {
         (_, Some(reason)) => reason,
         (true, None) => format!(
-            "no such folder; if it is a model of the hub, download it first: \
+            "No such file or directory; if it is a model of the hub, download it first: \
              `hf download {0} --local-dir {0}`",
             dir.display()
         ),
-        (false, None) => "no such folder".to_owned(),
+        (false, None) => "No such file or directory".to_owned(),
     };
     Error::io("open", std::io::Error::new(std::io::ErrorKind::NotFound, reason))
 }
