@@ -65,6 +65,7 @@ pub struct PipelineBuilder {
 impl PipelineBuilder {
     /// The metric; required.
     pub fn similarity(mut self, similarity: impl Similarity + 'static) -> Self {
+        self.replaced("similarity", similarity.name());
         self.similarity = Some(Box::new(similarity));
         self
     }
@@ -76,18 +77,21 @@ impl PipelineBuilder {
         reference: Reference,
         when: AlignWhen,
     ) -> Self {
+        self.replaced("align", aligner.name());
         self.alignment = Some(Alignment { aligner: Box::new(aligner), reference, when });
         self
     }
 
     /// The grouper; required.
     pub fn grouper(mut self, grouper: impl Grouper + 'static) -> Self {
+        self.replaced("group", grouper.name());
         self.grouper = Some(Box::new(grouper));
         self
     }
 
     /// The merger; required.
     pub fn merger(mut self, merger: impl Merger + 'static) -> Self {
+        self.replaced("merge", merger.name());
         self.merger = Some(Box::new(merger));
         self
     }
@@ -95,6 +99,7 @@ impl PipelineBuilder {
     /// Narrows the router to one row per group, as a stock export needs. Without it the router is
     /// kept and tokens are redirected by the expert map (the paper).
     pub fn router(mut self, router: impl RouterMerger + 'static) -> Self {
+        self.replaced("router", router.name());
         self.router = Some(Box::new(router));
         self
     }
@@ -103,6 +108,7 @@ impl PipelineBuilder {
     /// layer is recovered on what [`recover_on`](Self::recover_on) says; with a statistics file, on
     /// the samples in it, which come from the original model.
     pub fn recoverer(mut self, recoverer: impl Recoverer + 'static) -> Self {
+        self.replaced("recover", recoverer.name());
         self.recoverer = Some(Box::new(recoverer));
         self
     }
@@ -123,6 +129,7 @@ impl PipelineBuilder {
     /// Makes every merged and recovered expert smaller: in factors in a native folder, else
     /// multiplied out. See [`crate::decompose`] for those of this crate.
     pub fn compressor(mut self, compressor: impl Compressor + 'static) -> Self {
+        self.replaced("compress", compressor.name());
         self.compressor = Some(Box::new(compressor));
         self
     }
@@ -183,9 +190,17 @@ impl PipelineBuilder {
         self
     }
 
+    /// The recipe that everything so far comes from. A stage that replaces one of it is noted in it,
+    /// by its name: `{ "custom": NAME }`.
     pub(crate) fn recipe(mut self, recipe: serde_json::Value) -> Self {
         self.recipe = Some(recipe);
         self
+    }
+
+    fn replaced(&mut self, stage: &str, name: &str) {
+        if let Some(serde_json::Value::Object(recipe)) = &mut self.recipe {
+            recipe.insert(stage.into(), serde_json::json!({ "custom": name }));
+        }
     }
 
     /// The pipeline.

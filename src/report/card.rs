@@ -124,7 +124,7 @@ fn introduction(report: &Report, details: &Details) -> String {
         (None, None) => "a model".into(),
     };
     let preset = facts::preset(report)
-        .map_or(String::new(), |name| format!(" by the preset {}", markdown(name)));
+        .map_or(String::new(), |name| format!(" by the preset {}", markdown(&name)));
     let export = report
         .written
         .as_ref()

@@ -82,14 +82,29 @@ pub fn layer_outcomes(report: &Report, layer: &LayerReport, most: usize) -> Stri
     }
 }
 
-/// The recipe's preset, if it had one.
-pub(super) fn preset(report: &Report) -> Option<&str> {
-    report.recipe.as_ref()?.get("preset")?.as_str()
+/// The recipe's preset, if it had one, and the stages that are not the recipe's.
+pub(super) fn preset(report: &Report) -> Option<String> {
+    let preset = report.recipe.as_ref()?.get("preset")?.as_str()?;
+    match custom(report) {
+        custom if custom.is_empty() => Some(preset.to_owned()),
+        custom => Some(format!("{preset} with a custom {}", custom.join(", "))),
+    }
 }
 
-/// The recipe as indented JSON, which `--recipe` reads.
+/// The recipe as indented JSON, which `--recipe` reads; none where a stage is not the recipe's,
+/// which no file can name.
 pub(super) fn recipe(report: &Report) -> Option<String> {
-    serde_json::to_string_pretty(report.recipe.as_ref()?).ok()
+    let recipe = report.recipe.as_ref().filter(|_| custom(report).is_empty())?;
+    serde_json::to_string_pretty(recipe).ok()
+}
+
+/// The stages that were put in the place of the recipe's own, with their names.
+fn custom(report: &Report) -> Vec<String> {
+    let recipe = report.recipe.iter().filter_map(|recipe| recipe.as_object()).flatten();
+    let stage = |(key, value): (&String, &serde_json::Value)| {
+        Some(format!("{key} ({})", value.get("custom")?.as_str()?))
+    };
+    recipe.filter_map(stage).collect()
 }
 
 /// What the figures do not tell.

@@ -292,8 +292,7 @@ impl Recipe {
             .measure_spectra(self.measure_spectra)
             .recover_tokens(self.recover_tokens)
             .recover_on(self.recover_on)
-            .seed(self.seed)
-            .recipe(serde_json::to_value(self.recorded()?).map_err(|e| invalid(&e))?);
+            .seed(self.seed);
         builder = self.factorise.add_to(builder)?;
         builder = self.similarity.add_to(builder);
         builder = self.align.add_to(builder);
@@ -308,7 +307,8 @@ impl Recipe {
         if let Some(compress) = self.compress {
             builder = compress.add_to(builder)?;
         }
-        Ok(builder)
+        // Last: stages that are set from here on are not the recipe's.
+        Ok(builder.recipe(serde_json::to_value(self.recorded()?).map_err(|e| invalid(&e))?))
     }
 }
 

@@ -3,8 +3,10 @@
 use std::sync::OnceLock;
 
 use crate::support::fixture;
-use mcsmoe::pipeline::{ExportChoice, Keep, Recipe, Report, merge_then_compress};
+use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::pipeline::{ExportChoice, Keep, Output, Recipe, Report, merge_then_compress};
 use mcsmoe::report::{Details, FileRecord, Quality, html, model_card, with_original, with_text};
+use mcsmoe::similarity::RouterWeights;
 use serde_yaml_ng::Value;
 
 /// A run of the paper's method on the bundled checkpoint.
@@ -286,4 +288,24 @@ fn text_of_others_stays() {
     assert_eq!(again.matches("## Recipe").count(), 2);
     assert_eq!(again.matches("mcsmoe: begin").count(), 1);
     assert!(with_text(&card, &again).matches("## Recipe").count() == 2);
+}
+
+#[test]
+fn a_stage_that_is_not_the_recipes_is_named_and_no_recipe_is_claimed() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Recipe::preset("reap", Keep::Fraction(0.5)).unwrap();
+    let source = Checkpoint::open(fixture("mixtral-8e")).unwrap();
+    let stats = fixture("mixtral-8e.stats.safetensors");
+    let builder = recipe.builder().unwrap().similarity(RouterWeights::default());
+    let pipeline = builder.build().unwrap();
+    let output = Output::new(recipe.export);
+    let run = pipeline.run().calibration(stats).output(output);
+    let report = run.write(&source, dir.path().join("target")).unwrap();
+    assert_eq!(report.recipe.as_ref().unwrap()["similarity"]["custom"], "router-weights");
+    let (card, page) =
+        (model_card(&report, &Details::default()), html(&report, &Details::default()));
+    for text in [card, page.unwrap()] {
+        assert!(text.contains("custom similarity"), "{text}");
+        assert!(!text.contains("As a file for"), "no file names a custom stage");
+    }
 }
