@@ -190,8 +190,8 @@ impl PipelineBuilder {
         self
     }
 
-    /// The recipe that everything so far comes from. A stage that replaces one of it is noted in it,
-    /// by its name: `{ "custom": NAME }`.
+    /// The recipe that everything so far comes from. A stage that replaces one of it is noted in
+    /// it, by its name: `{ "custom": NAME }`.
     pub(crate) fn recipe(mut self, recipe: serde_json::Value) -> Self {
         self.recipe = Some(recipe);
         self
