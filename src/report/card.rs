@@ -28,7 +28,8 @@ pub fn model_card(report: &Report, details: &Details) -> String {
     out += &quality(details);
     out += &format!(
         "\n## Layers\n\nExperts of the original: {}. A group is in brackets, the expert \
-         that stands for it first.\n\n| layer | experts | output error | experts that stay |\n|---|--:|--:|---|\n",
+         that stands for it first.\n\n| layer | experts | output error | experts that stay |\n\
+         |---|--:|--:|---|\n",
         facts::outcomes(report)
     );
     report.layers.iter().for_each(|l| out += &layer(report, l));
