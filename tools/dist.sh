@@ -14,10 +14,10 @@ dist=$target/dist
 registry=${CARGO_HOME:-$HOME/.cargo}
 flags="--remap-path-prefix=$PWD=/mcsmoe --remap-path-prefix=$registry=/cargo"
 export RUSTFLAGS="$flags" CARGO_INCREMENTAL=0 SOURCE_DATE_EPOCH=0
-cargo build --release --locked --features cli --target "$host"
+cargo build --profile dist --locked --features cli --target "$host"
 rm -rf "$dist/$name"
 mkdir -p "$dist/$name"
-cp "$target/$host/release/mcsmoe" LICENSE README.md CHANGELOG.md CITATION.cff "$dist/$name"
+cp "$target/$host/dist/mcsmoe" LICENSE README.md CHANGELOG.md CITATION.cff "$dist/$name"
 cp -R docs "$dist/$name/docs"
 tar -C "$dist" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=go=rX,u+w \
     -cf - "$name" | gzip -9n > "$dist/$name.tar.gz"
