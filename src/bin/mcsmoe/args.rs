@@ -193,7 +193,8 @@ fn conversations(text: &str) -> Result<Conversations, std::convert::Infallible> 
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Run")]
 pub(crate) struct Running {
-    /// Go on from where a run that was killed has come to; refused when its inputs were others.
+    /// Go on from where a run that was stopped (Ctrl-C) or killed has come to; refused when its
+    /// inputs were others.
     #[arg(long)]
     pub(crate) resume: bool,
     /// Print the plan and write nothing.
