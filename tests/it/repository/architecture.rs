@@ -150,3 +150,43 @@ fn lines_stay_within_100_columns() {
         }
     }
 }
+
+/// What a room of the pipeline may import from the others.
+const PIPELINE: &[(&str, &[&str])] = &[
+    ("options", &[]),
+    ("report", &["provenance"]),
+    ("provenance", &["report"]),
+    ("progress", &["report"]),
+    ("builder", &["options", "provenance"]),
+    ("activations", &["options", "progress", "provenance"]),
+    ("layer", &["options", "report", "progress", "builder", "activations"]),
+    ("recipe", &["options", "builder"]),
+];
+
+#[test]
+fn rooms_of_the_pipeline_import_downwards_only() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/pipeline");
+    let mut forbidden = Vec::new();
+    for (room, allowed) in PIPELINE {
+        let (mut files, folder) = (Vec::new(), root.join(room));
+        match folder.is_dir() {
+            true => texts(&folder, &["rs"], &mut files),
+            false => files.push(root.join(format!("{room}.rs"))),
+        }
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+                for part in line.split("crate::pipeline::").skip(1) {
+                    let name = part.split(|c: char| !c.is_alphanumeric() && c != '_').next();
+                    let name = name.unwrap_or("");
+                    let module =
+                        root.join(name).is_dir() || root.join(name).with_extension("rs").is_file();
+                    if module && name != *room && !allowed.contains(&name) {
+                        forbidden.push(format!("{} imports {name}", file.display()));
+                    }
+                }
+            }
+        }
+    }
+    assert!(forbidden.is_empty(), "forbidden imports:\n{}", forbidden.join("\n"));
+}
