@@ -41,6 +41,7 @@ pub(crate) const FLOATS: &str = "F32, F16, BF16";
 impl Dtype {
     /// What quantised weights are written as.
     pub(crate) const BF16: Self = Self { name: "BF16", bits: 16 };
+    pub(crate) const F32: Self = Self { name: "F32", bits: 32 };
     pub(crate) const F64: Self = Self { name: "F64", bits: 64 };
     pub(crate) const I64: Self = Self { name: "I64", bits: 64 };
     /// What row numbers are written as.

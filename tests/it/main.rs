@@ -14,6 +14,7 @@ mod support;
 mod files {
     mod checkpoint;
     mod fixture;
+    mod folders;
     mod quantised;
     mod statistics;
 }

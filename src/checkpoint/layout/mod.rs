@@ -6,6 +6,8 @@ pub(crate) mod names;
 pub(crate) mod scan;
 mod scan_fused;
 mod scan_layer;
+mod sparse_layers;
+mod stack;
 
 pub use factors::Factoring;
 pub(crate) use factors::{Factor, Factors, is_index, kept_shape};

@@ -6,6 +6,9 @@ use super::names;
 use super::names::{Layout, Part};
 use super::scan_layer;
 use super::scan_layer::LayerTensors;
+use super::sparse_layers::check_sparse_layers;
+use super::stack::{Belongs, Depth, LanguageStack};
+use crate::checkpoint::config::Config;
 use crate::checkpoint::read::Store;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::families;
@@ -29,26 +32,32 @@ pub(crate) struct Block {
     pub(crate) parts: Vec<(Part, usize)>,
 }
 
-/// Finds the MoE layers. Blocks at or above `hidden_layers` only predict further tokens; `merged`
-/// tells how many experts a layer of a native folder has, where its tensors do not.
+/// Finds the MoE layers of the language model and compares them with its config; `merged` says how
+/// many experts a layer of a native folder has, where its tensors do not.
 ///
 /// # Errors
+/// [`ErrorKind::Config`] when layers are missing, left over or not recognised, naming all;
 /// [`ErrorKind::Unsupported`] for expert tensors of an unknown layout or data type,
 /// [`ErrorKind::Format`] and [`ErrorKind::Shape`] when a layer's tensors do not fit each other.
 pub(crate) fn scan(
     store: &Store,
     family: &str,
-    hidden_layers: Option<usize>,
+    config: &Config,
     merged: impl Fn(LayerId) -> Option<usize>,
 ) -> Result<Scan> {
     let mut blocks: BTreeMap<LayerId, Block> = BTreeMap::new();
     let (mut mtp, mut routers) = (Vec::new(), Vec::new());
     let layouts = families::layouts(family);
+    let stack = LanguageStack::find(store, &layouts, Depth::read(config)?)?;
     for (tensor, entry) in store.tensors().iter().map(|t| &t.entry).enumerate() {
         let site = names::site(&entry.name);
-        if is_mtp(&entry.name, site.map(|(id, ..)| id), hidden_layers) {
-            mtp.push(tensor);
-            continue;
+        match stack.belongs(&entry.name) {
+            Belongs::Model => {}
+            Belongs::Elsewhere => continue,
+            Belongs::Prediction => {
+                mtp.push(tensor);
+                continue;
+            }
         }
         if store.quantised().scaled(tensor).is_some() {
             continue;
@@ -85,6 +94,7 @@ pub(crate) fn scan(
     let Some(layout) = blocks.values().next().map(|b| b.layout) else {
         return Err(unsupported("no expert tensors"));
     };
+    check_layers(store, &stack, config, &blocks)?;
     let mut layers = Vec::with_capacity(blocks.len());
     for (id, block) in &blocks {
         if !std::ptr::eq(block.layout, layout) {
@@ -96,12 +106,26 @@ pub(crate) fn scan(
     Ok(Scan { layout, layers, mtp })
 }
 
-fn is_mtp(name: &str, id: Option<LayerId>, hidden_layers: Option<usize>) -> bool {
-    let beyond =
-        |id: LayerId| id.stack == Stack::Causal && hidden_layers.is_some_and(|n| id.index >= n);
-    // A vision tower may be deeper than the language model.
-    let text = !name.contains("vision") && !name.contains("visual") && !name.contains("audio");
-    name.starts_with("mtp.") || name.contains(".mtp.") || (text && id.is_some_and(beyond))
+/// Compares the layers with experts with those of the config.
+fn check_layers(
+    store: &Store,
+    stack: &LanguageStack,
+    config: &Config,
+    blocks: &BTreeMap<LayerId, Block>,
+) -> Result<()> {
+    let Some(count) = Depth::read(config)?.layers() else { return Ok(()) };
+    if blocks.keys().any(|id| id.stack != Stack::Causal) {
+        return Ok(());
+    }
+    let found = blocks.keys().map(|id| id.index).collect();
+    let mut others: BTreeMap<usize, Vec<(&str, &[usize])>> = BTreeMap::new();
+    for entry in store.tensors().iter().map(|t| &t.entry) {
+        let Some((id, _, rest)) = names::site(&entry.name) else { continue };
+        if stack.belongs(&entry.name) == Belongs::Model && !blocks.contains_key(&id) {
+            others.entry(id.index).or_default().push((rest, &entry.shape));
+        }
+    }
+    check_sparse_layers(config, count, &found, &others)
 }
 
 fn is_router(layouts: &[&Layout], rest: &str) -> bool {

@@ -90,11 +90,10 @@ impl Checkpoint {
         let routes_as = inner.filter(|name| families::find(name).is_some()).unwrap_or(&family);
         let mut store = Store::open(dir)?;
         store.find_quantised(&config, &path)?;
-        let hidden_layers = config.integer("num_hidden_layers").in_file(&path)?;
         let maps = native.as_ref().map(|n| &n.expert_map);
         let merged = |id| maps.and_then(|maps| maps.get(&id)).map(Grouping::groups);
         let Scan { layout, layers: tensors, mtp } =
-            scan::scan(&store, &family, hidden_layers, merged).in_file(dir)?;
+            scan::scan(&store, &family, &config, merged).in_file(dir)?;
         let activation = families::expert_activation(config.keys(), layout).in_file(&path)?;
         let count = config.experts().in_file(&path)?;
         let info = |layer: &LayerTensors| {

@@ -1,7 +1,7 @@
 //! The target's tensors for a quantised source: every weight as bf16, without scales.
 
 use super::writer::Writer;
-use crate::checkpoint::layout::{Order, Piece, Projection};
+use crate::checkpoint::layout::{LayerTensors, Order, Piece, Projection};
 use crate::checkpoint::quant::{Scheme, mxfp4};
 use crate::checkpoint::read::{Store, weights};
 use crate::error::{Locate, Result};
@@ -27,6 +27,20 @@ pub(super) fn plain(store: &Store, tensor: usize) -> Plain<'_> {
         }
         (Some(_), _) => Plain { name, dtype: Dtype::BF16, shape },
     }
+}
+
+/// The element types of a merged layer's projections in the target, weight and bias each: those of
+/// the source's experts, or F32, which holds them all exactly, where they differ. They do not depend
+/// on the groups, which may be known later than the place of every tensor.
+pub(super) fn merged_types(store: &Store, layer: &LayerTensors) -> Vec<[Dtype; 2]> {
+    let common = |at: usize, part: fn(&Projection) -> Option<Piece>| {
+        let pieces = layer.experts.iter().filter_map(|expert| part(expert.get(at)?));
+        let mut types = pieces.map(|piece| plain(store, piece.tensor).dtype);
+        let first = types.next().unwrap_or(Dtype::F32);
+        if types.all(|other| other == first) { first } else { Dtype::F32 }
+    };
+    let projections = layer.experts.first().map_or(0, Vec::len);
+    (0..projections).map(|at| [common(at, |p| Some(p.weight)), common(at, |p| p.bias)]).collect()
 }
 
 /// Where a projection of the source lies in the target.

@@ -140,14 +140,18 @@ impl Checkpoint {
             if plan.factored.contains_key(&layer.id) {
                 continue;
             }
+            let types = dequantise::merged_types(&self.store, layer);
             for (g, &from) in grouping.dominants().iter().enumerate() {
                 if grouping.members(g).len() != 1 {
                     continue;
                 }
                 let to = if plan.export == Export::Expanded { from } else { g };
-                for (named, copied) in layer.experts[to].iter().zip(&layer.experts[from]) {
+                let projections = layer.experts[to].iter().zip(&layer.experts[from]);
+                for (at, (named, copied)) in projections.enumerate() {
                     let tensor = copied.weight.tensor;
-                    let plain = self.store.quantised().scheme(tensor).is_none();
+                    let keeps_type = grouping.groups() == grouping.experts()
+                        || types[at][0] == self.store.entry(tensor).dtype;
+                    let plain = self.store.quantised().scheme(tensor).is_none() && keeps_type;
                     if plain && self.own_tensors(named) && self.own_tensors(copied) {
                         let name = dequantise::plain(&self.store, named.weight.tensor).name;
                         pairs.push((name.to_owned(), self.store.entry(tensor).name.clone()));

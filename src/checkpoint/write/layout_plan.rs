@@ -142,22 +142,26 @@ impl Draft {
         let router_bias = layer.router_bias.map(|t| routing(t, last(t)));
         let correction = layer.correction.map(|t| routing(t, last(t)));
         let mut fused: HashMap<usize, usize> = HashMap::new();
+        let store = &source.store;
+        let types = dequantise::merged_types(store, layer);
+        // Where every expert stays, each keeps its type.
+        let own = |piece: Piece| dequantise::plain(store, piece.tensor).dtype;
         let experts = (0..slots).map(|slot| {
-            let group =
-                if export == Export::Expanded { grouping.labels()[slot] } else { Some(slot) };
-            let dominant = group.map_or(slot, |g| grouping.dominants()[g]);
-            let like = layer.experts[slot].iter().zip(&layer.experts[dominant]);
-            like.enumerate()
-                .map(|(at, (named, typed))| {
+            let projections = layer.experts[slot].iter().enumerate();
+            projections
+                .map(|(at, named)| {
+                    let [mut weight_type, mut bias_type] = types[at];
+                    if n == m {
+                        weight_type = own(named.weight);
+                        bias_type = named.bias.map_or(bias_type, own);
+                    }
                     let factoring = factoring.filter(|_| source.own_tensors(named));
                     if let Some(kept) = factoring.and_then(|f| f.of(slot, at)) {
-                        return self.factored(&source.store, named, typed, kept);
+                        return self.factored(store, named, [weight_type, bias_type], kept);
                     }
                     let order = dequantise::order(&source.store, named);
-                    let mut piece = |named: Piece, typed: Piece, order: Order| {
-                        let Plain { name, mut shape, .. } =
-                            dequantise::plain(&source.store, named.tensor);
-                        let dtype = dequantise::plain(&source.store, typed.tensor).dtype;
+                    let mut piece = |named: Piece, dtype: Dtype, order: Order| {
+                        let Plain { name, mut shape, .. } = dequantise::plain(store, named.tensor);
                         let tensor = *fused.entry(named.tensor).or_insert_with(|| {
                             // Experts that share a tensor have even bands of its first axis.
                             let shared = order.slab(named).cols != shape.iter().product::<usize>();
@@ -166,14 +170,11 @@ impl Draft {
                             }
                             self.push(name, dtype, shape, None)
                         });
-                        let start =
-                            source.store.values(named.tensor, named.start) * dtype.alignment();
+                        let start = store.values(named.tensor, named.start) * dtype.alignment();
                         Piece { tensor, start, ..named }
                     };
-                    let mut weight = piece(named.weight, typed.weight, order);
-                    let biases = named.bias.zip(typed.bias);
-                    let mut bias =
-                        biases.map(|(named, typed)| piece(named, typed, order.upright()));
+                    let mut weight = piece(named.weight, weight_type, order);
+                    let mut bias = named.bias.map(|bias| piece(bias, bias_type, order.upright()));
                     if let Some(d_ff) = d_ff {
                         self.narrow(named.role, &mut weight, bias.as_mut(), d_ff);
                     }
@@ -214,11 +215,10 @@ impl Draft {
         &mut self,
         store: &Store,
         named: &Projection,
-        typed: &Projection,
+        [dtype, bias_type]: [Dtype; 2],
         (RankBudget { rank, rows }, structure): (RankBudget, Structure),
     ) -> Projection {
         let name = dequantise::plain(store, named.weight.tensor).name;
-        let dtype = dequantise::plain(store, typed.weight.tensor).dtype;
         let (m, n) = (named.weight.rows, named.weight.cols);
         let mut push = |factor: Factor, shape: Vec<usize>, dtype: Dtype| {
             let piece = match shape[..] {
@@ -235,10 +235,9 @@ impl Draft {
         let lines = push(lines, vec![shape.0, shape.1], dtype);
         let index = push(index, vec![rows], Dtype::I32);
         let factors = Some(Factors { left, right, structure, lines, index });
-        let bias = named.bias.zip(typed.bias).map(|(named, typed)| {
-            let Plain { name, shape, .. } = dequantise::plain(store, named.tensor);
-            let dtype = dequantise::plain(store, typed.tensor).dtype;
-            Piece { tensor: self.push(name, dtype, shape, None), ..named }
+        let bias = named.bias.map(|bias| {
+            let Plain { name, shape, .. } = dequantise::plain(store, bias.tensor);
+            Piece { tensor: self.push(name, bias_type, shape, None), ..bias }
         });
         let weight = Piece { cols: n, ..left };
         Projection { role: named.role, weight, bias, order: Order::PLAIN, factors }
