@@ -162,13 +162,17 @@ impl Cut {
         let mut counts = vec![(0, 0); files];
         for (i, &(start, file)) in self.starts.iter().enumerate() {
             let end = self.starts.get(i + 1).map_or(self.tokens.len(), |next| next.0);
-            counts[file].0 += (end - start) as u64;
+            // Sources that are joined from others have no files of their own.
+            if let Some(count) = counts.get_mut(file) {
+                count.0 += (end - start) as u64;
+            }
         }
         for &i in chosen {
             let start = self.windows[i].range.start;
             let at = self.starts.partition_point(|&(begin, _)| begin <= start);
-            if let Some((_, file)) = at.checked_sub(1).and_then(|at| self.starts.get(at)) {
-                counts[*file].1 += 1;
+            let file = at.checked_sub(1).and_then(|at| self.starts.get(at)).map(|start| start.1);
+            if let Some(count) = file.and_then(|file| counts.get_mut(file)) {
+                count.1 += 1;
             }
         }
         counts
