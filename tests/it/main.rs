@@ -17,6 +17,8 @@ mod files {
     mod folders;
     mod quantised;
     mod statistics;
+    #[cfg(feature = "text")]
+    mod text;
 }
 
 /// Values computed by the reference implementations, frozen in `tests/fixtures`.
