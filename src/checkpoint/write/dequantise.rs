@@ -30,8 +30,8 @@ pub(super) fn plain(store: &Store, tensor: usize) -> Plain<'_> {
 }
 
 /// The element types of a merged layer's projections in the target, weight and bias each: those of
-/// the source's experts, or F32, which holds them all exactly, where they differ. They do not depend
-/// on the groups, which may be known later than the place of every tensor.
+/// the source's experts, or F32, which holds them all exactly, where they differ. They do not
+/// depend on the groups, which may be known later than the place of every tensor.
 pub(super) fn merged_types(store: &Store, layer: &LayerTensors) -> Vec<[Dtype; 2]> {
     let common = |at: usize, part: fn(&Projection) -> Option<Piece>| {
         let pieces = layer.experts.iter().filter_map(|expert| part(expert.get(at)?));

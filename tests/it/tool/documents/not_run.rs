@@ -28,6 +28,7 @@ pub(crate) const NOT_RUN: &[(&str, &str, &str)] = &[
     ("docs/GUIDE.md", "vllm serve", "another program, on a graphics card"),
     ("docs/HARDENING.md", "cargo +nightly fuzz", "half an hour, on another compiler"),
     ("docs/MEASUREMENT_LOG.md", "mcsmoe run MODEL TEXT TARGET", BENCH),
+    ("docs/WALKTHROUGH.md", "mcsmoe run MODEL TEXT TARGET", "the guide runs it, with other names"),
     ("*", "mcsmoe presets NAME", "docs/CLI.md runs it"),
     ("docs/SCALE.md", "import subprocess", "needs a Ray cluster; its commands are those above it"),
     ("docs/SCALE.md", "mcsmoe assemble", "run by the test of the Kubernetes job"),
