@@ -6,12 +6,11 @@
 //! treats alike, and writes a checkpoint that runs; one layer is in memory at a time.
 //!
 //! ```no_run
-//! use mcsmoe::pipeline::{Calibration, Keep, Recipe, merge_then_compress};
+//! use mcsmoe::pipeline::{Keep, Recipe, merge_then_compress};
 //!
 //! # fn main() -> mcsmoe::Result<()> {
 //! let recipe = Recipe::preset("fast", Keep::Fraction(0.5))?;
-//! let text = Calibration::text("texts", 512, 65_536, 0);
-//! let report = merge_then_compress("Mixtral-8x7B", text, "Mixtral-4x7B", &recipe)?;
+//! let report = merge_then_compress("Mixtral-8x7B", "texts", "Mixtral-4x7B", &recipe)?;
 //! println!("{} experts are left of {}", report.experts.after, report.experts.before);
 //! # Ok(())
 //! # }

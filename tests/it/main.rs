@@ -76,6 +76,7 @@ mod runs {
     mod budget;
     mod compress;
     mod compressor;
+    mod front_door;
     #[cfg(feature = "gpu")]
     mod gpu;
     mod one_pass;

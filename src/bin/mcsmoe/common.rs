@@ -68,7 +68,7 @@ pub(crate) fn calibration(
     global: &Global,
 ) -> Outcome<Calibration> {
     if InputKind::of(path)? == InputKind::Statistics {
-        return Ok(path.into());
+        return Ok(Calibration::Statistics(path.into()));
     }
     let read = Tokens::from_text(source, path, &text.options())?;
     warn(global, &read.record);

@@ -60,6 +60,9 @@ pub(super) struct LanguageStack {
     depth: Depth,
 }
 
+/// Most missing layers that an error names.
+const MOST_NAMED: usize = 64;
+
 impl LanguageStack {
     /// Finds the stack with experts; of several the one as deep as the config says, of those the
     /// one that is named after language.
@@ -83,7 +86,7 @@ impl LanguageStack {
         let deep_enough = |start: &&&str| {
             let expected = depth.layers.unwrap_or(0);
             let found = stacks[**start].0.len();
-            (expected..=expected + depth.predicting).contains(&found)
+            (expected..=expected.saturating_add(depth.predicting)).contains(&found)
         };
         let of_language = |start: &&&str| {
             ["language", "text", "thinker", "llm"].iter().any(|word| start.contains(word))
@@ -114,11 +117,17 @@ impl LanguageStack {
     /// Checks that the layers `found` are those of the config, and those behind them prediction.
     fn check_depth(&self, store: &Store, found: &BTreeSet<usize>) -> Result<()> {
         let Some(expected) = self.depth.layers else { return Ok(()) };
-        let missing: Vec<String> =
-            (0..expected).filter(|i| !found.contains(i)).map(|i| i.to_string()).collect();
-        if !missing.is_empty() {
+        let missing = expected - found.range(..expected).count();
+        if missing > 0 {
+            // A damaged config may say any number.
+            let first = (0..expected).filter(|i| !found.contains(i)).take(MOST_NAMED);
+            let first: Vec<String> = first.map(|i| i.to_string()).collect();
+            let more = match missing - first.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
             let stated = format!("{expected} layers in the tensors");
-            let lost = format!("none of layer {}", missing.join(", "));
+            let lost = format!("none of layer {}{more}", first.join(", "));
             return Err(mismatch("num_hidden_layers", &stated, lost));
         }
         let predicts = |layer: usize| {
@@ -133,7 +142,7 @@ impl LanguageStack {
                     .any(|word| rest.starts_with(word))
             })
         };
-        let beyond = found.range(expected + self.depth.predicting..);
+        let beyond = found.range(expected.saturating_add(self.depth.predicting)..);
         let left: Vec<String> =
             beyond.filter(|layer| !predicts(**layer)).map(|i| i.to_string()).collect();
         if left.is_empty() {

@@ -1,5 +1,6 @@
 //! Where the statistics of a run come from.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use crate::calibrate::text::{Select, TextOptions};
@@ -13,6 +14,9 @@ use crate::pipeline::activations::tokens::{TextTokens, Tokens};
 #[non_exhaustive]
 #[allow(clippy::large_enum_variant)] // There is one in a run.
 pub enum Calibration {
+    /// Whatever lies there: a statistics file, token ids, a text file or a folder of them, told
+    /// apart by content. Text is cut as [`Calibration::text_options`] says.
+    Path(PathBuf),
     /// A statistics file.
     Statistics(PathBuf),
     /// Token ids; at most 4096 tokens of each layer, spread evenly, are samples.
@@ -37,6 +41,22 @@ impl Calibration {
         Self::Text { path: path.into(), options }
     }
 
+    /// How text is read where nothing else is asked for: 16,384 tokens in windows of 512 (256 for
+    /// encoder-decoder models, or the model's context if that is less), drawn with seed 7.
+    pub fn text_options() -> TextOptions {
+        TextOptions { select: Select::Tokens(16_384), seed: 7, ..TextOptions::default() }
+    }
+
+    /// The same, with a path replaced by what lies there.
+    pub(crate) fn resolved(&self) -> Result<Cow<'_, Self>> {
+        let Self::Path(path) = self else { return Ok(Cow::Borrowed(self)) };
+        let path = path.clone();
+        Ok(Cow::Owned(match InputKind::of(&path)? {
+            InputKind::Statistics => Self::Statistics(path),
+            _ => Self::Text { path, options: Self::text_options() },
+        }))
+    }
+
     /// Whatever lies at `path`: a statistics file, or text or token ids, which are cut as
     /// [`Tokens::read`] says; [`InputKind::of`] tells which.
     ///
@@ -51,7 +71,7 @@ impl Calibration {
     ) -> Result<Self> {
         if InputKind::of(path)? == InputKind::Statistics {
             StatsFile::open(path)?;
-            return Ok(path.into());
+            return Ok(Self::Statistics(path.into()));
         }
         let select = Select::Tokens(max_tokens);
         let options = TextOptions { window, select, seed, ..TextOptions::default() };
@@ -61,19 +81,25 @@ impl Calibration {
 
 impl From<&Path> for Calibration {
     fn from(path: &Path) -> Self {
-        Self::Statistics(path.into())
+        Self::Path(path.into())
     }
 }
 
 impl From<&PathBuf> for Calibration {
     fn from(path: &PathBuf) -> Self {
-        Self::Statistics(path.clone())
+        Self::Path(path.clone())
     }
 }
 
 impl From<PathBuf> for Calibration {
     fn from(path: PathBuf) -> Self {
-        Self::Statistics(path)
+        Self::Path(path)
+    }
+}
+
+impl From<&str> for Calibration {
+    fn from(path: &str) -> Self {
+        Self::Path(path.into())
     }
 }
 

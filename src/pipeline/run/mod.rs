@@ -41,7 +41,8 @@ use crate::pipeline::report::{LayerReport, Report};
 use crate::stage::Needs;
 
 /// Merges the experts of the checkpoint in the folder `model` as `recipe` says and writes a new
-/// folder `target`. `calibration` is text, token ids or a statistics file.
+/// folder `target`. `calibration` is text, token ids or a statistics file; a path
+/// is told by what lies there ([`Calibration::Path`]).
 ///
 /// One layer is in memory at a time. The target appears whole or not at all: everything is written
 /// beside it, in `<target>.partial`, and renamed at the end. A run that failed or was killed once

@@ -112,7 +112,8 @@ impl<'a> Run<'a> {
             let run = CheckpointRun::new(pipeline, folders, data, &self.output, self.observer)?;
             run.on_text(record).run(data)
         };
-        match self.calibration.as_ref().ok_or_else(missing)? {
+        match &*self.calibration.as_ref().ok_or_else(missing)?.resolved()? {
+            Calibration::Path(path) => Err(unresolved(path)),
             Calibration::Statistics(path) => {
                 run(CalibrationData::Statistics(&StatsFile::open(path)?), None)
             }
@@ -186,7 +187,7 @@ impl<'a> Run<'a> {
     }
 
     fn statistics(&self) -> Result<StatsFile> {
-        match self.calibration.as_ref().ok_or_else(missing)? {
+        match &*self.calibration.as_ref().ok_or_else(missing)?.resolved()? {
             Calibration::Statistics(path) => StatsFile::open(path),
             _ => {
                 let reason = "layers depend on each other unless statistics are given: collect \
@@ -195,6 +196,10 @@ impl<'a> Run<'a> {
             }
         }
     }
+}
+
+fn unresolved(path: &Path) -> Error {
+    Error::bug(format!("the kind of {} was not looked at", path.display()))
 }
 
 fn missing() -> Error {

@@ -111,8 +111,13 @@ fn text_gives_the_bytes_that_its_statistics_give() {
     let options = CalibrateOptions::default();
     calibrate(&model, &tokens, Needs::OBSERVABLE).options(options).write(&stats).unwrap();
     assert_eq!(StatsFile::open(&stats).unwrap().model_type(), Some("mixtral"));
-    assert_eq!(merge_then_compress(&source, &stats, &two, &recipe).unwrap(), report);
-    assert_eq!(contents(&one), contents(&two));
+    let again = merge_then_compress(&source, &stats, &two, &recipe).unwrap();
+    // Where the statistics come from is told by the reports, and differs.
+    assert!(again.calibration.is_some() && report.calibration.is_none());
+    assert_eq!(Report { calibration: None, ..again }, report);
+    let mut folders = [contents(&one), contents(&two)];
+    folders.iter_mut().for_each(|folder| drop(folder.remove("mcsmoe.json")));
+    assert_eq!(folders[0], folders[1]);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left");
 }
 

@@ -219,7 +219,7 @@ fn the_page_on_text_runs() {
     let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
     let text = &manifest["calibration"]["text"];
     assert_eq!(text["template"]["file"], "chat.jinja");
-    assert_eq!(text["files"][0]["documents"], 200);
+    assert_eq!(text["files"][0]["documents"], 400);
 }
 
 #[test]

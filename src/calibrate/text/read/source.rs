@@ -38,7 +38,8 @@ pub(in crate::calibrate::text) struct Found {
 }
 
 /// The sources at a path: a file is one; of a folder every text file and every subfolder with text
-/// files is one, in order of their names. Where nothing lies, commas separate several paths.
+/// files is one, in order of their names. Where nothing lies, commas separate several paths, each
+/// of them one source.
 ///
 /// # Errors
 /// [`ErrorKind::Io`]; [`ErrorKind::Unsupported`] for a file of another kind or a folder without
@@ -48,9 +49,15 @@ pub(in crate::calibrate::text) fn sources(path: &Path) -> Result<Found> {
     let Some(several) = several else { return at(path) };
     let mut all = Found::default();
     for part in several.split(',') {
-        let found = at(Path::new(part))?;
-        all.sources.extend(found.sources);
+        let path = Path::new(part);
+        let found = at(path)?;
         all.not_read.extend(found.not_read);
+        if path.is_dir() {
+            let files = found.sources.into_iter().flat_map(|source| source.files).collect();
+            all.sources.push(Source { name: file_name(path), files });
+        } else {
+            all.sources.extend(found.sources);
+        }
     }
     distinct(&mut all.sources);
     Ok(all)
