@@ -9,7 +9,7 @@ use crate::model::Permutation;
 use crate::stage::{AlignPair, Aligner, Context, Needs, Stage};
 
 /// Maximises `Σ_a C[a, p(a)]` over permutations `p`, with `C: (d_ff, d_ff)` the Pearson
-/// [`correlation`] of the two experts' hidden activations on the pair's inputs `(t, d_model)`:
+/// correlation of the two experts' hidden activations on the pair's inputs `(t, d_model)`:
 /// the inputs of the down projection, `act(W_gate x) ⊙ (W_up x)` for gated experts.
 ///
 /// Covariances are unbiased and 1e-7 is added to the product of the deviations, so a unit that

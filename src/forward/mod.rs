@@ -1,6 +1,6 @@
 //! The native forward pass: text through a model, one layer in memory at a time.
 //!
-//! The unit is a layer: [`DecoderLayer::load`] reads it, [`DecoderLayer::forward`] takes the hidden
+//! The unit is a layer: one call reads it, [`DecoderLayer::forward`] takes the hidden
 //! states of *all* windows through it, and it is dropped before the next is read. Its halves are
 //! separate, so that an [`Observer`] can look at input, routing and output of the MoE block, and so
 //! that a merged layer can stand in for the routed experts ([`Mlp::add_to`]).

@@ -23,7 +23,7 @@ pub enum Matching {
 /// `s_ij = mean over matched units (a, b) of (C[a, b] + 1)/2`.
 ///
 /// `C: (d_ff, d_ff)` is the Pearson correlation of the hidden activations of `i` and `j` on the
-/// tokens routed to either; see [`correlation`]. At most one token: similarity 1. Distance
+/// tokens routed to either. At most one token: similarity 1. Distance
 /// `1 − s_ij`. Invariant to the order of hidden units. Cost: per pair two hidden passes on
 /// `|X_i ∪ X_j|` tokens, a `d_ff² t` product, and the matching; memory: `d_ff²` per thread.
 ///

@@ -7,6 +7,9 @@ use serde_json::Value;
 use crate::checkpoint::config::{Config, mismatch};
 use crate::error::Result;
 
+/// More layers than any model has: a damaged config may say any number.
+const MOST_LAYERS: usize = 1 << 16;
+
 /// Which of `layers` layers are sparse, where keys of the config say so; `None` where none does.
 ///
 /// Keys as transformers 5.24 reads them: `mlp_layer_types` (a list), `first_k_dense_replace` with
@@ -80,6 +83,9 @@ pub(super) fn check_sparse_layers(
     if !unrecognised.is_empty() {
         let found = format!("tensors that no layout knows in {}", unrecognised.join(", "));
         return Err(mismatch("experts of every MoE layer", "a layout that is known", found));
+    }
+    if layers > MOST_LAYERS {
+        return Err(mismatch("num_hidden_layers", &format!("at most {MOST_LAYERS}"), layers));
     }
     let Some(expected) = sparse_layers(config, layers)? else { return Ok(()) };
     let differ = |sparse: bool| {

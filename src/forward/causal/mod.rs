@@ -81,7 +81,7 @@ impl<S: TensorSource> Causal<S> {
     /// Reads layer `index`.
     ///
     /// # Errors
-    /// Those of [`DecoderLayer::load`].
+    /// Those of the source; a tensor that does not fit the configuration or is not finite.
     pub fn layer(&self, index: usize) -> Result<DecoderLayer> {
         DecoderLayer::load(&self.source, &self.spec, index)
     }
@@ -97,7 +97,7 @@ impl<S: TensorSource> Causal<S> {
     /// All windows through layer `l` before layer `l + 1` is read; one layer in memory at a time.
     ///
     /// # Errors
-    /// Those of [`embed`](Self::embed), [`DecoderLayer::load`], [`DecoderLayer::forward`].
+    /// Those of [`embed`](Self::embed), [`layer`](Self::layer), [`DecoderLayer::forward`].
     pub fn run(
         &self,
         windows: &[impl AsRef<[u32]>],

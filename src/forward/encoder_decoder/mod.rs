@@ -85,7 +85,7 @@ impl<S: TensorSource> Switch<S> {
     /// Reads block `index` of the encoder or decoder.
     ///
     /// # Errors
-    /// Those of [`SwitchBlock::load`].
+    /// Those of the source; a tensor that does not fit the configuration or is not finite.
     pub fn block(&self, stack: Stack, index: usize) -> Result<SwitchBlock> {
         SwitchBlock::load(&self.source, &self.spec, LayerId { stack, index })
     }

@@ -11,7 +11,7 @@ use crate::par;
 use crate::stage::Context;
 
 /// `Σ_e w_e(x) E_e(x)` for every row of `X: (t, d_model)`: `(t, d_model)`. `visits` as in
-/// [`Routed::visits`].
+/// `visits` of [`Routed`](super::Routed).
 ///
 /// Tokens of one expert are multiplied in blocks, which run in parallel; their outputs are added in
 /// expert order, so the result has the same bits for every number of threads.
