@@ -1,5 +1,8 @@
 //! A source on its way in, a piece at a time: what is kept of it is bounded.
 
+// Without the feature `text` only token ids come in.
+#![cfg_attr(not(feature = "text"), allow(dead_code))]
+
 use std::collections::BTreeMap;
 
 use rand::{RngExt, SeedableRng};

@@ -28,6 +28,19 @@ use crate::error::{Error, ErrorKind, Result};
 #[cfg(not(feature = "text"))]
 pub(super) struct Template;
 
+#[cfg(not(feature = "text"))]
+impl Template {
+    /// There is none to read: text, the only thing that needs it, is refused.
+    #[allow(clippy::unnecessary_wraps)] // As the other build's.
+    pub(super) fn open(_: &Path, _: &super::options::Conversations) -> Result<Self> {
+        Ok(Self)
+    }
+
+    pub(super) fn record(&self) -> Option<super::record::TemplateRecord> {
+        None
+    }
+}
+
 /// What a reader of JSON has to know.
 pub(super) struct Documents<'a> {
     /// The field to read.
