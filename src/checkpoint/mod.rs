@@ -26,6 +26,6 @@ pub use config::Config;
 pub use layout::Factoring;
 pub use read::{Checkpoint, LayerInfo};
 pub use write::{
-    Encoded, Encoder, Export, Fate, MANIFEST, Outline, OutlineTensor, Part, Partial, Sizes,
-    WritePlan, Writer, Written,
+    Encoded, Encoder, Export, FolderListing, ListedTensor, MANIFEST, Part, Partial, Sizes,
+    SourceTensorUse, WritePlan, Writer, Written,
 };

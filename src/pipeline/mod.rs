@@ -7,7 +7,7 @@
 //! [`calibrate()`] runs through the model a layer at a time.
 //!
 //! What a checkpoint is worth, before and after: [`evaluate`] (perplexity), [`compare`] (with the
-//! original, by token and by layer), [`loops`] (repetition in what it writes).
+//! original, by token and by layer), [`repetition`] (repetition in what it writes).
 
 mod activations;
 mod builder;
@@ -28,7 +28,7 @@ pub use activations::own_text::{OwnTextOptions, own_text};
 pub use activations::tokens::{CalibrateOptions, TextTokens, Tokens};
 pub use builder::{Pipeline, PipelineBuilder};
 pub use evaluate::compare::{Comparison, LayerError, compare};
-pub use evaluate::generation::{LoopOptions, Loops, generate, loops};
+pub use evaluate::generation::{Repetition, RepetitionOptions, generate, repetition};
 pub use evaluate::perplexity::{EvaluateOptions, Evaluation, FileScore, Score, Task, evaluate};
 pub use options::{AlignWhen, Alignment, Constraints, Keep, RecoverOn, RoutingGroupPolicy};
 pub use plan::{Answer, CostPlan, MemoryPlan, PlanOptions, RunPlan, Runtime, RuntimePlan, plan};

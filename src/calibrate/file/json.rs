@@ -14,7 +14,7 @@ use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::stats_file::StatsFile;
-use super::writer::{Aside, check_readable, write_stats};
+use super::writer::{TemporaryFile, check_readable, write_stats};
 use crate::error::{Error, Locate, Result};
 use crate::model::{LayerId, RoutingStats};
 use crate::stage::Needs;
@@ -84,7 +84,7 @@ pub fn statistics_to_json(from: &Path, to: &Path) -> Result<()> {
     }
     let document = Document { model_type: file.model_type().map(str::to_owned), layers };
     let text = serde_json::to_string_pretty(&document).map_err(|e| Error::malformed(FORMAT, e))?;
-    let aside = Aside::of(to);
+    let aside = TemporaryFile::of(to);
     let written = fs::write(&aside.whole, text).and_then(|()| fs::rename(&aside.whole, to));
     written.map_err(|e| Error::io("write", e)).in_file(to)
 }

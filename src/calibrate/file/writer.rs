@@ -46,7 +46,7 @@ pub fn write_stats(
 #[derive(Debug)]
 pub struct StatsWriter {
     path: PathBuf,
-    aside: Aside,
+    aside: TemporaryFile,
     values: BufWriter<File>,
     placed: Vec<Placed>,
     end: u64,
@@ -101,7 +101,7 @@ impl StatsWriter {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn create(path: impl AsRef<Path>, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let path = path.as_ref();
-        let aside = Aside::of(path);
+        let aside = TemporaryFile::of(path);
         let mut open = File::options();
         open.read(true).write(true).create(true).truncate(true);
         let file = open.open(&aside.values).map_err(|e| Error::io("write statistics", e));
@@ -195,12 +195,12 @@ impl StatsWriter {
 /// Hidden names in the target's folder, so that the rename stays within one file system; the files
 /// are removed in the end, whatever happened.
 #[derive(Debug)]
-pub(super) struct Aside {
+pub(super) struct TemporaryFile {
     values: PathBuf,
     pub(super) whole: PathBuf,
 }
 
-impl Aside {
+impl TemporaryFile {
     pub(super) fn of(path: &Path) -> Self {
         let hidden = |kind: &str| {
             let mut name = OsString::from(".");
@@ -212,7 +212,7 @@ impl Aside {
     }
 }
 
-impl Drop for Aside {
+impl Drop for TemporaryFile {
     fn drop(&mut self) {
         for path in [&self.values, &self.whole] {
             // Usually there is nothing to remove; if it fails there is nobody to tell.

@@ -34,7 +34,7 @@ struct Added {
 }
 
 #[derive(Deserialize)]
-struct Outline {
+struct TokenizerFile {
     #[serde(default)]
     added_tokens: Vec<Added>,
 }
@@ -48,7 +48,7 @@ struct Outline {
 pub fn sentinels(folder: &Path) -> Result<Vec<u32>> {
     let path = folder.join(FILE);
     let read = || {
-        let added = outline(&bytes(&path)?)?.added_tokens;
+        let added = tokenizer_file(&bytes(&path)?)?.added_tokens;
         let id = |i: usize| {
             let name = format!("<extra_id_{i}>");
             added.iter().find(|token| token.content == name).map(|token| token.id)
@@ -66,7 +66,7 @@ fn bytes(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|e| Error::io("read", e))
 }
 
-fn outline(bytes: &[u8]) -> Result<Outline> {
+fn tokenizer_file(bytes: &[u8]) -> Result<TokenizerFile> {
     serde_json::from_slice(bytes).map_err(|e| malformed(FILE, e.to_string()))
 }
 
@@ -88,7 +88,7 @@ impl Vocabulary {
                 path: path.clone(),
                 sha256: sha256(&path)?,
                 #[cfg(not(feature = "text"))]
-                added: outline(&bytes(&path)?)?.added_tokens,
+                added: tokenizer_file(&bytes(&path)?)?.added_tokens,
                 #[cfg(feature = "text")]
                 tokenizer: tokenizer(&bytes(&path)?)?,
             })

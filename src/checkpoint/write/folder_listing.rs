@@ -17,15 +17,15 @@ use crate::model::{Finite, Grouping, LayerId};
 
 /// The folder that a [`Writer`](crate::checkpoint::Writer) makes of a source and a plan.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Outline {
+pub struct FolderListing {
     /// Its tensors, in the order of files and places.
-    pub tensors: Vec<OutlineTensor>,
+    pub tensors: Vec<ListedTensor>,
     /// Names and sizes in bytes of its files of tensors.
     pub files: Vec<(String, u64)>,
     /// The text of its `config.json`.
     pub config: String,
     /// Every tensor of the source, in its order, with what becomes of it.
-    pub sources: Vec<(String, Fate)>,
+    pub sources: Vec<(String, SourceTensorUse)>,
     /// A tensor of an expert that joins no other, and the source's tensor that it is a copy of
     /// unless recovery or compression changes it; none where experts share a tensor or are
     /// quantised.
@@ -40,9 +40,9 @@ pub struct Outline {
     pub expert_bytes: u64,
 }
 
-/// A tensor of an [`Outline`].
+/// A tensor of an [`FolderListing`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OutlineTensor {
+pub struct ListedTensor {
     /// Its name.
     pub name: String,
     /// Its data type, by its safetensors name.
@@ -51,7 +51,7 @@ pub struct OutlineTensor {
     pub shape: Vec<usize>,
     /// Its size.
     pub bytes: u64,
-    /// The position of its file in [`Outline::files`].
+    /// The position of its file in [`FolderListing::files`].
     pub file: usize,
     /// The source's tensor whose bytes it has; `None` where something is computed.
     pub copies: Option<String>,
@@ -59,7 +59,7 @@ pub struct OutlineTensor {
 
 /// What becomes of a tensor of the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
+pub enum SourceTensorUse {
     /// Copied, bit for bit.
     Copied,
     /// Written in a data type that is not quantised.
@@ -83,12 +83,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Those of [`Writer::create`](crate::checkpoint::Writer::create), but for the target.
-    pub fn outline(&self, plan: &WritePlan) -> Result<Outline> {
+    pub fn outline(&self, plan: &WritePlan) -> Result<FolderListing> {
         let laid = Plan::new(self, plan)?;
         let config = target_config::config(self, plan, laid.experts)?;
         let name = |t: usize| self.store.entry(t).name.clone();
         let exact = |t: &usize| self.store.quantised().scheme(*t).is_none();
-        let tensor = |out: &super::layout_plan::Out| OutlineTensor {
+        let tensor = |out: &super::layout_plan::Out| ListedTensor {
             name: out.name.clone(),
             dtype: out.dtype.name(),
             shape: out.shape.clone(),
@@ -96,11 +96,11 @@ impl Checkpoint {
             file: out.file,
             copies: out.copies.filter(exact).map(name),
         };
-        Ok(Outline {
+        Ok(FolderListing {
             tensors: laid.outs.iter().map(tensor).collect(),
             files: laid.files.iter().map(|f| (f.name.clone(), f.size)).collect(),
             config,
-            sources: self.fates(plan, &laid),
+            sources: self.source_uses(plan, &laid),
             alone: self.alone(plan),
             companions: companion_files(self.dir())?,
             bytes: laid.bytes(),
@@ -109,8 +109,8 @@ impl Checkpoint {
         })
     }
 
-    fn fates(&self, plan: &WritePlan, laid: &Plan) -> Vec<(String, Fate)> {
-        let mut known: HashMap<usize, Fate> = HashMap::new();
+    fn source_uses(&self, plan: &WritePlan, laid: &Plan) -> Vec<(String, SourceTensorUse)> {
+        let mut known: HashMap<usize, SourceTensorUse> = HashMap::new();
         for layer in &self.tensors {
             if let Some(grouping) = plan.groupings.get(&layer.id) {
                 experts(layer, grouping, &mut known);
@@ -121,12 +121,12 @@ impl Checkpoint {
         let fate = |(tensor, found): (usize, &crate::checkpoint::read::Tensor)| {
             let name = &found.entry.name;
             let fate = match (dropped.get(&**name), known.remove(&tensor)) {
-                (Some(why), _) => Fate::Dropped((*why).to_owned()),
+                (Some(why), _) => SourceTensorUse::Dropped((*why).to_owned()),
                 (None, Some(fate)) => fate,
                 (None, None) if self.store.quantised().scheme(tensor).is_some() => {
-                    Fate::Dequantised
+                    SourceTensorUse::Dequantised
                 }
-                (None, None) => Fate::Copied,
+                (None, None) => SourceTensorUse::Copied,
             };
             (name.clone(), fate)
         };
@@ -187,21 +187,21 @@ impl Checkpoint {
     }
 }
 
-/// The fates of a merged layer's tensors.
-fn experts(layer: &LayerTensors, grouping: &Grouping, known: &mut HashMap<usize, Fate>) {
+/// The source_uses of a merged layer's tensors.
+fn experts(layer: &LayerTensors, grouping: &Grouping, known: &mut HashMap<usize, SourceTensorUse>) {
     let id = layer.id;
     for tensor in layer.routing() {
-        known.insert(tensor, Fate::Router(id));
+        known.insert(tensor, SourceTensorUse::Router(id));
     }
     let mut owner: HashMap<usize, usize> = HashMap::new();
     let sizes: Vec<usize> = (0..grouping.groups()).map(|g| grouping.members(g).len()).collect();
     for (e, expert) in layer.experts.iter().enumerate() {
         for tensor in expert.iter().flat_map(|projection| projection.tensors()) {
             let fate = match grouping.labels()[e] {
-                _ if *owner.entry(tensor).or_insert(e) != e => Fate::Shared(id),
-                None => Fate::Pruned(id, e),
-                Some(g) if sizes[g] == 1 => Fate::Alone(id, e),
-                Some(g) => Fate::Merged(id, e, g),
+                _ if *owner.entry(tensor).or_insert(e) != e => SourceTensorUse::Shared(id),
+                None => SourceTensorUse::Pruned(id, e),
+                Some(g) if sizes[g] == 1 => SourceTensorUse::Alone(id, e),
+                Some(g) => SourceTensorUse::Merged(id, e, g),
             };
             known.insert(tensor, fate);
         }

@@ -18,7 +18,7 @@ mod target_config;
 mod writer;
 
 pub use encode::{Encoded, Encoder};
-pub use folder_listing::{Fate, Outline, OutlineTensor};
+pub use folder_listing::{FolderListing, ListedTensor, SourceTensorUse};
 pub use partial_target::Part;
 pub use request::{Export, MANIFEST, WritePlan, Written};
 pub use size::Sizes;

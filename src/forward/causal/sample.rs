@@ -44,9 +44,10 @@ impl<S: TensorSource> Causal<S> {
     /// values: `4 · sequences · length · (d_key + d_value)` bytes for each layer.
     ///
     /// # Errors
-    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for prompts that are empty or of different lengths, a length below
-    /// that of the prompts or above the model's context, a temperature that is not above 0, or no
-    /// token that may be drawn; those of [`Causal::embed`] and [`Causal::layer`].
+    /// [`OutOfRange`](crate::ErrorKind::OutOfRange) for prompts that are empty or of different
+    /// lengths, a length below that of the prompts or above the model's context, a temperature that
+    /// is not above 0, or no token that may be drawn; those of [`Causal::embed`] and
+    /// [`Causal::layer`].
     pub fn sample(&self, prompts: &[Vec<u32>], options: &SampleOptions) -> Result<Vec<Vec<u32>>> {
         let Some(first) = prompts.first() else { return Ok(Vec::new()) };
         self.check_sample(prompts, first.len(), options)?;

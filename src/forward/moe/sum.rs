@@ -95,7 +95,7 @@ pub(crate) fn sum_of<E: Kernel>(
 }
 
 /// Weights below this may leave too little of an output to divide the weight out.
-const FAINT: f32 = 1e-20;
+const MIN_GATE_WEIGHT: f32 = 1e-20;
 
 /// A block of one expert's tokens.
 struct Job<'a, E> {
@@ -126,8 +126,9 @@ impl<E: Kernel> Job<'_, E> {
         if !self.watched {
             return Ok((out, OutputSums::default()));
         }
-        let faint: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] < FAINT).collect();
-        let mut sums = OutputSums::of(out.view(), &weights, FAINT);
+        let faint: Vec<usize> =
+            (0..weights.len()).filter(|&i| weights[i] < MIN_GATE_WEIGHT).collect();
+        let mut sums = OutputSums::of(out.view(), &weights, MIN_GATE_WEIGHT);
         if !faint.is_empty() {
             let (x, ones) = (gathered.select(Axis(0), &faint), vec![1.0; faint.len()]);
             let exact = self.expert.weighted(x.view(), &ones, pool, compute)?;

@@ -50,7 +50,7 @@ impl<'a> Probe<'a> {
         })?;
         let width = made.first().map_or(0, |seen| seen.output.ncols());
         let (mut outputs, mut peaks, mut hidden) = (Vec::new(), Vec::new(), Vec::new());
-        for Seen { output, peak, activations } in made {
+        for ExpertResponse { output, peak, activations } in made {
             outputs.push(output);
             peaks.push(peak);
             hidden.extend(activations);
@@ -136,7 +136,7 @@ impl<'a> Probe<'a> {
 }
 
 /// What one expert makes of the tokens.
-struct Seen {
+struct ExpertResponse {
     output: Array2<f32>,
     peak: Vec<f32>,
     activations: Option<Array2<f32>>,
@@ -149,7 +149,7 @@ fn through(
     narrow: Option<&Array2<f32>>,
     keep: bool,
     compute: &dyn Compute,
-) -> Result<Seen> {
+) -> Result<ExpertResponse> {
     let view = expert.view();
     let hidden = view.hidden(x, compute)?;
     let mut output = Array2::zeros((x.nrows(), view.d_model()));
@@ -164,7 +164,7 @@ fn through(
         compute.gemm(1.0, output.view(), narrow.view(), 0.0, few.view_mut())?;
         output = few;
     }
-    Ok(Seen { output, peak, activations: keep.then_some(hidden) })
+    Ok(ExpertResponse { output, peak, activations: keep.then_some(hidden) })
 }
 
 /// `(d_model, width)` entries `±1/√width` by the seed, where outputs are wider than that.

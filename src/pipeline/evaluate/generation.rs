@@ -15,7 +15,7 @@ use crate::stage::Context;
 /// What is continued.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct LoopOptions {
+pub struct RepetitionOptions {
     /// Number of prompts, drawn from the text by the seed.
     pub prompts: usize,
     /// Tokens of a prompt.
@@ -28,7 +28,7 @@ pub struct LoopOptions {
     pub seed: u64,
 }
 
-impl Default for LoopOptions {
+impl Default for RepetitionOptions {
     fn default() -> Self {
         Self { prompts: 16, prompt: 32, new_tokens: 128, ngram: 4, seed: 0 }
     }
@@ -36,7 +36,7 @@ impl Default for LoopOptions {
 
 /// How much greedy continuations repeat themselves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Loops {
+pub struct Repetition {
     /// `1 − distinct / all` n-grams, each continuation by itself, over all continuations: 0 when
     /// nothing recurs, near 1 when a model is caught in a loop.
     pub rate: f64,
@@ -45,7 +45,7 @@ pub struct Loops {
     /// Generated tokens.
     pub tokens: u64,
     /// What was asked.
-    pub options: LoopOptions,
+    pub options: RepetitionOptions,
     /// Where the prompts are from.
     pub text: TextRecord,
 }
@@ -59,7 +59,7 @@ pub struct Loops {
 /// # Errors As [`evaluate`](crate::pipeline::evaluate);
 /// [`OutOfRange`](crate::ErrorKind::OutOfRange) when prompt and continuation are longer than the
 /// model's context, or `ngram` is 0.
-pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops> {
+pub fn repetition(folder: &Path, text: &Path, options: &RepetitionOptions) -> Result<Repetition> {
     if options.ngram == 0 {
         return Err(crate::Error::range("ngram", "at least 1", 0));
     }
@@ -75,7 +75,7 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
         distinct += tokens.windows(options.ngram).collect::<HashSet<_>>().len();
         all += tokens.windows(options.ngram).len();
     }
-    Ok(Loops {
+    Ok(Repetition {
         rate: if all == 0 { 0.0 } else { 1.0 - distinct as f64 / all as f64 },
         ngrams: all as u64,
         tokens: new.iter().map(|tokens| tokens.len() as u64).sum(),
@@ -90,7 +90,7 @@ pub fn loops(folder: &Path, text: &Path, options: &LoopOptions) -> Result<Loops>
 /// `config.json` and `generation_config.json`.
 ///
 /// # Errors
-/// As [`loops`], and those of the tokenizer.
+/// As [`repetition`], and those of the tokenizer.
 pub fn generate(folder: &Path, prompt: &str, max_new: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(folder)?;
     let subject = EvalModel::open(&checkpoint, &Context::cpu(0))?;

@@ -16,7 +16,7 @@ pub use self::runtimes::{Answer, Runtime, RuntimePlan};
 
 use self::shape::Shape;
 use crate::calibrate::Collector;
-use crate::checkpoint::{Checkpoint, Outline, WritePlan};
+use crate::checkpoint::{Checkpoint, FolderListing, WritePlan};
 use crate::error::Result;
 use crate::model::{Grouping, LayerId, Target};
 use crate::pipeline::activations::tokens::SAMPLES;
@@ -246,10 +246,10 @@ fn flops(
 
 /// How many tensors are left out for each reason; the name that a reason begins with is that of a
 /// tensor, and is not told.
-fn dropped(outline: &Outline) -> BTreeMap<String, u64> {
+fn dropped(outline: &FolderListing) -> BTreeMap<String, u64> {
     let mut reasons = BTreeMap::new();
     for (_, fate) in &outline.sources {
-        let crate::checkpoint::Fate::Dropped(why) = fate else { continue };
+        let crate::checkpoint::SourceTensorUse::Dropped(why) = fate else { continue };
         let why = if why.ends_with("is written dequantised") {
             "scales: what they belong to is written dequantised"
         } else {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::checkpoint::{Checkpoint, Outline, OutlineTensor};
+use crate::checkpoint::{Checkpoint, FolderListing, ListedTensor};
 use crate::error::{ErrorKind, Result};
 use crate::forward::Model;
 use crate::model::Finite;
@@ -14,8 +14,8 @@ use crate::stage::Context;
 const TOKENS: usize = 16;
 
 /// Names, types, shapes and files against the outline.
-pub(super) fn tensors(target: &Checkpoint, outline: &Outline) -> Vec<String> {
-    let mut expected: BTreeMap<&str, &OutlineTensor> =
+pub(super) fn tensors(target: &Checkpoint, outline: &FolderListing) -> Vec<String> {
+    let mut expected: BTreeMap<&str, &ListedTensor> =
         outline.tensors.iter().map(|t| (&*t.name, t)).collect();
     let mut findings = Vec::new();
     for (name, dtype, shape) in target.tensors() {
@@ -47,7 +47,7 @@ pub(super) fn tensors(target: &Checkpoint, outline: &Outline) -> Vec<String> {
 pub(super) fn copies(
     source: &Checkpoint,
     target: &Checkpoint,
-    outline: &Outline,
+    outline: &FolderListing,
     untouched: bool,
 ) -> (usize, Vec<String>) {
     let copied = outline.tensors.iter().filter_map(|t| Some((&t.name, t.copies.as_ref()?)));

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use self::manifest::EVALUATION;
 
 use self::manifest::Manifest;
-use crate::checkpoint::{Checkpoint, Fate, Outline};
+use crate::checkpoint::{Checkpoint, FolderListing, SourceTensorUse};
 use crate::error::{Error, Result};
 use crate::stage::Context;
 
@@ -268,21 +268,25 @@ fn against(
     found.add(CheckName::Copies, format!("{compared} tensors equal their originals"), findings);
 }
 
-fn account(found: &mut Verification, outline: &Outline) {
+fn account(found: &mut Verification, outline: &FolderListing) {
     for (tensor, fate) in &outline.sources {
         let (action, detail) = match fate {
-            Fate::Copied => (TensorAction::Copied, String::new()),
-            Fate::Dequantised => (TensorAction::Dequantised, String::new()),
-            Fate::Router(layer) => (TensorAction::Router, format!("of {layer}")),
-            Fate::Alone(layer, e) => (TensorAction::Alone, format!("expert {e} of {layer}")),
-            Fate::Merged(layer, e, g) => {
+            SourceTensorUse::Copied => (TensorAction::Copied, String::new()),
+            SourceTensorUse::Dequantised => (TensorAction::Dequantised, String::new()),
+            SourceTensorUse::Router(layer) => (TensorAction::Router, format!("of {layer}")),
+            SourceTensorUse::Alone(layer, e) => {
+                (TensorAction::Alone, format!("expert {e} of {layer}"))
+            }
+            SourceTensorUse::Merged(layer, e, g) => {
                 (TensorAction::Grouped, format!("expert {e} of {layer}, group {g}"))
             }
-            Fate::Pruned(layer, e) => {
+            SourceTensorUse::Pruned(layer, e) => {
                 (TensorAction::Pruned, format!("expert {e} of {layer}, in no group"))
             }
-            Fate::Shared(layer) => (TensorAction::Shared, format!("all experts of {layer}")),
-            Fate::Dropped(why) => (TensorAction::Dropped, why.clone()),
+            SourceTensorUse::Shared(layer) => {
+                (TensorAction::Shared, format!("all experts of {layer}"))
+            }
+            SourceTensorUse::Dropped(why) => (TensorAction::Dropped, why.clone()),
         };
         *found.account.entry(action).or_insert(0) += 1;
         found.tensors.push(TensorRecord { tensor: tensor.clone(), action, detail });

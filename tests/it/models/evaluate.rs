@@ -10,7 +10,7 @@ use mcsmoe::ErrorKind;
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::forward::Causal;
 use mcsmoe::model::{LayerId, TensorSource};
-use mcsmoe::pipeline::{EvaluateOptions, LoopOptions, Task, compare, evaluate, loops};
+use mcsmoe::pipeline::{EvaluateOptions, RepetitionOptions, Task, compare, evaluate, repetition};
 use mcsmoe::stage::Context;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -112,8 +112,8 @@ fn span_corruption_loss_is_that_of_the_reference() {
     let same = compare(dir.path(), dir.path(), &text, &options(64, 4)).unwrap();
     assert_eq!((same.kl, same.agreement, same.layers.len()), (0.0, 1.0, 3));
     assert!((same.other.score.nll - nll).abs() < TOLERANCE);
-    let asked = LoopOptions { prompts: 2, prompt: 64, new_tokens: 6, ngram: 1, seed: 3 };
-    let found = loops(dir.path(), &text, &asked).unwrap();
+    let asked = RepetitionOptions { prompts: 2, prompt: 64, new_tokens: 6, ngram: 1, seed: 3 };
+    let found = repetition(dir.path(), &text, &asked).unwrap();
     assert!(found.ngrams == found.tokens && found.tokens <= 12 && found.rate < 1.0);
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::pipeline::{
-    Comparison, EvaluateOptions, Evaluation, LoopOptions, compare, evaluate, loops,
+    Comparison, EvaluateOptions, Evaluation, RepetitionOptions, compare, evaluate, repetition,
 };
 use serde_json::{Value, json};
 
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     let found = during(global, "evaluate", || evaluate(&args.model, &args.text, &options))?;
     let repeated = match args.loops {
         true => {
-            let loops = || loops(&args.model, &args.text, &LoopOptions::default());
+            let loops = || repetition(&args.model, &args.text, &RepetitionOptions::default());
             Some(during(global, "generate continuations", loops)?)
         }
         false => None,

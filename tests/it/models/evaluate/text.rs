@@ -7,8 +7,8 @@ use mcsmoe::ErrorKind;
 use mcsmoe::calibrate::text::{Limits, Select, Text, TextOptions};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::pipeline::{
-    Calibration, Evaluation, ExportChoice, Keep, LoopOptions, Recipe, Task, Tokens, compare,
-    evaluate, loops, merge_then_compress,
+    Calibration, Evaluation, ExportChoice, Keep, Recipe, RepetitionOptions, Task, Tokens, compare,
+    evaluate, merge_then_compress, repetition,
 };
 use serde_json::Value;
 
@@ -110,11 +110,12 @@ fn a_model_agrees_with_itself_and_repeats_itself_as_it_does() {
     let same = compare(&bundled(), &bundled(), &text, &options(64, 2)).unwrap();
     assert_eq!((same.kl, same.agreement), (0.0, 1.0));
     assert!(same.layers.iter().all(|l| l.error == 0.0) && same.layers.len() == 4);
-    let asked = LoopOptions { prompts: 2, prompt: 8, new_tokens: 24, ..LoopOptions::default() };
-    let found = loops(&bundled(), &text, &asked).unwrap();
+    let asked =
+        RepetitionOptions { prompts: 2, prompt: 8, new_tokens: 24, ..RepetitionOptions::default() };
+    let found = repetition(&bundled(), &text, &asked).unwrap();
     assert_eq!((found.text.windows, found.ngrams), (2, 2 * 21));
     assert!((0.0..1.0).contains(&found.rate));
-    assert_eq!(loops(&bundled(), &text, &asked).unwrap(), found);
+    assert_eq!(repetition(&bundled(), &text, &asked).unwrap(), found);
     let written = mcsmoe::pipeline::generate(&bundled(), "def main(", 8).unwrap();
     assert!(!written.is_empty());
 }
