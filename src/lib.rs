@@ -97,5 +97,5 @@ mod tensor_file;
 #[doc(no_inline)]
 pub use ndarray;
 
-pub use error::{DeviceFault, Error, ErrorKind, Locate, Place, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use pipeline::{Pipeline, Recipe, Report, merge_then_compress};

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use mcsmoe::error::Locate;
 use mcsmoe::model::{
     Activation, Expert, GroupScore, Grouping, LayerId, MergedLayer, Router, RoutingGroups,
     RoutingRule, Score, Stack, TensorSource,
 };
-use mcsmoe::{ErrorKind, Locate, Result};
+use mcsmoe::{ErrorKind, Result};
 use ndarray::{Array1, Array2, ArrayD};
 use serde_json::Value;
 

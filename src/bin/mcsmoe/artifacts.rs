@@ -3,9 +3,10 @@
 use std::io;
 use std::path::Path;
 
+use mcsmoe::Error;
+use mcsmoe::error::Locate;
 use mcsmoe::pipeline::Report;
 use mcsmoe::report::{Details, Quality, html, model_card, with_original, with_text};
-use mcsmoe::{Error, Locate};
 
 use crate::common::Places;
 use crate::exit::Outcome;

@@ -5,11 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use mcsmoe::Error;
 use mcsmoe::calibrate::text::Vocabulary;
 use mcsmoe::checkpoint::Checkpoint;
+use mcsmoe::error::Locate;
 use mcsmoe::pipeline::{OwnTextOptions, Tokens, own_text};
 use mcsmoe::stage::Context;
-use mcsmoe::{Error, Locate};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
