@@ -22,9 +22,10 @@ mod report;
 mod run;
 mod verify;
 
+pub use crate::calibrate::text::OwnTextOptions;
 pub use activations::calibration::Calibration;
 pub use activations::collect::{Collection, calibrate};
-pub use activations::own_text::{OwnTextOptions, own_text};
+pub use activations::own_text::own_text;
 pub use activations::tokens::{CalibrateOptions, TextTokens, Tokens};
 pub use builder::{Pipeline, PipelineBuilder};
 pub use evaluate::compare::{Comparison, LayerError, compare};

@@ -124,6 +124,10 @@ pub(crate) struct TextArgs {
     /// Seed of the drawing.
     #[arg(long, value_name = "SEED", default_value = "7")]
     pub(crate) text_seed: u64,
+    /// Tokens that the model writes itself beside the text, 8192 for example: they keep what a text
+    /// of one kind does not show.
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub(crate) own_text: usize,
     /// The field of JSON objects that holds the text or the messages; `text`, or a conversation.
     #[arg(long, value_name = "NAME")]
     pub(crate) field: Option<String>,

@@ -6,7 +6,11 @@ use std::time::Instant;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use mcsmoe::calibrate::InputKind;
 use mcsmoe::checkpoint::{Checkpoint, Partial};
-use mcsmoe::pipeline::{Calibration, Output, PlanOptions, Recipe, Report, RunPlan, Tokens, plan};
+use mcsmoe::pipeline::{
+    Calibration, Output, OwnTextOptions, PlanOptions, Recipe, Report, RunPlan, TextTokens, Tokens,
+    plan,
+};
+use mcsmoe::stage::Context;
 use serde::Serialize;
 
 use crate::args::{Global, Method, Running, TextArgs};
@@ -70,9 +74,24 @@ pub(crate) fn calibration(
     if InputKind::of(path)? == InputKind::Statistics {
         return Ok(Calibration::Statistics(path.into()));
     }
+    Ok(read_text(source, path, text, global)?.into())
+}
+
+/// The tokens of a text, and those that the model writes itself where it is asked to.
+pub(crate) fn read_text(
+    source: &Checkpoint,
+    path: &Path,
+    text: &TextArgs,
+    global: &Global,
+) -> Outcome<TextTokens> {
     let read = Tokens::from_text(source, path, &text.options())?;
     warn(global, &read.record);
-    Ok(read.into())
+    if text.own_text == 0 {
+        return Ok(read);
+    }
+    let (tokens, seed) = (text.own_text, text.text_seed);
+    let options = OwnTextOptions { tokens, seed, ..OwnTextOptions::default() };
+    Ok(read.with_own_text(source, &options, &Context::on(global.compute()?, seed))?)
 }
 
 /// Writes the target.

@@ -253,6 +253,7 @@ impl<'a> Reader<'a> {
             sources: records,
             padding,
             not_read,
+            own_text: None,
         };
         Text { sources, record }
     }

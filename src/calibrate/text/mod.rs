@@ -40,7 +40,7 @@ mod vocabulary;
 mod windows;
 
 pub use load::{Limits, Text, TextSource};
-pub use options::{Conversations, Select, Separator, SpecialTokens, TextOptions};
+pub use options::{Conversations, OwnTextOptions, Select, Separator, SpecialTokens, TextOptions};
 pub use plain_tokens::plain_tokens;
 pub use record::{FileRecord, SourceRecord, TemplateRecord, TextRecord};
 pub use span::SpanCorruption;

@@ -103,3 +103,26 @@ impl TextOptions {
         self
     }
 }
+
+/// How much text a model writes, and how.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OwnTextOptions {
+    /// Tokens in all, in whole sequences: the first token of each is not the model's.
+    pub tokens: usize,
+    /// Tokens of a sequence. Of sequences of 2, 4, 8, 16, 32 and 512 tokens, those of 16 and more
+    /// serve a least-squares fit best, and about alike.
+    pub length: usize,
+    /// Divides the logits; at 1 the model writes what it believes.
+    pub temperature: f64,
+    /// Seed of the first tokens and of the drawing.
+    pub seed: u64,
+    /// Bytes for layers, keys and values that stay in memory between two positions.
+    pub memory: u64,
+}
+
+impl Default for OwnTextOptions {
+    fn default() -> Self {
+        Self { tokens: 8192, length: 32, temperature: 1.0, seed: 7, memory: 2 << 30 }
+    }
+}

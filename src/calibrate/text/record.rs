@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::options::{Select, TextOptions};
+use super::options::{OwnTextOptions, Select, TextOptions};
 
 /// One file of a text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,21 @@ pub struct TextRecord {
     /// Files in the folder that are of another kind, and were not read.
     #[serde(default)]
     pub not_read: Vec<String>,
+    /// Text that the model wrote itself, which follows the windows of the files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_text: Option<OwnTextOptions>,
+}
+
+impl TextRecord {
+    /// Adds so many windows, of so many tokens in all, that the model wrote: a source of their own.
+    pub(crate) fn add_own_text(&mut self, options: &OwnTextOptions, windows: u64, tokens: u64) {
+        let name = "own text".into();
+        let (available, left_over, sampled) = (windows, 0, None);
+        self.sources.push(SourceRecord { name, available, windows, tokens, left_over, sampled });
+        self.windows += windows;
+        self.tokens += tokens;
+        self.own_text = Some(options.clone());
+    }
 }
 
 impl TextRecord {

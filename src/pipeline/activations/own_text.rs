@@ -3,37 +3,14 @@
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use super::tokens::Tokens;
-use crate::calibrate::text::plain_tokens;
+use super::tokens::{TextTokens, Tokens};
+use crate::calibrate::text::{OwnTextOptions, plain_tokens};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Locate, Result};
 use crate::forward::{Model, SampleOptions};
+use crate::model::Stack;
 use crate::stage::Context;
-
-/// How much text a model writes, and how.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OwnTextOptions {
-    /// Tokens in all, in whole sequences: the first token of each is not the model's.
-    pub tokens: usize,
-    /// Tokens of a sequence. Of sequences of 2, 4, 8, 16, 32 and 512 tokens, those of 16 and more
-    /// serve a least-squares fit best, and about alike.
-    pub length: usize,
-    /// Divides the logits; at 1 the model writes what it believes.
-    pub temperature: f64,
-    /// Seed of the first tokens and of the drawing.
-    pub seed: u64,
-    /// Bytes for layers, keys and values that stay in memory between two positions.
-    pub memory: u64,
-}
-
-impl Default for OwnTextOptions {
-    fn default() -> Self {
-        Self { tokens: 8192, length: 32, temperature: 1.0, seed: 7, memory: 2 << 30 }
-    }
-}
 
 /// Text of the model's own, for calibration: sequences that begin with a random token and go on by
 /// sampling. First tokens are drawn without replacement from all ids that stand for text, so that
@@ -92,6 +69,27 @@ pub fn own_text(source: &Checkpoint, options: &OwnTextOptions, cx: &Context) -> 
         sample.first_stream += prompts.len() as u64;
     }
     Ok(Tokens::from(windows))
+}
+
+impl TextTokens {
+    /// The same with text that the model writes itself behind it: see [`own_text`].
+    ///
+    /// # Errors
+    /// Those of [`own_text`].
+    pub fn with_own_text(
+        mut self,
+        source: &Checkpoint,
+        options: &OwnTextOptions,
+        cx: &Context,
+    ) -> Result<Self> {
+        let own = own_text(source, options, cx)?;
+        let tokens = own.of(Stack::Causal);
+        if let (Tokens::Windows(all), Tokens::Windows(own)) = (&mut self.tokens, own) {
+            self.record.add_own_text(options, own.len() as u64, tokens);
+            all.extend(own);
+        }
+        Ok(self)
+    }
 }
 
 /// The special tokens that `config.json` names.

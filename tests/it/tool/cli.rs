@@ -430,3 +430,25 @@ fn a_model_writes_text_that_a_run_takes() {
     assert_eq!(fs::read(&ids).unwrap(), before);
     json(&[&"run", &p.model, &texts, &target, &"--keep", &"50%"]);
 }
+
+#[test]
+fn own_text_beside_a_text_is_in_the_manifest() {
+    let p = Places::new();
+    let (one, two) = (p.at("one"), p.at("two"));
+    let shared: [&dyn AsRef<std::ffi::OsStr>; 4] = [&"--keep", &"50%", &"--tokens", &"2048"];
+    let text = fixture("text/calib/python.txt");
+    let run = |target: &PathBuf, own: &str| {
+        let head: [&dyn AsRef<std::ffi::OsStr>; 6] =
+            [&"run", &p.model, &text, target, &"--own-text", &own.to_owned()];
+        json(&[&head[..], &shared[..]].concat())
+    };
+    let done = run(&one, "1024");
+    let record = &done["report"]["calibration"]["text"];
+    assert_eq!((&record["tokens"], &record["own_text"]["tokens"]), (&3072.into(), &1024.into()));
+    let last = record["sources"].as_array().unwrap().last().unwrap();
+    assert_eq!((&last["name"], &last["windows"]), (&"own text".into(), &32.into()));
+    let without = run(&two, "0");
+    assert!(without["report"]["calibration"]["text"]["own_text"].is_null());
+    let weights = |target: &Path| contents(target)["model.safetensors"].clone();
+    assert!(weights(&one) != weights(&two));
+}

@@ -8,14 +8,15 @@ use mcsmoe::Recipe;
 use mcsmoe::calibrate::{InputKind, StatsFile};
 use mcsmoe::checkpoint::Checkpoint;
 use mcsmoe::model::Stack;
-use mcsmoe::pipeline::{CalibrateOptions, Keep, TextTokens, Tokens, calibrate};
+use mcsmoe::pipeline::{CalibrateOptions, Keep, TextTokens, calibrate};
 use mcsmoe::stage::{Context, Needs};
 use serde_json::json;
 
 use crate::args::{Global, TextArgs, bytes};
+use crate::common::read_text;
 use crate::exit::{Failure, Outcome};
 use crate::locate::model_folder;
-use crate::progress::{Progress, peak_memory, warn};
+use crate::progress::{Progress, peak_memory};
 use crate::show::{Show, count, time};
 
 /// Run text through the model, one layer in memory at a time, and write what its routers did.
@@ -57,9 +58,7 @@ pub(crate) fn run(args: &Args, global: &Global, show: &Show) -> Outcome {
     if !args.dry_run {
         check_target(args)?;
     }
-    let TextTokens { tokens, record } =
-        Tokens::from_text(&source, &args.text, &args.text_args.options())?;
-    warn(global, &record);
+    let TextTokens { tokens, record } = read_text(&source, &args.text, &args.text_args, global)?;
     let read = tokens.of(Stack::Causal);
     let collected: Vec<&str> = needs.names().collect();
     let layers = source.layers().len();
